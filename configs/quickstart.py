@@ -1,0 +1,83 @@
+"""FLOW end to end on real input, offline: capital letters, then handwritten digits.
+
+A small ResNet is pre-trained on letters rendered from fonts and fine-tuned on scikit-learn's
+handwritten digits, by ten methods and three controls (see `METHODS`).
+
+  easy-jax run --config=configs/quickstart.py          30 % of the training labels wrong
+  easy-jax run --config=configs/quickstart.py:clean    labels as they are
+  easy-jax run --config=configs/quickstart.py:full     both, 3 seeds, learning rates 0.003-0.1
+  easy-jax run --config=configs/quickstart.py:tiny     seconds; to see that everything works
+
+Hardware: 2 CPU cores. Time and results: README.md (default) and docs/results.md (`:full`).
+"""
+
+from easy_jax.config import (
+    ExperimentConfig,
+    GlyphDataConfig,
+    MethodConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    ScoringConfig,
+    StageConfig,
+)
+
+METHODS = (
+    MethodConfig("standard"),
+    MethodConfig("probe_standard", start="probe"),
+    MethodConfig("linear_probe", trainable="head"),
+    MethodConfig("bn_head", trainable="bn_head"),
+    MethodConfig("l2", start="probe", anchor="l2", anchor_strength=0.1),
+    MethodConfig("wise_ft", start="probe", averaging="wise_ft", alpha=0.5),
+    MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted"),
+    MethodConfig("flow_weighted_head", start="probe", weighting="flow", head_stage="weighted"),
+    MethodConfig("flow_no_head_stage", start="probe", weighting="flow"),
+    MethodConfig("flow_wise_ft", start="probe", weighting="flow", averaging="wise_ft", alpha=0.5),
+)
+# What FLOW is compared with to tell the choice of examples from the smaller step; like
+# flow_no_head_stage but for the weights.
+CONTROLS = (
+    MethodConfig("control_uniform", start="probe", weighting="uniform"),
+    MethodConfig("control_shuffled", start="probe", weighting="shuffled"),
+    MethodConfig("control_mean_one", start="probe", weighting="mean_one"),
+)
+
+
+def get_config(arg: str = "noisy") -> ExperimentConfig:
+    """The configuration of a setting: `noisy`, `clean`, `full` or `tiny`."""
+    arg = arg or "noisy"
+    if arg not in ("noisy", "clean", "full", "tiny"):
+        raise ValueError(f"quickstart.py:{arg} is unknown; use noisy, clean, full or tiny")
+
+    def stage(epochs: int, learning_rate: float) -> StageConfig:
+        optimizer = OptimizerConfig(learning_rate=learning_rate, weight_decay=5e-4)
+        return StageConfig(epochs=epochs, batch_size=64, optimizer=optimizer)
+
+    config = ExperimentConfig(
+        name="quickstart" if arg == "noisy" else f"quickstart-{arg}",
+        seeds=(0,),
+        model=ResNetConfig(in_channels=1, width=16, depths=(1, 1, 1)),
+        data=GlyphDataConfig(label_noise=(0.0,) if arg == "clean" else (0.3,)),
+        pretrain=stage(6, 0.1),
+        probe=stage(15, 0.03),
+        scoring=ScoringConfig(batch_size=256),
+        finetune=stage(15, 0.03),
+        head=stage(15, 0.03),
+        learning_rates=(0.03,),
+        methods=METHODS,
+        eval_every_epochs=3,
+    )
+    if arg == "full":
+        config.seeds = (0, 1, 2)
+        config.data.label_noise = (0.3, 0.0)
+        config.learning_rates = (0.003, 0.01, 0.03, 0.1)
+        config.methods = METHODS + CONTROLS
+    if arg == "tiny":
+        config.model = ResNetConfig(in_channels=1, width=8, depths=(1, 1))
+        config.data = GlyphDataConfig(
+            image_size=8, pretrain_train=128, pretrain_validation=64, pretrain_test=64,
+            target_train=128, target_validation=64, label_noise=(0.3,),
+        )  # fmt: skip
+        for each in (config.pretrain, config.probe, config.finetune, config.head):
+            each.epochs = 1
+        config.methods = METHODS + CONTROLS
+    return config

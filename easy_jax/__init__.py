@@ -1,0 +1,81 @@
+"""easy_jax: fine-tuning without forgetting, in JAX (FLOW, ICML 2025).
+
+Score every fine-tuning example once with the frozen pre-trained model, turn the losses into
+weights, fine-tune with the weighted loss, and show what was learnt against what was forgotten.
+
+  import easy_jax as ej
+
+  table = ej.score(model, source, "loss_table", loss_fn=ej.classification_loss)
+  weight_N = table.flow_weights()
+  step = ej.make_train_step(graphdef, ej.classification_loss, optimizer, reduction="example_mean")
+"""
+
+from easy_jax.config import (
+    ExperimentConfig,
+    MeshConfig,
+    MethodConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    StageConfig,
+)
+from easy_jax.data import ArraySource, TfdsSource, scoring_loader, training_loader
+from easy_jax.evaluate import classification, with_task_parts
+from easy_jax.fit import Fit, fit
+from easy_jax.loss_table import LossTable
+from easy_jax.losses import classification_loss, softmax_cross_entropy, squared_error
+from easy_jax.merge import interpolate, wise_ft
+from easy_jax.models import eval_view, train_view
+from easy_jax.models.resnet import ResNet
+from easy_jax.optim import make_optimizer
+from easy_jax.scoring import score
+from easy_jax.sharding import make_mesh, shard_batch
+from easy_jax.step import TrainState, init_train_state, make_train_step
+from easy_jax.train import run
+from easy_jax.weighting import (
+    control_weights,
+    entropic_objective,
+    flow_weights,
+    flow_weights_token,
+    kl_dro_weights,
+    temperature,
+)
+
+__all__ = [
+    "ArraySource",
+    "ExperimentConfig",
+    "Fit",
+    "LossTable",
+    "MeshConfig",
+    "MethodConfig",
+    "OptimizerConfig",
+    "ResNet",
+    "ResNetConfig",
+    "StageConfig",
+    "TfdsSource",
+    "TrainState",
+    "classification",
+    "classification_loss",
+    "control_weights",
+    "entropic_objective",
+    "eval_view",
+    "fit",
+    "flow_weights",
+    "flow_weights_token",
+    "init_train_state",
+    "interpolate",
+    "kl_dro_weights",
+    "make_mesh",
+    "make_optimizer",
+    "make_train_step",
+    "run",
+    "score",
+    "scoring_loader",
+    "shard_batch",
+    "softmax_cross_entropy",
+    "squared_error",
+    "temperature",
+    "train_view",
+    "training_loader",
+    "wise_ft",
+    "with_task_parts",
+]

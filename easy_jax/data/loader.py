@@ -1,0 +1,235 @@
+"""Grain loaders: every example once for scoring, shuffled epochs for training.
+
+Order is decided on positions alone: positions are shuffled, repeated and cut into *global*
+batches, each process takes its contiguous share of a batch, and only then are records read.
+So the global batch at a step does not depend on the number of processes, shuffling costs
+nothing, and the state of an iterator is one integer.
+
+Every batch has the fields of the records and
+  `example_id`  int64 [b]    position in the source; -1 for padding
+  `mask`        bool [b]     False for padding (a copy of the batch's first record)
+  `weight`      float32 [b]  training only
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+
+import grain
+import jax
+import numpy as np
+
+from easy_jax.data.sources import DataError, Source
+
+Batch = dict[str, np.ndarray]
+PADDING_ID = -1
+_RESERVED = ("example_id", "mask")
+
+
+class Loader:
+    """Batches of one process, in an order that is fixed by its arguments.
+
+    Iterating gives a Grain iterator, whose position can be saved and restored.
+    `steps` is the number of batches, the same in every process.
+    """
+
+    def __init__(self, dataset: grain.MapDataset[Batch], threads: int, prefetch: int):
+        self._dataset = dataset
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+
+    @property
+    def steps(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._dataset.to_iter_dataset(self._options))
+
+
+def scoring_loader(
+    source: Source,
+    batch_size: int,
+    *,
+    ids: np.ndarray | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Loader:
+    """Every example exactly once, in order of id; the last batch is padded.
+
+    Args:
+      source: the data.
+      batch_size: global, over all processes.
+      ids: the examples to read; default: all.
+      process_index, process_count: this process's share; default: JAX's.
+      threads, prefetch: reader threads and batches read ahead.
+
+    Raises:
+      DataError: an empty source, ids out of range or given twice.
+      ValueError: a batch size that does not divide over the processes.
+
+    Example:
+      >>> from easy_jax.data import ArraySource
+      >>> loader = scoring_loader(ArraySource({"x": np.arange(3.0)}), batch_size=2)
+      >>> [batch["mask"].tolist() for batch in loader]
+      [[True, True], [True, False]]
+    """
+    order = grain.MapDataset.source(_checked_ids(source, ids))
+    read = _Reader(source, batch_size, process_index, process_count, weight_N=None)
+    dataset = order.batch(batch_size, batch_fn=np.asarray).map(read)
+    return Loader(dataset, threads, prefetch)
+
+
+def training_loader(
+    source: Source,
+    batch_size: int,
+    *,
+    epochs: int,
+    seed: int,
+    weight_N: np.ndarray | None = None,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    threads: int = 2,
+    prefetch: int = 4,
+) -> Loader:
+    """Shuffled epochs, each in its own order, with the weights joined by id.
+
+    Every example is seen exactly `epochs` times: batches run on from one epoch into the
+    next, and only the very last one is padded.
+
+    Args:
+      source: the data; a field `weight`, if it has one, is multiplied into `weight_N`.
+      batch_size: global, over all processes.
+      epochs: passes over the data.
+      seed: of the order; equal seeds give equal orders on any number of processes.
+      weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
+        that is NaN is an example dropped while scoring: it is left out of training.
+      process_index, process_count, threads, prefetch: as in `scoring_loader`.
+
+    Raises:
+      DataError: an empty source; weights of another length, negative or infinite.
+      ValueError: a batch size that does not divide over the processes.
+
+    Example:
+      >>> from easy_jax.data import ArraySource
+      >>> loader = training_loader(ArraySource({"x": np.arange(4.0)}), 2, epochs=3, seed=0)
+      >>> loader.steps
+      6
+    """
+    ids = None
+    if weight_N is not None:
+        weight_N = np.asarray(weight_N, np.float32)
+        if weight_N.shape != (len(source),):
+            raise DataError(f"{weight_N.shape} weights for {len(source)} examples")
+        bad = np.flatnonzero(np.isinf(weight_N) | (weight_N < 0))
+        if bad.size:
+            raise DataError(f"weights are negative or infinite for example ids {bad[:10].tolist()}")
+        ids = np.flatnonzero(~np.isnan(weight_N))
+        if ids.size == 0:
+            raise DataError("no example is left to train on: every weight is missing")
+    order = grain.MapDataset.source(_checked_ids(source, ids)).seed(seed).shuffle().repeat(epochs)
+    weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
+    read = _Reader(source, batch_size, process_index, process_count, weight_N)
+    dataset = order.batch(batch_size, batch_fn=np.asarray).map(read)
+    return Loader(dataset, threads, prefetch)
+
+
+class _Reader:
+    """Global batch of ids -> this process's rows, read, stacked, padded and checked."""
+
+    def __init__(
+        self,
+        source: Source,
+        batch_size: int,
+        process_index: int | None,
+        process_count: int | None,
+        weight_N: np.ndarray | None,
+    ):
+        count = jax.process_count() if process_count is None else process_count
+        index = jax.process_index() if process_index is None else process_index
+        if batch_size % count:
+            raise ValueError(f"batch_size {batch_size} does not divide over {count} processes")
+        self._rows = slice(index * (batch_size // count), (index + 1) * (batch_size // count))
+        self._source = source
+        self._batch_size = batch_size
+        self._weight_N = weight_N
+
+    def __call__(self, ids: np.ndarray) -> Batch:
+        padding = np.full(self._batch_size - len(ids), PADDING_ID, np.int64)
+        id_b = np.concatenate([ids.astype(np.int64), padding])[self._rows]
+        mask_b = id_b != PADDING_ID
+        positions = np.where(mask_b, id_b, ids[0]).tolist()
+        batch = _stack(_read(self._source, positions), positions)
+        own_weight_b = batch.pop("weight", None)
+        if self._weight_N is not None:
+            weight_b = self._weight_N[positions]
+            if own_weight_b is not None:
+                weight_b = weight_b * _check_own_weight(own_weight_b, positions)
+            batch["weight"] = np.where(mask_b, weight_b, 0.0).astype(np.float32)
+        return {**batch, "example_id": id_b, "mask": mask_b}
+
+
+def _read(source: Source, positions: list[int]) -> list[Mapping[str, np.ndarray]]:
+    read_many = getattr(source, "__getitems__", None)
+    if read_many is not None:
+        return read_many(positions)
+    return [source[position] for position in positions]
+
+
+def _stack(records: list[Mapping[str, np.ndarray]], positions: list[int]) -> Batch:
+    names = records[0].keys()
+    clash = [name for name in _RESERVED if name in names]
+    if clash:
+        raise DataError(f"records have fields {clash}, which the loader makes itself; rename them")
+    batch = {}
+    for name in names:
+        values: list[np.ndarray] = []
+        for record, position in zip(records, positions, strict=True):
+            if record.keys() != names:
+                raise DataError(
+                    f"example {position} has fields {sorted(record)}, example {positions[0]} "
+                    f"{sorted(names)}"
+                )
+            value = np.asarray(record[name])
+            if values and value.shape != values[0].shape:
+                raise DataError(
+                    f"field {name!r} of example {position} has shape {value.shape}, that of "
+                    f"example {positions[0]} {values[0].shape}"
+                )
+            values.append(value)
+        batch[name] = np.stack(values)
+        if np.issubdtype(batch[name].dtype, np.floating):
+            finite = np.isfinite(batch[name]).reshape(len(positions), -1).all(axis=1)
+            if not finite.all():
+                bad = sorted({positions[row] for row in np.flatnonzero(~finite)})
+                raise DataError(f"field {name!r} has NaN or infinite values in example ids {bad}")
+    return batch
+
+
+def _check_own_weight(weight_b: np.ndarray, positions: list[int]) -> np.ndarray:
+    if weight_b.ndim != 1 or (weight_b < 0).any():
+        raise DataError(
+            f"field 'weight' must be a non-negative scalar per example; examples "
+            f"{positions[:3]} ... have shape {weight_b.shape[1:]}, minimum {weight_b.min()}"
+        )
+    return weight_b
+
+
+def _checked_ids(source: Source, ids: np.ndarray | None) -> np.ndarray:
+    size = len(source)
+    if size == 0:
+        raise DataError("the data set is empty: it has no examples")
+    if ids is None:
+        return np.arange(size, dtype=np.int64)
+    ids = np.asarray(ids, np.int64)
+    outside = ids[(ids < 0) | (ids >= size)]
+    if outside.size:
+        raise DataError(f"example ids {outside[:10].tolist()} are not in [0, {size})")
+    unique, counts = np.unique(ids, return_counts=True)
+    if unique.size != ids.size:
+        raise DataError(f"duplicate example ids: {unique[counts > 1][:10].tolist()}")
+    return ids
+
+
+def steps_of(num_examples: int, batch_size: int, epochs: int) -> int:
+    """Number of batches of a training loader."""
+    return math.ceil(num_examples * epochs / batch_size)

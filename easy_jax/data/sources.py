@@ -1,0 +1,164 @@
+"""Sources: random-access collections of records. An example's id is its position."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from easy_jax import fingerprint as fingerprints
+
+Record = Mapping[str, np.ndarray]
+
+
+class DataError(ValueError):
+    """A record or a data set cannot be used; the message names it and the fix."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What a data set must offer: a length, and a record for every position below it.
+
+    A record is a mapping of arrays, with the same fields and shapes for every position.
+    A field `weight` (a scalar), if there is one, is multiplied into the training weight.
+    Optional: `__getitems__(positions) -> list of records`, to read a batch at once, and
+    `fingerprint() -> str`, where something cheaper than reading everything identifies the data.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Record: ...
+
+
+class ArraySource:
+    """Records in memory, one array per field.
+
+    Args:
+      fields: arrays with equal leading axes, for example `image` and `label`.
+      num_classes: if given, `label` must be integers in [0, num_classes).
+
+    Raises:
+      DataError: no examples, unequal lengths, non-finite values, or labels out of range;
+        the message gives the field and the ids.
+
+    Example:
+      >>> source = ArraySource({"image": np.zeros((3, 8, 8, 1)), "label": np.arange(3)})
+      >>> len(source), int(source[2]["label"])
+      (3, 2)
+    """
+
+    def __init__(self, fields: Mapping[str, np.ndarray], num_classes: int | None = None):
+        self.fields = {name: np.asarray(array) for name, array in fields.items()}
+        lengths = {name: len(array) for name, array in self.fields.items()}
+        if len(set(lengths.values())) > 1:
+            raise DataError(f"fields have unequal lengths: {lengths}")
+        if not lengths or next(iter(lengths.values())) == 0:
+            raise DataError("the data set is empty: it has no examples")
+        for name, array in self.fields.items():
+            if np.issubdtype(array.dtype, np.floating):
+                _raise_if_any(
+                    ~np.isfinite(array).reshape(len(array), -1).all(axis=1),
+                    f"field {name!r} has NaN or infinite values",
+                )
+        if num_classes is not None:
+            check_labels(self.fields["label"], num_classes)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, position: int) -> Record:
+        return {name: array[position] for name, array in self.fields.items()}
+
+    def fingerprint(self) -> str:
+        """Hash of every field's name, dtype, shape and content."""
+        return fingerprints.of_arrays(self.fields)
+
+
+class TfdsSource:
+    """A prepared TensorFlow Datasets split, read from ArrayRecord without TensorFlow.
+
+    Args:
+      name: data set name, with optional config and version (`cifar10`, `mnist:3.0.1`).
+      split: for example `train` or `train[:90%]`.
+      data_dir: where it was prepared in the `array_record` file format.
+      fields: the record's field -> our name, for example `{"image": "image", "label": "label"}`;
+        others are left out.
+
+    Raises:
+      DataError: the data set is not prepared there.
+    """
+
+    def __init__(
+        self, name: str, split: str, data_dir: str | os.PathLike[str], fields: Mapping[str, str]
+    ):
+        import tensorflow_datasets as tfds
+
+        try:
+            builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
+            self._data = builder.as_data_source(split=split)
+        except Exception as error:
+            raise DataError(
+                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {error}. "
+                "Prepare it first, with tfds.builder(..., file_format='array_record')"
+                ".download_and_prepare()"
+            ) from error
+        missing = [field for field in fields if field not in builder.info.features]
+        if missing:
+            raise DataError(
+                f"TFDS data set {name!r} has no fields {missing}; it has "
+                f"{sorted(builder.info.features)}"
+            )
+        self._fields = dict(fields)
+        self._identity = {
+            "name": builder.info.full_name,
+            "split": split,
+            "fields": self._fields,
+            "num_examples": len(self._data),
+            "checksums": {
+                split_name: [info.num_examples, info.num_bytes]
+                for split_name, info in builder.info.splits.items()
+            },
+        }
+        if len(self._data) == 0:
+            raise DataError(f"split {split!r} of TFDS data set {name!r} is empty")
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, position: int) -> Record:
+        return self._rename(self._data[position])
+
+    def __getitems__(self, positions: list[int]) -> list[Record]:
+        return [self._rename(record) for record in self._data.__getitems__(positions)]
+
+    def _rename(self, record: Mapping[str, Any]) -> Record:
+        return {ours: np.asarray(record[theirs]) for theirs, ours in self._fields.items()}
+
+    def fingerprint(self) -> str:
+        """Hash of name, version, split and sizes: TFDS versions its content."""
+        return fingerprints.of_json(self._identity)
+
+
+def fingerprint(source: Source) -> str:
+    """The source's own fingerprint or, if it has none, a hash of every record."""
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return own()
+    return fingerprints.of_records(source[position] for position in range(len(source)))
+
+
+def check_labels(label_N: np.ndarray, num_classes: int) -> None:
+    """Raises DataError unless all labels are integers in [0, num_classes)."""
+    if not np.issubdtype(label_N.dtype, np.integer):
+        raise DataError(f"field 'label' has dtype {label_N.dtype}; labels are integers")
+    _raise_if_any(
+        (label_N < 0) | (label_N >= num_classes),
+        f"field 'label' is out of range for {num_classes} classes (0 to {num_classes - 1})",
+    )
+
+
+def _raise_if_any(bad_N: np.ndarray, what: str) -> None:
+    if bad_N.any():
+        ids = np.flatnonzero(bad_N)
+        more = " ..." if ids.size > 10 else ""
+        raise DataError(f"{what}: {ids.size} examples, ids {ids[:10].tolist()}{more}")

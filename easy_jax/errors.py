@@ -1,0 +1,17 @@
+"""The errors that a user can mend: their message says what is wrong, where, and how to mend it."""
+
+from easy_jax.checkpoint import CheckpointError
+from easy_jax.config import ConfigError
+from easy_jax.data import DataError
+from easy_jax.fit import TrainingError
+from easy_jax.loss_table import LossTableError
+from easy_jax.scoring import ScoringError
+
+USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    LossTableError,
+    ScoringError,
+    TrainingError,
+)

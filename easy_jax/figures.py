@@ -1,0 +1,166 @@
+"""The figures of the report, in colours that the colour-blind can tell apart."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+Row = Mapping[str, Any]
+
+# One colour per family, one marker per member.
+_STYLES = {
+    "standard": ("#000000", "o"),
+    "probe_standard": ("#000000", "s"),
+    "linear_probe": ("#888888", "v"),
+    "bn_head": ("#888888", "^"),
+    "l2": ("#CC79A7", "D"),
+    "wise_ft": ("#009E73", "P"),
+    "flow": ("#D55E00", "o"),
+    "flow_weighted_head": ("#D55E00", "s"),
+    "flow_no_head_stage": ("#D55E00", "*"),
+    "flow_wise_ft": ("#E69F00", "P"),
+    "control_uniform": ("#0072B2", "<"),
+    "control_shuffled": ("#0072B2", ">"),
+    "control_mean_one": ("#0072B2", "X"),
+}
+_OTHERS = (("#332288", "h"), ("#88CCEE", "p"), ("#117733", "8"), ("#882255", "d"))
+_RIGHT, _WRONG, _ACCENT = "#0072B2", "#D55E00", "#000000"
+
+
+def style(method: str) -> tuple[str, str]:
+    """Colour and marker of a method; the same in every figure."""
+    return _STYLES.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
+
+
+def to_svg(figure: Figure) -> str:
+    """A figure as SVG text without date or random ids: equal figures give equal text."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "easy_jax"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def scatter(rows: Sequence[Row]) -> Figure:
+    """Pre-training accuracy kept against target accuracy: every method, every learning rate.
+
+    A point is the mean over seeds; larger points are larger learning rates, joined by a line.
+    """
+    noises = sorted({row["label_noise"] for row in rows}, reverse=True)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    rates = sorted({row["learning_rate"] for row in rows})
+    figure = Figure(figsize=(5.6 * len(noises) + 2.0, 5.0), layout="constrained")
+    axes = figure.subplots(1, len(noises), squeeze=False)[0]
+    for axis, noise in zip(axes, noises, strict=True):
+        for method in methods:
+            colour, marker = style(method)
+            points = []
+            for rate in rates:
+                chosen = [
+                    row for row in rows
+                    if (row["method"], row["learning_rate"], row["label_noise"])
+                    == (method, rate, noise)
+                ]  # fmt: skip
+                if chosen:
+                    target = np.mean([row["target"] for row in chosen])
+                    kept = np.mean([row["pretrain_after"] for row in chosen])
+                    points.append((target, kept, 36 + 34 * rates.index(rate)))
+            x, y, size = np.array(points).T
+            axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
+            axis.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.8, linewidths=0)
+        axis.set_xlabel("target learnt: digits, test accuracy (%)")
+        axis.set_ylabel("pre-training kept: letters, test accuracy (%)")
+        axis.set_title(setting_name(noise))
+        axis.grid(alpha=0.3)
+    handles = [
+        Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
+        for m in methods
+    ]
+    if len(rates) > 1:
+        handles += [
+            Line2D([], [], color="#555555", marker="o", linestyle="",
+                   markersize=np.sqrt(36 + 34 * i), label=f"learning rate {rate:g}")
+            for i, rate in enumerate(rates)
+        ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
+
+
+def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -> Figure:
+    """Losses of the probed model on a logarithmic axis, tau, and the weight as a curve."""
+    loss_N = np.asarray(loss_N, np.float64)
+    floor = max(tau * 1e-3, 1e-6)  # a log axis has no zero; the first bin holds all below
+    shown = np.maximum(loss_N, floor)
+    bins = np.geomspace(floor, max(shown.max(), tau) * 1.1, 41).tolist()
+    figure = Figure(figsize=(7.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    if wrong_N is not None and wrong_N.any():
+        parts, labels = [shown[~wrong_N], shown[wrong_N]], ["label right", "label wrong"]
+        axis.hist(parts, bins, stacked=True, color=[_RIGHT, _WRONG], alpha=0.75, label=labels)
+    else:
+        axis.hist(shown, bins, color=_RIGHT, alpha=0.75, label="examples")
+    axis.axvline(tau, color=_ACCENT, linestyle="--", label=f"τ = median = {tau:.3g}")
+    axis.set_xscale("log")
+    axis.set_xlabel("loss of the frozen, linear-probed model (nats)")
+    axis.set_ylabel("examples")
+    right = axis.twinx()
+    grid = np.geomspace(bins[0], bins[-1], 300)
+    right.plot(grid, np.exp(-grid / tau), color=_ACCENT, linewidth=1.8, label="w = exp(−loss/τ)")
+    right.set_ylabel("weight w")
+    right.set_ylim(0.0, 1.05)
+    handles = [*axis.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=4,
+                frameon=False)  # fmt: skip
+    return figure
+
+
+def learning_curves(curves: Mapping[str, Sequence[Row]]) -> Figure:
+    """Validation accuracy on both tasks during a method's stages, one after the other.
+
+    Args:
+      curves: method -> entries with `step`, `target`, `pretrain`, in order.
+    """
+    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for method, entries in curves.items():
+        colour, marker = style(method)
+        steps = [entry["step"] for entry in entries]
+        for axis, key in ((left, "target"), (right, "pretrain")):
+            values = [entry[key] for entry in entries]
+            axis.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.2,
+                      label=method, alpha=0.85)  # fmt: skip
+    left.set_title("target: digits")
+    right.set_title("pre-training task: letters, its own head and BatchNorm put back")
+    for axis in (left, right):
+        axis.set_xlabel("step")
+        axis.set_ylabel("validation accuracy (%)")
+        axis.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def example_pictures(
+    image_NHW: np.ndarray, titles: Sequence[str], wrong_N: np.ndarray | None = None
+) -> Figure:
+    """A row-wise grid of small pictures, each with its title; wrong labels in colour."""
+    columns = 10
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(11.0, 1.5 * rows), layout="constrained")
+    for index, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axis.axis("off")
+        if index < len(titles):
+            axis.imshow(image_NHW[index], cmap="gray", vmin=-1.0, vmax=1.0)
+            is_wrong = wrong_N is not None and bool(wrong_N[index])
+            axis.set_title(titles[index], fontsize=8, color=_WRONG if is_wrong else "black")
+    return figure
+
+
+def setting_name(label_noise: float) -> str:
+    """How tables and figures call a setting."""
+    return (
+        f"{label_noise:.0%} of the training labels wrong" if label_noise else "labels as they are"
+    )

@@ -1,0 +1,233 @@
+"""One training stage: loader -> weighted step -> log and checkpoints. Resumable."""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax import data, merge, optim, sharding
+from easy_jax import fingerprint as fingerprints
+from easy_jax.checkpoint import Checkpointer
+from easy_jax.config import OptimizerConfig, Reduction, StageConfig
+from easy_jax.data.loader import PADDING_ID
+from easy_jax.losses import LossFn
+from easy_jax.metrics import MetricsLog
+from easy_jax.step import StepFn, TrainState, init_train_state, make_train_step
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names stage, step and examples."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A finished stage.
+
+    Attributes:
+      model_state: the trained model's variables, on the mesh.
+      steps: how many were taken in all.
+      seconds: spent in the stage's loop, over all its runs.
+      resumed_from: the step this call started from; `steps` if nothing was left to do.
+    """
+
+    model_state: nnx.State
+    steps: int
+    seconds: float
+    resumed_from: int
+
+
+def fit(
+    model: nnx.Module,
+    source: data.Source,
+    directory: str | os.PathLike[str],
+    *,
+    stage: StageConfig,
+    loss_fn: LossFn,
+    weight_N: np.ndarray | None = None,
+    trainable: Any = nnx.Param,
+    anchored: Callable[[Any, Any], bool] | None = None,
+    sfa_beta: float | None = None,
+    seed: int = 0,
+    mesh: Mesh | None = None,
+    name: str = "fit",
+    identity: dict[str, Any] | None = None,
+    log: MetricsLog | None = None,
+    log_every_steps: int = 10,
+    save_every_steps: int = 100,
+    on_epoch: Callable[[int, nnx.State], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Fit:
+    """Trains a model on weighted examples; called again, it continues or returns the result.
+
+    Args:
+      model: in the mode to train it in (`easy_jax.models.train_view` or `eval_view`); its
+        variables are copied, not changed.
+      source: the training data.
+      directory: of this stage's checkpoints.
+      stage: epochs, batches, reduction and optimiser.
+      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
+      weight_N: by example id; default: 1. NaN leaves an example out.
+      trainable: NNX filter of the parameters to train.
+      anchored: NNX filter of those that the anchor pulls back.
+      sfa_beta: if given, after every quarter of the steps the trainable parameters become
+        `(1 - beta) * current + beta * starting` (SFA, paper.md section 3).
+      seed: of the order of the examples.
+      mesh: default: all devices on the data axis.
+      name: in logs and errors.
+      identity: what the stage's result depends on, beside what is recorded anyway
+        (stage, seed, weights); a checkpoint with another identity is refused.
+      log: where metrics go.
+      log_every_steps, save_every_steps: intervals.
+      on_epoch: called with the number of epochs done and the model's variables.
+      progress: called with the number of steps done since the last call.
+
+    Raises:
+      TrainingError: the loss is not finite.
+      CheckpointError: the directory has a checkpoint of another run.
+      ConfigError, DataError: as the loaders and the mesh.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
+    loader = data.training_loader(
+        source, stage.batch_size, epochs=stage.epochs, seed=seed, weight_N=weight_N
+    )
+    total = loader.steps
+    graphdef = nnx.graphdef(model)
+    optimizer, train_step = _compiled(
+        graphdef, loss_fn, _without_rate(stage.optimizer), total, anchored,
+        stage.reduction, stage.micro_batches,
+    )  # fmt: skip
+    state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
+    state = _set_learning_rate(state, stage.optimizer.learning_rate, mesh)
+    start_params = jax.tree.map(jnp.copy, state.params) if sfa_beta is not None else None
+    average_at = merge.sfa_steps(total) if sfa_beta is not None else ()
+
+    checkpointer = Checkpointer(
+        directory,
+        {
+            **(identity or {}),
+            "stage": dataclasses.asdict(stage),
+            "seed": seed,
+            "sfa_beta": sfa_beta,
+            "weights": weights_fingerprint(weight_N),
+            "steps": total,
+        },
+    )
+    batches = iter(loader)
+    first, seconds = 0, 0.0
+    if checkpointer.latest_step() is not None:
+        state, saved = checkpointer.restore(state, batches)
+        first, seconds = int(jax.device_get(state.step)), saved["seconds"]
+    resumed_from = first
+
+    steps_per_epoch = total / stage.epochs
+    epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
+    pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
+    clock = time.perf_counter()
+    with jax.transfer_guard("disallow"):
+        for step in range(first + 1, total + 1):
+            batch = next(batches)
+            example_id = batch.pop("example_id")
+            state, metrics = train_step(state, sharding.shard_batch(batch, mesh))
+            if step in average_at:
+                state = dataclasses.replace(
+                    state, params=_average(state.params, start_params, sfa_beta)
+                )
+            if pending is not None:  # one step late: the device is busy with the next one
+                _record(name, pending, log, log_every_steps)
+            pending = (step, example_id, metrics)
+            if progress is not None:
+                progress(1)
+            if step in epoch_ends and on_epoch is not None:
+                seconds += time.perf_counter() - clock
+                with jax.transfer_guard("allow"):
+                    on_epoch(epoch_ends[step], state.model_state())
+                clock = time.perf_counter()
+            if step % save_every_steps == 0 and step < total:
+                _record(name, pending, log, log_every_steps)
+                pending = None
+                with jax.transfer_guard("allow"):
+                    elapsed = seconds + time.perf_counter() - clock
+                    checkpointer.save(state, batches, step, {"seconds": elapsed})
+        if pending is not None:
+            _record(name, pending, log, log_every_steps)
+    if first < total:
+        jax.block_until_ready(state)
+        seconds += time.perf_counter() - clock
+        checkpointer.save(state, batches, total, {"seconds": seconds})
+    checkpointer.close()
+    if log is not None:
+        log.flush()
+    return Fit(state.model_state(), total, seconds, resumed_from)
+
+
+def weights_fingerprint(weight_N: np.ndarray | None) -> str:
+    """Fingerprint of example weights; `none` for plain training."""
+    if weight_N is None:
+        return "none"
+    return fingerprints.of_arrays({"weight": weight_N})
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: LossFn,
+    optimizer_json: str,
+    total_steps: int,
+    anchored: Callable[[Any, Any], bool] | None,
+    reduction: Reduction,
+    micro_batches: int,
+) -> tuple[optax.GradientTransformation, StepFn]:
+    """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
+    config = OptimizerConfig(**json.loads(optimizer_json))
+    optimizer = optim.make_optimizer(config, total_steps, anchored)
+    step = make_train_step(
+        graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches
+    )
+    return optimizer, step
+
+
+def _without_rate(config: OptimizerConfig) -> str:
+    return json.dumps(dataclasses.asdict(dataclasses.replace(config, learning_rate=0.0)))
+
+
+def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> TrainState:
+    """The peak learning rate lives in the optimiser's state (see `optim.make_optimizer`)."""
+    rate = jax.device_put(np.float32(learning_rate), sharding.replicated(mesh))
+    opt_state: Any = state.opt_state
+    opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
+    return dataclasses.replace(state, opt_state=opt_state)
+
+
+@functools.partial(jax.jit, static_argnames="beta", donate_argnums=0)
+def _average(params: Any, start: Any, beta: float) -> Any:
+    return merge.interpolate(params, start, beta)
+
+
+def _record(
+    name: str,
+    pending: tuple[int, np.ndarray, dict[str, jax.Array]],
+    log: MetricsLog | None,
+    log_every_steps: int,
+) -> None:
+    step, example_id, metrics = pending
+    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+    if not np.isfinite(values["loss"]):
+        ids = example_id[example_id != PADDING_ID]
+        raise TrainingError(
+            f"{name}: the loss is {values['loss']} at step {step}, on example ids "
+            f"{ids[:10].tolist()}{' ...' if ids.size > 10 else ''}. Either one of them is bad "
+            "(a label out of range?), or training diverged: lower the learning rate"
+        )
+    if log is not None and (step % log_every_steps == 0 or step == 1):
+        log.write(name, "train", step, values)

@@ -1,0 +1,275 @@
+"""The loss table: what the frozen model thinks of every example, as Parquet and JSON.
+
+A directory with
+  part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P
+  metadata.json              fingerprints of model and data, loss, size; once complete, quantiles
+Parts are written whole or not at all, so an interrupted table is resumed at its missing rows.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from easy_jax import fingerprint as fingerprints
+from easy_jax import weighting
+
+FORMAT_VERSION = 1
+SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
+QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class LossTableError(ValueError):
+    """A loss table is missing, damaged, incomplete or of something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LossTable:
+    """A complete loss table on disk. `LossTable.open(directory)` makes one.
+
+    Attributes:
+      directory: where it is.
+      metadata: the content of `metadata.json`.
+    """
+
+    directory: Path
+    metadata: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: str | os.PathLike[str]) -> "LossTable":
+        """Opens a complete table.
+
+        Raises:
+          LossTableError: no table there, an incomplete one, or duplicate or missing ids.
+        """
+        directory = Path(directory)
+        metadata = read_metadata(directory)
+        if metadata is None:
+            raise LossTableError(f"no loss table in {directory}: there is no metadata.json")
+        if not metadata["complete"]:
+            raise LossTableError(
+                f"the loss table in {directory} is incomplete; run the scoring again, it "
+                "continues where it stopped"
+            )
+        table = cls(directory, metadata)
+        seen_N = seen_ids(directory, metadata["num_examples"])
+        seen_N[metadata["dropped_ids"]] = True
+        if not seen_N.all():
+            missing = np.flatnonzero(~seen_N)
+            raise LossTableError(
+                f"the loss table in {directory} has no row for {missing.size} of {seen_N.size} "
+                f"examples, ids {missing[:10].tolist()}; delete it and score again"
+            )
+        return table
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the data set, dropped ones included."""
+        return self.metadata["num_examples"]
+
+    @property
+    def temperature(self) -> float:
+        """The exact median of all losses, dropped examples left out."""
+        return self.metadata["median"]
+
+    def check(self, **expected: str) -> None:
+        """Refuses a table of something else.
+
+        Args:
+          **expected: entries of the metadata, such as `model`, `data`, `loss`.
+
+        Raises:
+          LossTableError: names every entry that differs.
+        """
+        check_metadata(self.directory, self.metadata, expected)
+
+    def rows(self) -> Iterator[Rows]:
+        """Streams `(example_id, loss, count)` arrays, a row group at a time."""
+        return iter_rows(self.directory)
+
+    def loss_N(self) -> np.ndarray:
+        """float32 losses by example id; NaN for dropped examples."""
+        loss_N = np.full(self.num_examples, np.nan, np.float32)
+        for ids, loss, _ in self.rows():
+            loss_N[ids] = loss
+        return loss_N
+
+    def flow_weights(self, tau: float | None = None) -> np.ndarray:
+        """FLOW's weights by example id, float32 [num_examples]; NaN for dropped examples.
+
+        Args:
+          tau: the temperature; default: the median, `self.temperature`.
+
+        Raises:
+          ValueError: a temperature of zero.
+        """
+        tau = self.temperature if tau is None else tau
+        weight_N = np.full(self.num_examples, np.nan, np.float32)
+        for ids, loss, _ in self.rows():
+            weight_N[ids] = np.asarray(weighting.flow_weights(loss, np.float32(tau)))
+        return weight_N
+
+    def fingerprint(self) -> str:
+        """Hash of the losses by id: the same for any partition into parts."""
+        return fingerprints.of_arrays({"loss": self.loss_N()})
+
+
+def read_metadata(directory: Path) -> dict[str, Any] | None:
+    """The metadata of a table, complete or not; None if there is none."""
+    path = directory / "metadata.json"
+    if not path.exists():
+        return None
+    try:
+        metadata = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise LossTableError(f"{path} is not JSON: {error}; delete it and score again") from error
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise LossTableError(
+            f"{path} has format version {metadata.get('format_version')}; this is for "
+            f"{FORMAT_VERSION}: score again"
+        )
+    return metadata
+
+
+def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
+    """Writes metadata.json, whole or not at all."""
+    temporary = directory / "metadata.json.tmp"
+    temporary.write_text(json.dumps(metadata, indent=2) + "\n")
+    temporary.replace(directory / "metadata.json")
+
+
+def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raises LossTableError naming every expected entry that differs."""
+    wrong = [
+        f"{key} is {found.get(key)!r} there and {value!r} here"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
+    if wrong:
+        raise LossTableError(
+            f"the loss table in {directory} is of something else: {'; '.join(wrong)}. "
+            "Score again into another directory, or delete this one"
+        )
+
+
+def write_part(directory: Path, process: int, rows: Rows) -> None:
+    """Appends a part, whole or not at all."""
+    number = len(list(directory.glob(f"part-{process:05d}-*.parquet")))
+    path = directory / f"part-{process:05d}-{number:05d}.parquet"
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(pa.table(list(rows), schema=SCHEMA), temporary)
+    temporary.replace(path)
+
+
+def iter_rows(directory: Path) -> Iterator[Rows]:
+    """Streams the rows of all parts of a table, complete or not."""
+    for path in sorted(directory.glob("part-*.parquet")):
+        try:
+            file = pq.ParquetFile(path)
+        except pa.ArrowInvalid as error:
+            raise LossTableError(
+                f"{path} is damaged: {error}; delete it and score again"
+            ) from error
+        with file:
+            if not file.schema_arrow.equals(SCHEMA):
+                raise LossTableError(
+                    f"{path} has columns {file.schema_arrow.names} of types "
+                    f"{[str(t) for t in file.schema_arrow.types]}; a loss table has {SCHEMA}"
+                )
+            for batch in file.iter_batches():
+                ids, loss, count = (column.to_numpy() for column in batch.columns)
+                yield ids, loss, count
+
+
+def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
+    """Boolean by id: which rows are there.
+
+    Raises:
+      LossTableError: an id out of range, or one that stands twice.
+    """
+    seen_N = np.zeros(num_examples, bool)
+    for ids, _, _ in iter_rows(directory):
+        outside = ids[(ids < 0) | (ids >= num_examples)]
+        if outside.size:
+            raise LossTableError(
+                f"the loss table in {directory} has ids {outside[:10].tolist()}, outside of "
+                f"[0, {num_examples})"
+            )
+        unique, counts = np.unique(ids, return_counts=True)
+        twice = np.concatenate([unique[counts > 1], unique[seen_N[unique]]])
+        if twice.size:
+            raise LossTableError(
+                f"the loss table in {directory} has duplicate example ids "
+                f"{np.unique(twice)[:10].tolist()}; delete it and score again"
+            )
+        seen_N[ids] = True
+    return seen_N
+
+
+def summarise(directory: Path) -> dict[str, Any]:
+    """Exact quantiles and median of the losses, in two streaming passes."""
+
+    def losses() -> Iterator[np.ndarray]:
+        for _, loss, _ in iter_rows(directory):
+            yield loss
+
+    size = sum(len(loss) for loss in losses())
+    if size == 0:
+        raise LossTableError(f"the loss table in {directory} has no rows")
+    ranks = [round(q * (size - 1)) for q in QUANTILES]
+    middle = [(size - 1) // 2, size // 2]
+    values = order_statistics(losses, [*ranks, *middle])
+    quantiles = dict(zip(map(str, QUANTILES), values[: len(ranks)], strict=True))
+    median = float((np.float32(values[-2]) + np.float32(values[-1])) / np.float32(2.0))
+    return {"num_rows": size, "median": median, "quantiles": quantiles}
+
+
+def order_statistics(
+    chunks: Callable[[], Iterator[np.ndarray]], ranks: Sequence[int]
+) -> list[float]:
+    """Exact order statistics of a stream of non-negative float32 values, in constant memory.
+
+    The bit patterns of non-negative floats sort like the floats, so a histogram of the
+    upper 16 bits finds the bucket of a rank and one of the lower 16 bits the value. The
+    histograms add up over parts, processes and hosts.
+
+    Args:
+      chunks: called twice; streams float32 arrays without NaN.
+      ranks: zero-based.
+
+    Returns:
+      The values at these ranks.
+
+    Example:
+      >>> order_statistics(lambda: iter([np.float32([3, 1]), np.float32([2])]), [0, 1])
+      [1.0, 2.0]
+    """
+    buckets = 1 << 16
+    upper = np.zeros(buckets, np.int64)
+    for chunk in chunks():
+        upper += np.bincount(_bits(chunk) >> 16, minlength=buckets)
+    ends = np.cumsum(upper)
+    places = [int(np.searchsorted(ends, rank, side="right")) for rank in ranks]
+    lower = {place: np.zeros(buckets, np.int64) for place in places}
+    for chunk in chunks():
+        bits = _bits(chunk)
+        for place, histogram in lower.items():
+            histogram += np.bincount(bits[bits >> 16 == place] & 0xFFFF, minlength=buckets)
+    values = []
+    for rank, place in zip(ranks, places, strict=True):
+        within = rank - (ends[place] - upper[place])
+        low = int(np.searchsorted(np.cumsum(lower[place]), within, side="right"))
+        values.append(float(np.uint32(place << 16 | low).view(np.float32)))
+    return values
+
+
+def _bits(chunk: np.ndarray) -> np.ndarray:
+    # Adding 0.0 turns -0.0, whose bits sort last, into 0.0.
+    return (np.ascontiguousarray(chunk, np.float32) + np.float32(0.0)).view(np.uint32)

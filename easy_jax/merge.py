@@ -1,0 +1,63 @@
+"""Weight averaging: WiSE-FT after training, SFA during it."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+
+def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any:
+    """`(1 - alpha) * start + alpha * end`, leaf by leaf.
+
+    WiSE-FT (Wortsman et al. 2022) with `start` the pre-trained and `end` the fine-tuned
+    weights; SFA averages during training with `end` the pre-trained weights.
+
+    Args:
+      start, end: trees of equal structure, shapes and dtypes. Floating leaves are
+        interpolated in float32 and cast back; other leaves are taken from `end`.
+      alpha: between 0 and 1; exactly `start` at 0 and `end` at 1.
+
+    Returns:
+      A tree like `end`.
+
+    Raises:
+      ValueError: alpha outside [0, 1].
+      AssertionError: trees that differ in structure, shape or dtype.
+
+    Example:
+      >>> interpolate({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, 0.25)["w"].tolist()
+      [0.25]
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
+    chex.assert_trees_all_equal_shapes_and_dtypes(start, end)
+
+    def one(a: jax.Array, b: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(b.dtype, jnp.floating):
+            return b
+        wide = jnp.promote_types(b.dtype, jnp.float32)
+        mixed = (1.0 - alpha) * a.astype(wide) + alpha * b.astype(wide)
+        return mixed.astype(b.dtype)
+
+    return jax.tree.map(one, start, end)
+
+
+def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float = 0.5) -> Any:
+    """WiSE-FT: `alpha` is the share of the fine-tuned weights (paper.md section 3).
+
+    Example:
+      >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
+      [1.0]
+    """
+    return interpolate(pretrained, finetuned, alpha)
+
+
+def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
+    """The steps after which SFA averages: every quarter of the run (paper.md section 3).
+
+    Example:
+      >>> sfa_steps(10)
+      (2, 5, 8, 10)
+    """
+    return tuple(round(total_steps * part / times) for part in range(1, times + 1))

@@ -1,0 +1,83 @@
+"""The metrics log: one JSON line per entry, and the same in TensorBoard's format."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl` and `tensorboard/` in a workdir.
+
+    After a resume, steps since the last checkpoint are logged again; `read` keeps the
+    last entry of every (stage, kind, step).
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str]):
+        self._workdir = Path(workdir)
+        self._file = open_lines(self._workdir / "metrics.jsonl")
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def write(self, stage: str, kind: str, step: int, values: dict[str, float]) -> None:
+        """Logs values of a stage after `step` steps; `kind` is `train` or `validation`."""
+        entry = {"stage": stage, "kind": kind, "step": step, **values}
+        self._file.write(json.dumps(entry) + "\n")
+        if stage not in self._writers:
+            self.flush()
+            path = self._workdir / "tensorboard" / stage
+            self._writers = {stage: SummaryWriter(str(path), write_to_disk=True)}
+        for name, value in values.items():
+            self._writers[stage].add_scalar(f"{kind}/{name}", value, step)
+
+    def flush(self) -> None:
+        """Writes out what is buffered, and closes finished stages."""
+        self._file.flush()
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+def open_lines(path: Path) -> TextIO:
+    """Opens a JSON-lines file for appending; a last line cut short by a kill is removed."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(path, whole)
+    return path.open("a")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The entries of a JSON-lines file; a last line cut short by a kill is left out.
+
+    Raises:
+      ValueError: any other broken line, by file and number.
+    """
+    if not path.exists():
+        return []
+    entries = []
+    lines = path.read_text().split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline at its end: the write was interrupted
+                continue
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+    return entries
+
+
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All entries of a workdir's log, the last one of every (stage, kind, step)."""
+    latest: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for entry in read_lines(Path(workdir) / "metrics.jsonl"):
+        latest[entry["stage"], entry["kind"], entry["step"]] = entry
+    return list(latest.values())

@@ -1,0 +1,165 @@
+"""Residual networks in Flax NNX, in timm's layout and parameter order.
+
+Shape suffixes: B batch, H height, W width, C channels, F features, K classes.
+
+Every parameter carries its logical axes in the metadata field `logical_axes`;
+`easy_jax.sharding` turns them into shardings. (NNX's own `out_sharding` is not
+used: it wants a mesh at construction time, and models are built abstractly first.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from easy_jax.config import ResNetConfig
+
+_KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
+
+
+def _conv(in_features: int, features: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    # Explicit symmetric padding: "SAME" pads strided convolutions unlike PyTorch does.
+    return nnx.Conv(
+        in_features,
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        kernel_metadata={"logical_axes": _KERNEL_AXES},
+        rngs=rngs,
+    )
+
+
+class BatchNorm(nnx.BatchNorm):
+    """NNX batch norm that keeps padding out of its statistics; PyTorch's momentum 0.1."""
+
+    def __init__(self, features: int, rngs: nnx.Rngs):
+        super().__init__(
+            features,
+            momentum=0.9,
+            epsilon=1e-5,
+            scale_metadata={"logical_axes": ("norm",)},
+            bias_metadata={"logical_axes": ("norm",)},
+            rngs=rngs,
+        )
+
+    def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
+        # In eval mode the statistics are not computed, so there is nothing to mask.
+        use_mask = mask_B is not None and not self.use_running_average
+        mask = mask_B[:, None, None, None] if use_mask and mask_B is not None else None
+        return super().__call__(x_BHWC, mask=mask)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    def __init__(self, in_features: int, features: int, stride: int, rngs: nnx.Rngs):
+        self.conv1 = _conv(in_features, features, 3, stride, rngs)
+        self.bn1 = BatchNorm(features, rngs)
+        self.conv2 = _conv(features, features, 3, 1, rngs)
+        self.bn2 = BatchNorm(features, rngs)
+        self.has_projection = stride != 1 or in_features != features
+        if self.has_projection:
+            self.downsample_conv = _conv(in_features, features, 1, stride, rngs)
+            self.downsample_bn = BatchNorm(features, rngs)
+
+    def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+        y_BHWC = nnx.relu(self.bn1(self.conv1(x_BHWC), mask_B))
+        y_BHWC = self.bn2(self.conv2(y_BHWC), mask_B)
+        if self.has_projection:
+            x_BHWC = self.downsample_bn(self.downsample_conv(x_BHWC), mask_B)
+        return nnx.relu(x_BHWC + y_BHWC)
+
+
+class ResNet(nnx.Module):
+    """A residual network with a 3x3 stem for small images.
+
+    Args:
+      config: widths, depths and input channels.
+      num_classes: outputs of the head.
+      rngs: NNX random streams; `params` is used.
+
+    Example:
+      >>> from flax import nnx
+      >>> from easy_jax.config import ResNetConfig
+      >>> model = ResNet(ResNetConfig(width=8), num_classes=10, rngs=nnx.Rngs(0))
+      >>> model(jax.numpy.zeros((2, 16, 16, 1))).shape
+      (2, 10)
+    """
+
+    def __init__(self, config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs):
+        self.conv1 = _conv(config.in_channels, config.width, 3, 1, rngs)
+        self.bn1 = BatchNorm(config.width, rngs)
+        blocks = []
+        features = config.width
+        for stage, depth in enumerate(config.depths):
+            width = config.width * 2**stage
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(BasicBlock(features, width, stride, rngs))
+                features = width
+        self.blocks = nnx.List(blocks)
+        self.head = new_head(features, num_classes, rngs)
+
+    def __call__(self, image_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:
+        """Logits.
+
+        Args:
+          image_BHWC: float images.
+          mask_B: boolean, False for padding, which then stays out of the statistics
+            of BatchNorm in train mode.
+
+        Returns:
+          logits_BK, float32.
+        """
+        chex.assert_rank(image_BHWC, 4)
+        x_BHWC = nnx.relu(self.bn1(self.conv1(image_BHWC), mask_B))
+        for block in self.blocks:
+            x_BHWC = block(x_BHWC, mask_B)
+        return self.head(jnp.mean(x_BHWC, axis=(1, 2))).astype(jnp.float32)
+
+
+def new_head(features: int, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A fresh linear classification head, `features` to `num_classes`, with zero bias."""
+    return nnx.Linear(
+        features,
+        num_classes,
+        kernel_metadata={"logical_axes": ("features", "classes")},
+        bias_metadata={"logical_axes": ("classes",)},
+        rngs=rngs,
+    )
+
+
+def is_head(path: Sequence[Any], variable: Any) -> bool:
+    """NNX filter: the classification head."""
+    del variable
+    return path[0] == "head"
+
+
+def is_batch_norm(path: Sequence[Any], variable: Any) -> bool:
+    """NNX filter: scale, bias and running statistics of every BatchNorm."""
+    del variable
+    return any(str(part).startswith("bn") or part == "downsample_bn" for part in path)
+
+
+def is_task_specific(path: Sequence[Any], variable: Any) -> bool:
+    """NNX filter: the parts that belong to one task, head and BatchNorm (paper.md section 2).
+
+    To measure the pre-training ability of a fine-tuned network, the pre-trained
+    values of exactly these are put back.
+    """
+    return is_head(path, variable) or is_batch_norm(path, variable)
+
+
+def is_backbone(path: Sequence[Any], variable: Any) -> bool:
+    """NNX filter: everything but the head; what distances to the pre-trained weights cover."""
+    return not is_head(path, variable)
+
+
+head_params = nnx.All(nnx.Param, is_head)
+task_params = nnx.All(nnx.Param, is_task_specific)

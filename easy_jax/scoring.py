@@ -1,0 +1,215 @@
+"""Scoring: one frozen, jitted, mesh-sharded pass over the data, into a loss table."""
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax import data, loss_table, sharding
+from easy_jax import fingerprint as fingerprints
+from easy_jax.loss_table import LossTable
+from easy_jax.losses import LossFn
+from easy_jax.models import eval_view
+
+
+class ScoringError(ValueError):
+    """Some examples have no usable loss; the message lists their ids."""
+
+
+def score(
+    model: nnx.Module,
+    source: data.Source,
+    directory: str | os.PathLike[str],
+    *,
+    loss_fn: LossFn,
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
+    on_bad_example: Literal["error", "drop"] = "error",
+    rows_per_part: int = 100_000,
+    progress: Callable[[int], None] | None = None,
+) -> LossTable:
+    """Scores every example once with the frozen model; returns the loss table.
+
+    Complete tables are opened, not made again; interrupted ones are continued at their
+    missing rows. The model runs in eval mode, whatever mode it is in. Memory: a part
+    (`rows_per_part` rows of 16 bytes) and one bit array, whatever the size of the data.
+
+    Args:
+      model: the pre-trained (for vision: linear-probed) model.
+      source: the fine-tuning data.
+      directory: of the table; made if it does not exist.
+      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`; the loss is their quotient.
+      batch_size: global; padded at the end, padding never reaches the table.
+      mesh: default: all devices on the data axis.
+      on_bad_example: examples whose loss is not finite or whose count is 0 (no target
+        token) are an error, after the good ones have been saved; or dropped and counted.
+      rows_per_part: rows between two saves.
+      progress: called with the number of examples scored after every batch.
+
+    Raises:
+      LossTableError: the directory has a table of another model, data set or loss.
+      ScoringError: bad examples, by id.
+      ConfigError: a batch size that does not divide over the mesh.
+
+    Example:
+      >>> import tempfile
+      >>> from easy_jax.losses import squared_error
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> source = data.ArraySource({"x": np.ones((5, 1), "f"), "y": np.ones((5, 1), "f")})
+      >>> table = score(model, source, tempfile.mkdtemp(), batch_size=8,
+      ...               loss_fn=lambda model, batch: squared_error(model(batch["x"]), batch["y"]))
+      >>> table.num_examples
+      5
+    """
+    directory = Path(directory)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
+    graphdef, state = nnx.split(eval_view(model))
+    identity = {
+        "model": fingerprints.of_state(state),
+        "data": data.fingerprint(source),
+        "loss": loss_name(loss_fn),
+        "num_examples": len(source),
+    }
+    metadata = loss_table.read_metadata(directory)
+    if metadata is not None:
+        loss_table.check_metadata(directory, metadata, identity)
+        if metadata["complete"]:
+            return LossTable.open(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format_version": loss_table.FORMAT_VERSION, **identity, "complete": False}
+    loss_table.write_metadata(directory, metadata)
+
+    done_N = loss_table.seen_ids(directory, len(source))
+    dropped = _read_dropped(directory)
+    done_N[list(dropped)] = True
+    bad: dict[int, str] = {}
+    todo = np.flatnonzero(~done_N)
+    if todo.size:
+        loader = data.scoring_loader(source, batch_size, ids=todo)
+        writer = _PartWriter(directory, rows_per_part)
+        state = sharding.shard_tree(state, mesh)
+        for ids, nll_sum, count in per_example(graphdef, state, loss_fn, loader, mesh):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                loss = nll_sum / count
+            reason = np.where(count == 0, "no target", np.where(np.isfinite(loss), "", "loss"))
+            good = reason == ""
+            bad.update(
+                (int(i), "has no target token" if r == "no target" else f"has loss {x}")
+                for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
+            )
+            writer.add(ids[good], loss[good], count[good])
+            if progress is not None:
+                progress(len(ids))
+        if bad and on_bad_example == "drop":
+            dropped |= set(bad)
+            _write_dropped(directory, dropped)
+        writer.flush()
+    if bad and on_bad_example == "error":
+        some = "; ".join(f"id {i} {why}" for i, why in sorted(bad.items())[:10])
+        raise ScoringError(
+            f"{len(bad)} of {len(source)} examples cannot be scored: {some}"
+            f"{'; ...' if len(bad) > 10 else ''}. Mend the data, or set on_bad_example='drop' "
+            "to leave them out of training"
+        )
+    metadata |= loss_table.summarise(directory)
+    metadata |= {"complete": True, "dropped_ids": sorted(dropped)}
+    loss_table.write_metadata(directory, metadata)
+    return LossTable.open(directory)
+
+
+def loss_name(loss_fn: Callable[..., Any]) -> str:
+    """What the metadata calls a loss: the function's qualified name."""
+    if isinstance(loss_fn, functools.partial):
+        return f"{loss_name(loss_fn.func)}({loss_fn.args}, {loss_fn.keywords})"
+    return getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)
+
+
+@functools.lru_cache(maxsize=32)
+def make_score_step(
+    graphdef: nnx.GraphDef[Any], loss_fn: LossFn
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+    """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
+    every pass with the same model structure, loss and shapes shares one compilation."""
+
+    def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+
+    return jax.jit(score_step)
+
+
+def per_example(
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State,
+    loss_fn: LossFn,
+    loader: data.Loader,
+    mesh: Mesh,
+) -> Iterator[loss_table.Rows]:
+    """Streams `(ids, first, second)` of a function that returns two arrays per example.
+
+    Padding is removed, every example comes once, and results are read one batch late, so
+    that the devices stay busy. Scoring and evaluation both run on this.
+
+    Args:
+      graphdef, state: the model, in eval mode; the state on the mesh.
+      loss_fn: `(model, batch) -> (first_B, second_B)`.
+      loader: a scoring loader.
+      mesh: where the batches go.
+    """
+    score_step = make_score_step(graphdef, loss_fn)
+    pending: tuple[data.loader.Batch, tuple[jax.Array, jax.Array]] | None = None
+    for batch in loader:
+        example_id, mask = batch["example_id"], batch["mask"]
+        arrays = {name: array for name, array in batch.items() if name != "example_id"}
+        result = score_step(state, sharding.shard_batch(arrays, mesh))
+        if pending is not None:
+            yield _collect(*pending)
+        pending = ({"example_id": example_id, "mask": mask}, result)
+    if pending is not None:
+        yield _collect(*pending)
+
+
+def _collect(
+    batch: Mapping[str, np.ndarray], result: tuple[jax.Array, jax.Array]
+) -> loss_table.Rows:
+    nll_sum, count = (sharding.local_rows(array) for array in result)
+    mask = batch["mask"]
+    return batch["example_id"][mask], nll_sum[mask], count[mask]
+
+
+class _PartWriter:
+    """Collects rows and writes a part when there are enough."""
+
+    def __init__(self, directory: Path, rows_per_part: int):
+        self._directory = directory
+        self._rows_per_part = rows_per_part
+        self._rows: list[loss_table.Rows] = []
+
+    def add(self, ids: np.ndarray, loss: np.ndarray, count: np.ndarray) -> None:
+        self._rows.append((ids, loss, count))
+        if sum(len(rows[0]) for rows in self._rows) >= self._rows_per_part:
+            self.flush()
+
+    def flush(self) -> None:
+        if sum(len(rows[0]) for rows in self._rows):
+            ids, loss, count = (np.concatenate(c) for c in zip(*self._rows, strict=True))
+            loss_table.write_part(self._directory, jax.process_index(), (ids, loss, count))
+        self._rows = []
+
+
+def _read_dropped(directory: Path) -> set[int]:
+    path = directory / "dropped.json"
+    return set(json.loads(path.read_text())) if path.exists() else set()
+
+
+def _write_dropped(directory: Path, dropped: set[int]) -> None:
+    temporary = directory / "dropped.json.tmp"
+    temporary.write_text(json.dumps(sorted(dropped)))
+    temporary.replace(directory / "dropped.json")

@@ -1,0 +1,57 @@
+"""What a person sees while an experiment runs: one bar with the time left, and messages."""
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Terminal:
+    """A progress bar over all training steps of an experiment.
+
+    Outside of a terminal (CI, a log file, a pod) only the messages are printed.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self._console = console if console is not None else Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("left"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("starting", total=None)
+
+    def start(self, total: int) -> None:
+        """Sets the number of steps of the whole experiment."""
+        self._progress.update(self._task, total=total)
+
+    def describe(self, text: str) -> None:
+        """Says what is going on."""
+        self._progress.update(self._task, description=text)
+
+    def advance(self, steps: int) -> None:
+        """Counts steps as done."""
+        self._progress.update(self._task, advance=steps)
+
+    def print(self, what: Any) -> None:
+        """Prints a message or a table above the bar."""
+        self._console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+
+    def __enter__(self) -> "Terminal":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()

@@ -1,0 +1,196 @@
+"""From losses to weights: the temperature, FLOW's weights, and what they minimise.
+
+Pure functions of arrays (paper.md section 1; the paper's Prop. 4.3). Values are checked
+whenever they are concrete; under `jit`, where they are not, the caller checks.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def temperature(loss_N: ArrayLike) -> jax.Array:
+    """The temperature tau: the exact median of the losses.
+
+    Args:
+      loss_N: per-example losses in nats, at least one, finite and non-negative.
+
+    Returns:
+      The median, a positive scalar; the mean of the two middle values if N is even.
+
+    Raises:
+      ValueError: no losses, a non-finite or negative one (positions listed), or a median
+        of zero, for which the weights are undefined.
+
+    Example:
+      >>> float(temperature([0.5, 4.0, 1.0]))
+      1.0
+    """
+    loss_N = _as_losses(loss_N)
+    return _check_temperature(jnp.median(loss_N), "the median loss")
+
+
+def flow_weights(loss_N: ArrayLike, tau: ArrayLike | None = None) -> jax.Array:
+    """FLOW's weights, w = exp(-loss / tau): 1 for a loss of 0, 1/e at the median.
+
+    Args:
+      loss_N: per-example losses of the frozen model, in nats.
+      tau: the temperature; default: `temperature(loss_N)`.
+
+    Returns:
+      w_N in (0, 1], of the losses' dtype. Not normalised (paper.md section 1).
+
+    Raises:
+      ValueError: as `temperature`; or `tau` is not positive and finite.
+
+    Example:
+      >>> [round(float(w), 4) for w in flow_weights([0.0, 1.0, 2.0])]
+      [1.0, 0.3679, 0.1353]
+    """
+    loss_N = _as_losses(loss_N)
+    tau = temperature(loss_N) if tau is None else _check_temperature(tau, "tau")
+    return jnp.exp(-loss_N / tau)
+
+
+def flow_weights_token(
+    token_loss: ArrayLike, target_mask: ArrayLike, tau: ArrayLike | None = None
+) -> jax.Array:
+    """Token-wise FLOW: w_it = exp(-nll_it / tau_tok), tau_tok the median over target tokens.
+
+    Args:
+      token_loss: per-token losses in nats, any shape.
+      target_mask: boolean, of the same shape: which tokens are targets.
+      tau: the temperature; default: the median over the target tokens.
+
+    Returns:
+      Weights of the same shape; 0 where the mask is False.
+
+    Raises:
+      ValueError: as `flow_weights`, over the target tokens; or shapes that differ.
+
+    Example:
+      >>> w = flow_weights_token([[1.0, 1.0, 9.0]], [[True, True, False]])
+      >>> [round(float(x), 4) for x in w[0]]
+      [0.3679, 0.3679, 0.0]
+    """
+    token_loss = jnp.asarray(token_loss)
+    target_mask = jnp.asarray(target_mask, bool)
+    if token_loss.shape != target_mask.shape:
+        raise ValueError(
+            f"token_loss has shape {token_loss.shape}, target_mask {target_mask.shape}"
+        )
+    if tau is None:
+        tau = temperature(token_loss[target_mask])
+    else:
+        tau = _check_temperature(tau, "tau")
+        if _is_concrete(token_loss):
+            _as_losses(token_loss[target_mask])
+    safe = jnp.where(target_mask, token_loss, 0.0)
+    return jnp.where(target_mask, jnp.exp(-safe / tau), 0.0)
+
+
+def kl_dro_weights(loss_N: ArrayLike, tau: ArrayLike) -> jax.Array:
+    """KL-DRO's weights, for contrast: softmax(+loss / tau), which favours hard examples.
+
+    The mirror image of FLOW (Qi et al. 2021): the maximiser over the simplex of
+    `sum pi f - tau sum pi log pi`. In its method f is the loss of the *current* model.
+
+    Args:
+      loss_N: per-example losses.
+      tau: the temperature, positive.
+
+    Returns:
+      pi_N, on the simplex.
+
+    Raises:
+      ValueError: as `flow_weights`.
+
+    Example:
+      >>> [round(float(p), 4) for p in kl_dro_weights([0.0, 1.0], tau=1.0)]
+      [0.2689, 0.7311]
+    """
+    loss_N = _as_losses(loss_N)
+    return jax.nn.softmax(loss_N / _check_temperature(tau, "tau"))
+
+
+def entropic_objective(pi_N: ArrayLike, loss_N: ArrayLike, tau: ArrayLike) -> jax.Array:
+    """What normalised FLOW weights minimise: sum pi f + tau sum pi log pi (Prop. 4.3).
+
+    Args:
+      pi_N: a point of the probability simplex; 0 log 0 counts as 0.
+      loss_N: per-example losses.
+      tau: the temperature.
+
+    Returns:
+      The objective, a scalar in nats. Its minimum is -tau log sum exp(-f / tau).
+
+    Example:
+      >>> round(float(entropic_objective([0.5, 0.5], [0.0, 0.0], tau=1.0)), 4)  # -log 2
+      -0.6931
+    """
+    pi_N, loss_N = jnp.asarray(pi_N), jnp.asarray(loss_N)
+    return jnp.sum(pi_N * loss_N) + tau * jnp.sum(jax.scipy.special.xlogy(pi_N, pi_N))
+
+
+def control_weights(
+    weight_N: np.ndarray, kind: Literal["uniform", "shuffled", "mean_one"], seed: int
+) -> np.ndarray:
+    """Controls that separate which examples FLOW favours from the smaller step it takes.
+
+    Args:
+      weight_N: FLOW's weights.
+      kind: `uniform`, their mean for every example: the smaller step alone; `shuffled`,
+        the same weights on random examples; `mean_one`, divided by their mean: the choice
+        of examples without the smaller step.
+      seed: of the shuffle.
+
+    Returns:
+      Weights of the same shape and dtype.
+
+    Example:
+      >>> control_weights(np.array([1.0, 3.0]), "uniform", seed=0)
+      array([2., 2.])
+    """
+    weight_N = np.asarray(weight_N)
+    if kind == "uniform":
+        return np.full_like(weight_N, weight_N.mean(dtype=np.float64))
+    if kind == "shuffled":
+        return np.random.default_rng(seed).permutation(weight_N)
+    if kind == "mean_one":
+        return (weight_N / weight_N.mean(dtype=np.float64)).astype(weight_N.dtype)
+    raise ValueError(f"kind is {kind!r}; it must be 'uniform', 'shuffled' or 'mean_one'")
+
+
+def _is_concrete(x: object) -> bool:
+    return not isinstance(x, jax.core.Tracer)
+
+
+def _as_losses(loss_N: ArrayLike) -> jax.Array:
+    loss_N = jnp.asarray(loss_N)
+    loss_N = loss_N.astype(jnp.promote_types(loss_N.dtype, jnp.float32))
+    if loss_N.size == 0:
+        raise ValueError("there are no losses: the temperature of an empty set is undefined")
+    if _is_concrete(loss_N):
+        values = np.asarray(loss_N).ravel()
+        for bad, what in ((~np.isfinite(values), "not finite"), (values < 0, "negative")):
+            if bad.any():
+                where = np.flatnonzero(bad)
+                raise ValueError(
+                    f"{where.size} of {values.size} losses are {what}, at positions "
+                    f"{where[:10].tolist()}{' ...' if where.size > 10 else ''}"
+                )
+    return loss_N
+
+
+def _check_temperature(tau: ArrayLike, what: str) -> jax.Array:
+    tau = jnp.asarray(tau)
+    if _is_concrete(tau) and not (np.isfinite(tau) and tau > 0):
+        raise ValueError(
+            f"{what} is {float(tau)}; the temperature must be positive. At least half of the "
+            "losses are zero if the median is: give a temperature of your own, or check that "
+            "the model has not been trained on these examples"
+        )
+    return tau
