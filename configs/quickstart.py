@@ -12,6 +12,7 @@ Hardware: 2 CPU cores. Time and results: README.md (default) and docs/results.md
 """
 
 from easy_jax.config import (
+    ConfigError,
     ExperimentConfig,
     GlyphDataConfig,
     MethodConfig,
@@ -21,6 +22,7 @@ from easy_jax.config import (
     StageConfig,
 )
 
+ARGUMENTS = ("noisy", "clean", "full", "tiny")
 METHODS = (
     MethodConfig("standard"),
     MethodConfig("probe_standard", start="probe"),
@@ -45,8 +47,8 @@ CONTROLS = (
 def get_config(arg: str = "noisy") -> ExperimentConfig:
     """The configuration of a setting: `noisy`, `clean`, `full` or `tiny`."""
     arg = arg or "noisy"
-    if arg not in ("noisy", "clean", "full", "tiny"):
-        raise ValueError(f"quickstart.py:{arg} is unknown; use noisy, clean, full or tiny")
+    if arg not in ARGUMENTS:
+        raise ConfigError(f"quickstart.py:{arg} is unknown; use one of {', '.join(ARGUMENTS)}")
 
     def stage(epochs: int, learning_rate: float) -> StageConfig:
         optimizer = OptimizerConfig(learning_rate=learning_rate, weight_decay=5e-4)

@@ -68,7 +68,7 @@ def scatter(rows: Sequence[Row]) -> Figure:
                 if chosen:
                     target = np.mean([row["target"] for row in chosen])
                     kept = np.mean([row["pretrain_after"] for row in chosen])
-                    points.append((target, kept, 36 + 34 * rates.index(rate)))
+                    points.append((target, kept, _area(rate, rates)))
             x, y, size = np.array(points).T
             axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
             axis.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.8, linewidths=0)
@@ -83,17 +83,23 @@ def scatter(rows: Sequence[Row]) -> Figure:
     if len(rates) > 1:
         handles += [
             Line2D([], [], color="#555555", marker="o", linestyle="",
-                   markersize=np.sqrt(36 + 34 * i), label=f"learning rate {rate:g}")
-            for i, rate in enumerate(rates)
+                   markersize=np.sqrt(_area(rate, rates)), label=f"learning rate {rate:g}")
+            for rate in rates
         ]  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
 
 
+def _area(rate: float, rates: Sequence[float]) -> float:
+    """A marker's area in points squared: larger for larger learning rates."""
+    return 60.0 if len(rates) == 1 else 36.0 + 34.0 * rates.index(rate)
+
+
 def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -> Figure:
     """Losses of the probed model on a logarithmic axis, tau, and the weight as a curve."""
     loss_N = np.asarray(loss_N, np.float64)
-    floor = max(tau * 1e-3, 1e-6)  # a log axis has no zero; the first bin holds all below
+    # A log axis has no zero: the first bin holds everything below tau / 1000.
+    floor = max(0.8 * min(loss_N.min(), tau), tau * 1e-3)
     shown = np.maximum(loss_N, floor)
     bins = np.geomspace(floor, max(shown.max(), tau) * 1.1, 41).tolist()
     figure = Figure(figsize=(7.6, 4.0), layout="constrained")
@@ -134,7 +140,7 @@ def learning_curves(curves: Mapping[str, Sequence[Row]]) -> Figure:
             axis.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.2,
                       label=method, alpha=0.85)  # fmt: skip
     left.set_title("target: digits")
-    right.set_title("pre-training task: letters, its own head and BatchNorm put back")
+    right.set_title("pre-training task: letters")
     for axis in (left, right):
         axis.set_xlabel("step")
         axis.set_ylabel("validation accuracy (%)")

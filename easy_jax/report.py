@@ -272,7 +272,7 @@ _TEMPLATE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }}
 table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; font-weight: 600; padding-bottom: .4rem; }}
+caption {{ text-align: left; white-space: nowrap; font-weight: 600; padding-bottom: .4rem; }}
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd;
   white-space: nowrap; font-weight: normal; }}
 thead th {{ border-bottom: 2px solid #222; }}

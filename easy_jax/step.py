@@ -178,7 +178,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / denominator, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, rest, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -192,7 +192,7 @@ def _reduce(
     reduction: Reduction,
 ) -> tuple[jax.Array, jax.Array]:
     """Numerator and denominator of a reduction over a (micro-)batch."""
-    # where, not a product: the loss of padding may be anything, NaN included.
+    # where, not a product: the weight of padding may be anything, NaN included.
     nll_sum_B = jnp.where(mask_B, nll_sum_B, 0.0)
     count_B = jnp.where(mask_B, count_B, 0.0)
     weight_B = jnp.where(mask_B, weight_B, 0.0)

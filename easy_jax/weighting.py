@@ -4,15 +4,18 @@ Pure functions of arrays (paper.md section 1; the paper's Prop. 4.3). Values are
 whenever they are concrete; under `jit`, where they are not, the caller checks.
 """
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+Values = ArrayLike | Sequence[Any]
 
-def temperature(loss_N: ArrayLike) -> jax.Array:
+
+def temperature(loss_N: Values) -> jax.Array:
     """The temperature tau: the exact median of the losses.
 
     Args:
@@ -33,7 +36,7 @@ def temperature(loss_N: ArrayLike) -> jax.Array:
     return _check_temperature(jnp.median(loss_N), "the median loss")
 
 
-def flow_weights(loss_N: ArrayLike, tau: ArrayLike | None = None) -> jax.Array:
+def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
     """FLOW's weights, w = exp(-loss / tau): 1 for a loss of 0, 1/e at the median.
 
     Args:
@@ -56,7 +59,7 @@ def flow_weights(loss_N: ArrayLike, tau: ArrayLike | None = None) -> jax.Array:
 
 
 def flow_weights_token(
-    token_loss: ArrayLike, target_mask: ArrayLike, tau: ArrayLike | None = None
+    token_loss: Values, target_mask: Values, tau: ArrayLike | None = None
 ) -> jax.Array:
     """Token-wise FLOW: w_it = exp(-nll_it / tau_tok), tau_tok the median over target tokens.
 
@@ -92,7 +95,7 @@ def flow_weights_token(
     return jnp.where(target_mask, jnp.exp(-safe / tau), 0.0)
 
 
-def kl_dro_weights(loss_N: ArrayLike, tau: ArrayLike) -> jax.Array:
+def kl_dro_weights(loss_N: Values, tau: ArrayLike) -> jax.Array:
     """KL-DRO's weights, for contrast: softmax(+loss / tau), which favours hard examples.
 
     The mirror image of FLOW (Qi et al. 2021): the maximiser over the simplex of
@@ -116,7 +119,7 @@ def kl_dro_weights(loss_N: ArrayLike, tau: ArrayLike) -> jax.Array:
     return jax.nn.softmax(loss_N / _check_temperature(tau, "tau"))
 
 
-def entropic_objective(pi_N: ArrayLike, loss_N: ArrayLike, tau: ArrayLike) -> jax.Array:
+def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Array:
     """What normalised FLOW weights minimise: sum pi f + tau sum pi log pi (Prop. 4.3).
 
     Args:
@@ -168,7 +171,7 @@ def _is_concrete(x: object) -> bool:
     return not isinstance(x, jax.core.Tracer)
 
 
-def _as_losses(loss_N: ArrayLike) -> jax.Array:
+def _as_losses(loss_N: Values) -> jax.Array:
     loss_N = jnp.asarray(loss_N)
     loss_N = loss_N.astype(jnp.promote_types(loss_N.dtype, jnp.float32))
     if loss_N.size == 0:

@@ -1,0 +1,50 @@
+"""Interleaved timing: functions called in turn and compared round by round.
+
+The speed of a shared machine drifts, but little within one round, so ratios are taken per
+round and only then the median over the rounds. CPU seconds, of all threads of this process,
+count its own work only: they help to tell a slow program from a busy machine.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+
+class Seconds(NamedTuple):
+    """What one function took, a value per round."""
+
+    wall: list[float]
+    cpu: list[float]
+
+
+def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
+    """Times functions in turn: A B A B ...
+
+    Args:
+      functions: name -> a call that returns when its work is done. Each is called once
+        before, untimed, so that compilation is not in the times.
+      rounds: how often.
+    """
+    for function in functions.values():
+        function()
+    seconds = {name: Seconds([], []) for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            seconds[name].wall.append(time.perf_counter() - wall)
+            seconds[name].cpu.append(time.process_time() - cpu)
+    return seconds
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def exit_unless(holds: bool, bound: str) -> None:
+    """Exits with code 1 and a message if a bound is missed."""
+    if not holds:
+        sys.exit(f"FAILED: the bound is {bound}")

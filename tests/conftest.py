@@ -1,0 +1,51 @@
+"""8 fake CPU devices, strict numerics, and annotations checked at run time."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in the annotations of these modules are checked at every call.
+_HOOK = install_import_hook(
+    ["easy_jax.losses", "easy_jax.merge", "easy_jax.weighting"], "beartype.beartype"
+)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(_ROOT))  # configs/ is no part of the package
+
+# Compilations are shared within a run, sub-processes included, and never between runs.
+_CACHE = tempfile.TemporaryDirectory(prefix="easy_jax_compilations_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top folder of the repository."""
+    return _ROOT
+
+
+def devices_mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    """A mesh over the first devices: `count / fsdp` on data, `fsdp` on fsdp."""
+    from easy_jax import sharding
+
+    devices = jax.devices()[:count]
+    return jax.make_mesh(
+        (count // fsdp, fsdp, 1),
+        sharding.AXES,
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )

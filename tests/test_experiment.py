@@ -1,0 +1,129 @@
+"""Whole experiments in miniature: every shipped config, shared stages, one compilation each."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from easy_jax import plan, report, train
+from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
+    """The same experiment on a few examples: one step per stage."""
+    for stage in (config.pretrain, config.probe, config.finetune, config.head):
+        stage.epochs = 1
+        stage.batch_size = 32
+    config.model = ResNetConfig(width=4, depths=(1, 1))
+    config.data = GlyphDataConfig(
+        image_size=8, pretrain_train=32, pretrain_validation=16, pretrain_test=16,
+        target_train=32, target_validation=16, label_noise=config.data.label_noise[:1],
+    )  # fmt: skip
+    config.scoring.batch_size = config.eval_batch_size = 1024
+    config.seeds = config.seeds[:1]
+    config.learning_rates = config.learning_rates[:1]
+    return dataclasses.replace(config, **changes)
+
+
+def _arguments():
+    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")):
+        for argument in _load(path).ARGUMENTS:
+            yield pytest.param(path, argument, id=f"{path.stem}:{argument}")
+
+
+@pytest.mark.parametrize(("path", "argument"), list(_arguments()))
+def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_path):
+    module = _load(path)
+    config = module.get_config(argument)
+    config.validate()
+    assert f":{argument}" in module.__doc__ or argument == module.ARGUMENTS[0]
+    only = tuple(m.name for m in config.methods if m.name in ("standard", "flow"))
+    results = train.run(_shrunken(config, only=only), tmp_path / "run", "evaluate")
+    assert [row["method"] for row in results["results"]] == list(only)
+    for row in results["results"]:
+        assert 0 <= row["pretrain_after"] <= 100 and 0 <= row["target"] <= 100
+
+
+def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
+    module = sys.modules["easy_jax.fit"]
+    steps, make = [], module.make_train_step
+
+    def recording(*args, **kwargs):
+        steps.append(make(*args, **kwargs))
+        return steps[-1]
+
+    monkeypatch.setattr(module, "make_train_step", recording)
+    module._compiled.cache_clear()
+    config = _shrunken(_load(root / "configs" / "quickstart.py").get_config("full"))
+    config.learning_rates = (0.01, 0.1)
+    results = train.run(config, tmp_path / "run", "report")
+    module._compiled.cache_clear()
+    # 13 methods at 2 learning rates: pre-training; all, head, BatchNorm + head; l2.
+    assert sum(step._cache_size() for step in steps) == 5
+    assert len(results["results"]) == 13 and len(results["grid"]) == 13
+
+    names = [entry["stage"] for entry in _lines(tmp_path / "run" / "metrics.jsonl")]
+    assert set(names) == set(plan.plan(config))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<figure>") == 5 and "<script" not in page
+    for method in config.methods:
+        assert f"<td>{method.name}</td>" in page
+
+    table_path = tmp_path / "run" / "loss_table" / "seed0-noise0.3" / "metadata.json"
+    table = json.loads(table_path.read_text())
+    assert table["complete"] and table["num_rows"] == 32
+
+
+def _lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _row(method, seed, rate, target, kept, **more):
+    return {
+        "method": method, "seed": seed, "label_noise": 0.0, "learning_rate": rate,
+        "pretrain_before": 99.0, "pretrain_after": kept, "target": target,
+        "mean": (kept + target) / 2, "seconds": 1.0,
+        "target_validation": target, "pretrain_validation": kept, **more,
+    }  # fmt: skip
+
+
+def test_selection_rules_use_validation_only():
+    rows = [
+        _row("a", 0, 0.1, target=90, kept=10),
+        _row("a", 0, 0.01, target=80, kept=95),
+        # The test accuracy must not matter:
+        _row("a", 0, 0.001, target=99, kept=99, target_validation=1, pretrain_validation=1),
+        _row("a", 1, 0.1, target=70, kept=50),
+        _row("a", 1, 0.01, target=70, kept=50),
+    ]
+    results = report.select(ExperimentConfig(), rows)
+    assert [(r["seed"], r["learning_rate"]) for r in results["results"]] == [(0, 0.1), (1, 0.01)]
+    assert [r["learning_rate"] for r in results["results_by_mean"]] == [0.01, 0.01]
+    assert len(results["grid"]) == 3
+    line = report.summary(results["results"])[0.0][0]
+    assert line == ("a", "0.01, 0.1", "99.0 ± 0.0", "30.0 ± 28.3", "80.0 ± 14.1", "55.0 ± 7.1")
+    text = report.markdown(results)
+    assert "| a | 0.01, 0.1 | 99.0 ± 0.0 | 30.0 ± 28.3 | 80.0 ± 14.1 | 55.0 ± 7.1 |" in text
+
+
+def test_methods_share_their_stages(root):
+    config = _load(root / "configs" / "quickstart.py").get_config("full")
+    config.validate()
+    stages = plan.plan(config)
+    # 3 pre-trainings; per seed and setting a probe; per learning rate 9 fine-tunings, which
+    # WiSE-FT and the last stages reuse, and 2 head stages. 13 methods would be 13 * 4 * 6.
+    assert len(stages) == 3 + 6 * (1 + 4 * (9 + 2))
+    for stage in stages.values():
+        assert stage.start is None or list(stages).index(stage.start) < list(stages).index(
+            stage.name
+        )

@@ -1,0 +1,456 @@
+"""The loss table: exact statistics, what it refuses, and scoring into it end to end."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import devices_mesh
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from easy_jax import loss_table, scoring
+from easy_jax.data import ArraySource, training_loader
+from easy_jax.loss_table import LossTable, LossTableError
+from easy_jax.losses import squared_error
+from easy_jax.models import eval_view, train_view
+from easy_jax.scoring import ScoringError, score
+
+# Exact order statistics.
+
+
+def chunked(values, size):
+    return lambda: iter([values[i : i + size] for i in range(0, len(values), size)])
+
+
+def random_losses(kind, size):
+    rng = np.random.default_rng(size)
+    values = {
+        "uniform": lambda: rng.random(size),
+        "duplicates": lambda: rng.integers(4, size=size) / 3,
+        "zeros": lambda: np.where(rng.random(size) < 0.7, 0.0, rng.random(size)),
+        "minus zeros": lambda: np.where(rng.random(size) < 0.5, -0.0, rng.integers(2, size=size)),
+        "denormals": lambda: rng.integers(1, 1000, size=size) * 1e-42,
+        "huge": lambda: rng.random(size) * 3.4e38,
+        "every scale": lambda: np.exp(rng.uniform(-100, 88, size=size)),
+        "close": lambda: 1.0 + rng.integers(8, size=size) * 2.0**-23,
+    }
+    return values[kind]().astype(np.float32)
+
+
+KINDS = (
+    "uniform", "duplicates", "zeros", "minus zeros", "denormals", "huge", "every scale", "close",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 2, 3, 100, 1001])
+def test_order_statistics_are_exact(kind, size):
+    values = random_losses(kind, size)
+    expected = np.sort(values).tolist()
+    ranks = sorted({0, size // 3, (size - 1) // 2, size // 2, size - 1})
+    for chunk in (1, 7, size):
+        if size // chunk > 200:
+            continue
+        found = loss_table.order_statistics(chunked(values, chunk), ranks)
+        assert found == [expected[rank] for rank in ranks]
+
+
+@settings(deadline=None, max_examples=30, database=None)
+@given(
+    values=hnp.arrays(
+        np.float32,
+        st.integers(1, 40),
+        elements=st.floats(0, float(np.finfo(np.float32).max), width=32),
+    ),
+    data=st.data(),
+)
+def test_order_statistics_are_exact_for_any_values(values, data):
+    ranks = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=5))
+    chunk = data.draw(st.integers(1, len(values)))
+    found = loss_table.order_statistics(chunked(values, chunk), ranks)
+    assert found == [float(np.partition(values, rank)[rank]) for rank in ranks]
+
+
+# Tables written by hand.
+
+
+def write_table(directory, losses, cuts=(), *, order=None, dropped=()):
+    """A table of `losses`, its rows in `order`, cut into parts by turns of two processes."""
+    directory.mkdir()
+    size = len(losses) + len(dropped)
+    ids = np.array([i for i in range(size) if i not in dropped])
+    order = np.arange(len(ids)) if order is None else order
+    for number, rows in enumerate(np.split(order, list(cuts))):
+        part = (ids[rows], losses[rows], np.ones(len(rows), np.float32))
+        loss_table.write_part(directory, number % 2, part)
+    metadata = {
+        "format_version": loss_table.FORMAT_VERSION,
+        "num_examples": size,
+        "complete": True,
+        "dropped_ids": list(dropped),
+        **loss_table.summarise(directory),
+    }
+    loss_table.write_metadata(directory, metadata)
+    return LossTable.open(directory)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "huge"])
+@pytest.mark.parametrize(("size", "cuts"), [(1, ()), (2, (1,)), (100, (3, 50)), (101, (100,))])
+def test_median_and_quantiles_are_exact(kind, size, cuts, tmp_path):
+    losses = random_losses(kind, size)
+    table = write_table(tmp_path / "t", losses, cuts)
+    assert table.temperature == float(np.median(losses))
+    assert table.metadata["num_rows"] == size
+    for q, value in table.metadata["quantiles"].items():
+        assert value == float(np.quantile(losses, float(q), method="nearest"))
+    assert list(table.metadata["quantiles"]) == ["0.0", "0.1", "0.25", "0.5", "0.75", "0.9", "1.0"]
+
+
+def test_median_of_huge_losses(tmp_path):
+    losses = np.float32([1e38, 3e38, 3.2e38, 3.4e38])
+    table = write_table(tmp_path / "t", losses)
+    assert table.temperature == float(np.float32((float(losses[1]) + float(losses[2])) / 2))
+
+
+def test_fingerprint_does_not_depend_on_the_parts(tmp_path):
+    losses = random_losses("uniform", 50)
+    backwards = np.arange(50)[::-1]
+    tables = [
+        write_table(tmp_path / "whole", losses),
+        write_table(tmp_path / "cut", losses, (5, 6, 40)),
+        write_table(tmp_path / "backwards", losses, (20,), order=backwards),
+    ]
+    assert len({table.fingerprint() for table in tables}) == 1
+    for table in tables:
+        np.testing.assert_array_equal(table.loss_N(), losses)
+    losses[17] = np.nextafter(losses[17], np.float32(2))
+    other = write_table(tmp_path / "other", losses)
+    assert other.fingerprint() != tables[0].fingerprint()
+
+
+def test_dropped_examples_have_no_loss_and_no_weight(tmp_path):
+    losses = random_losses("uniform", 11)
+    table = write_table(tmp_path / "t", losses, (4,), dropped=(0, 5, 12))
+    kept = np.isin(np.arange(14), [0, 5, 12], invert=True)
+    assert table.num_examples == 14
+    for array in (table.loss_N(), table.flow_weights()):
+        np.testing.assert_array_equal(np.isnan(array), ~kept)
+    np.testing.assert_array_equal(table.loss_N()[kept], losses)
+    assert table.temperature == float(np.median(losses))
+
+
+@pytest.mark.parametrize("tau", [None, 0.3, 50.0])
+def test_flow_weights_in_float64(tau, tmp_path):
+    losses = np.random.default_rng(0).exponential(2.0, 101).astype(np.float32)
+    weight_N = write_table(tmp_path / "t", losses, (30, 31)).flow_weights(tau)
+    assert weight_N.dtype == np.float32
+    loss_N = losses.astype(np.float64)
+    expected = np.exp(-loss_N / (np.median(loss_N) if tau is None else tau))
+    np.testing.assert_allclose(weight_N, expected, rtol=2e-5, atol=1e-38)
+
+
+def test_open_refuses_what_is_not_a_complete_table(tmp_path):
+    with pytest.raises(LossTableError, match="no loss table"):
+        LossTable.open(tmp_path)
+    table = write_table(tmp_path / "t", random_losses("uniform", 10), (5,))
+    metadata = table.metadata
+    loss_table.write_metadata(table.directory, {**metadata, "complete": False})
+    with pytest.raises(LossTableError, match="is incomplete; run the scoring again"):
+        LossTable.open(table.directory)
+    loss_table.write_metadata(table.directory, {**metadata, "format_version": 99})
+    with pytest.raises(LossTableError, match="format version 99"):
+        LossTable.open(table.directory)
+    loss_table.write_metadata(table.directory, {**metadata, "num_examples": 12})
+    with pytest.raises(LossTableError, match=r"no row for 2 of 12 examples, ids \[10, 11\]"):
+        LossTable.open(table.directory)
+
+
+def test_open_leaves_out_a_part_whose_writing_was_interrupted(tmp_path):
+    table = write_table(tmp_path / "t", random_losses("uniform", 10))
+    (table.directory / "part-00000-00001.tmp").write_bytes(b"PAR1 cut short")
+    np.testing.assert_array_equal(LossTable.open(table.directory).loss_N(), table.loss_N())
+
+
+# Scoring end to end.
+
+FEATURES, OUTPUTS = 3, 2
+
+
+def make_model(seed=0):
+    return nnx.Linear(FEATURES, OUTPUTS, rngs=nnx.Rngs(seed))
+
+
+def make_arrays(size):
+    rng = np.random.default_rng(size)
+    x = rng.normal(size=(size, FEATURES)).astype(np.float32)
+    return {"x": x, "y": rng.normal(size=(size, OUTPUTS)).astype(np.float32)}
+
+
+def regress(model, batch):
+    return squared_error(model(batch["x"]), batch["y"])
+
+
+def float64_losses(model, arrays):
+    kernel, bias = (np.asarray(p[...], np.float64) for p in (model.kernel, model.bias))
+    return np.square(arrays["x"].astype(np.float64) @ kernel + bias - arrays["y"]).sum(axis=1)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+@pytest.mark.parametrize("batch_size", [8, 16])
+@pytest.mark.parametrize("size", [1, 7, 8, 65])
+def test_every_example_is_scored_once(size, batch_size, devices, tmp_path):
+    model, arrays = make_model(), make_arrays(size)
+    counts = []
+    table = score(
+        model, ArraySource(arrays), tmp_path, loss_fn=regress, batch_size=batch_size,
+        mesh=devices_mesh(devices), rows_per_part=10, progress=counts.append,
+    )  # fmt: skip
+    ids, loss, count = (np.concatenate(column) for column in zip(*table.rows(), strict=True))
+    assert sorted(ids.tolist()) == list(range(size))
+    assert sum(counts) == size
+    np.testing.assert_array_equal(count, 1.0)
+    np.testing.assert_allclose(loss, float64_losses(model, arrays)[ids], rtol=1e-5, atol=1e-6)
+    assert table.temperature == float(np.median(loss))
+
+
+def test_scoring_with_a_sharded_model(tmp_path):
+    axes = {"logical_axes": ("features", "classes")}
+    model = nnx.Linear(8, OUTPUTS, kernel_metadata=axes, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    arrays = {
+        "x": rng.normal(size=(20, 8)).astype(np.float32),
+        "y": rng.normal(size=(20, OUTPUTS)).astype(np.float32),
+    }
+    one, eight = (
+        score(model, ArraySource(arrays), tmp_path / name, loss_fn=regress, batch_size=8, mesh=mesh)
+        for name, mesh in (("one", devices_mesh(1)), ("eight", devices_mesh(8, fsdp=4)))
+    )
+    for table in (one, eight):
+        np.testing.assert_allclose(table.loss_N(), float64_losses(model, arrays), rtol=1e-5)
+    assert one.metadata["model"] == eight.metadata["model"]
+
+
+def test_loss_is_the_mean_over_the_tokens(tmp_path):
+    def sums(model, batch):
+        del model
+        return batch["nll"], batch["tokens"]
+
+    arrays = {"nll": np.float32([6, 5, 0]), "tokens": np.float32([3, 1, 2])}
+    table = score(make_model(), ArraySource(arrays), tmp_path, loss_fn=sums, batch_size=8)
+    assert table.loss_N().tolist() == [2.0, 5.0, 0.0]
+    ((_, _, count),) = table.rows()
+    assert count.tolist() == [3.0, 1.0, 2.0]
+
+
+# Interruption.
+
+
+class CountingSource:
+    """Remembers what was read; breaks at `limit` reads."""
+
+    def __init__(self, arrays, limit=None):
+        self.source = ArraySource(arrays)
+        self.limit = limit
+        self.read = []
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, position):
+        if self.limit is not None and len(self.read) >= self.limit:
+            raise OSError("the disk is gone")
+        self.read.append(position)
+        return self.source[position]
+
+    def fingerprint(self):
+        return self.source.fingerprint()
+
+
+OPTIONS = {"loss_fn": regress, "batch_size": 8, "rows_per_part": 8}
+
+
+def interrupt(directory, arrays, limit):
+    """Scores until the source breaks; the ids whose rows were saved."""
+    with pytest.raises(OSError, match="the disk is gone"):
+        score(make_model(), CountingSource(arrays, limit), directory, **OPTIONS)
+    with pytest.raises(LossTableError, match="incomplete"):
+        LossTable.open(directory)
+    return {int(i) for ids, _, _ in loss_table.iter_rows(directory) for i in ids}
+
+
+def assert_same_tables(ours, theirs):
+    np.testing.assert_array_equal(ours.loss_N(), theirs.loss_N())
+    assert ours.fingerprint() == theirs.fingerprint()
+    assert ours.metadata == theirs.metadata
+
+
+@pytest.mark.parametrize("limit", [0, 20, 45])
+def test_interrupted_scoring_continues_at_the_missing_rows(limit, tmp_path):
+    arrays = make_arrays(65)
+    whole = score(make_model(), ArraySource(arrays), tmp_path / "whole", **OPTIONS)
+    saved = interrupt(tmp_path / "broken", arrays, limit)
+    assert saved == set(range(len(saved)))
+    assert saved or limit < 45
+    source = CountingSource(arrays)
+    table = score(make_model(), source, tmp_path / "broken", **OPTIONS)
+    missing = [i for i in range(65) if i not in saved]
+    assert set(source.read) == set(missing)
+    # The padding of the last batch repeats one of its examples.
+    assert len(source.read) - len(missing) == -len(missing) % 8
+    assert_same_tables(table, whole)
+
+
+def test_interrupted_scoring_continues_after_a_damaged_part_was_deleted(tmp_path):
+    # What the error message about a damaged part says to do.
+    arrays = make_arrays(65)
+    whole = score(make_model(), ArraySource(arrays), tmp_path / "whole", **OPTIONS)
+    interrupt(tmp_path / "broken", arrays, 64)
+    parts = sorted((tmp_path / "broken").glob("part-*.parquet"))
+    assert len(parts) >= 2
+    parts[0].write_bytes(b"")
+    with pytest.raises(LossTableError, match="is damaged"):
+        score(make_model(), ArraySource(arrays), tmp_path / "broken", **OPTIONS)
+    parts[0].unlink()
+    table = score(make_model(), ArraySource(arrays), tmp_path / "broken", **OPTIONS)
+    assert_same_tables(table, whole)
+
+
+def test_interrupted_scoring_is_refused_for_another_model(tmp_path):
+    arrays = make_arrays(65)
+    interrupt(tmp_path, arrays, 45)
+    with pytest.raises(LossTableError, match="model is '"):
+        score(make_model(seed=1), ArraySource(arrays), tmp_path, **OPTIONS)
+
+
+def test_complete_table_is_not_scored_again(tmp_path):
+    arrays = make_arrays(20)
+    first = score(make_model(), ArraySource(arrays), tmp_path, **OPTIONS)
+    content = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    source = CountingSource(arrays)
+    again = score(make_model(), source, tmp_path, **OPTIONS)
+    assert source.read == []
+    assert_same_tables(again, first)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == content
+
+
+# Eval mode, bad examples, compilation.
+
+
+class NormThenLinear(nnx.Module):
+    def __init__(self):
+        self.norm = nnx.BatchNorm(FEATURES, epsilon=1e-5, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+        self.linear = nnx.Linear(FEATURES, OUTPUTS, rngs=nnx.Rngs(2))
+        self.norm.mean[...] = jnp.array([1.0, -2.0, 0.5])
+        self.norm.var[...] = jnp.array([4.0, 0.25, 1.0])
+
+    def __call__(self, x):
+        return self.linear(self.dropout(self.norm(x)))
+
+
+@pytest.mark.parametrize("view", [train_view, eval_view])
+def test_model_runs_in_eval_mode_and_stays_as_it_is(view, tmp_path):
+    model = view(NormThenLinear())
+    before = [np.array(leaf) for leaf in variables(model)]
+    flags = (model.norm.use_running_average, model.dropout.deterministic)
+    arrays = make_arrays(20)
+    table = score(model, ArraySource(arrays), tmp_path, loss_fn=regress, batch_size=8)
+    mean, var = np.array([1.0, -2.0, 0.5]), np.array([4.0, 0.25, 1.0])
+    normalised = {**arrays, "x": (arrays["x"] - mean) / np.sqrt(var + 1e-5)}
+    np.testing.assert_allclose(
+        table.loss_N(), float64_losses(model.linear, normalised), rtol=1e-5, atol=1e-6
+    )
+    assert (model.norm.use_running_average, model.dropout.deterministic) == flags
+    assert flags == (view is eval_view,) * 2
+    for leaf, old in zip(variables(model), before, strict=True):
+        np.testing.assert_array_equal(np.array(leaf), old)
+
+
+def variables(model):
+    kinds = (nnx.Param, nnx.BatchStat)
+    return [v[...] for kind in kinds for _, v in nnx.to_flat_state(nnx.state(model, kind))]
+
+
+def with_count(model, batch):
+    loss, _ = regress(model, batch)
+    return jnp.where(batch["bad"] == 1, jnp.nan, loss), jnp.where(batch["bad"] == 2, 0.0, 1.0)
+
+
+def with_bad_examples():
+    bad = np.zeros(20, np.int32)
+    bad[[3, 12]], bad[19] = 1, 2
+    return {**make_arrays(20), "bad": bad}
+
+
+BAD_OPTIONS = {**OPTIONS, "loss_fn": with_count}
+
+
+def test_bad_examples_are_dropped_and_counted(tmp_path):
+    arrays = with_bad_examples()
+    source = ArraySource(arrays)
+    table = score(make_model(), source, tmp_path, on_bad_example="drop", **BAD_OPTIONS)
+    assert table.metadata["dropped_ids"] == [3, 12, 19]
+    assert table.metadata["num_rows"] == 17
+    kept = np.isin(np.arange(20), [3, 12, 19], invert=True)
+    expected = float64_losses(make_model(), arrays)
+    np.testing.assert_allclose(table.loss_N()[kept], expected[kept], rtol=1e-5, atol=1e-6)
+    assert np.isnan(table.loss_N()[~kept]).all()
+    assert table.temperature == float(np.median(table.loss_N()[kept]))
+    loader = training_loader(source, 8, epochs=1, seed=0, weight_N=table.flow_weights())
+    ids = np.concatenate([batch["example_id"][batch["mask"]] for batch in loader])
+    assert sorted(ids.tolist()) == np.flatnonzero(kept).tolist()
+
+
+def test_bad_examples_are_an_error_that_lists_them(tmp_path):
+    arrays = with_bad_examples()
+    message = r"3 of 20 .*id 3 has loss nan; id 12 has loss nan; id 19 has no target token"
+    with pytest.raises(ScoringError, match=message):
+        score(make_model(), ArraySource(arrays), tmp_path, **BAD_OPTIONS)
+    # The good rows were saved: only the bad ones are looked at again.
+    source = CountingSource(arrays)
+    with pytest.raises(ScoringError, match=message):
+        score(make_model(), source, tmp_path, **BAD_OPTIONS)
+    assert set(source.read) == {3, 12, 19}
+    table = score(make_model(), source, tmp_path, on_bad_example="drop", **BAD_OPTIONS)
+    assert table.metadata["dropped_ids"] == [3, 12, 19]
+
+
+def test_interrupted_dropping_gives_the_same_table(tmp_path):
+    arrays = with_bad_examples()
+    options = {**BAD_OPTIONS, "on_bad_example": "drop"}
+    whole = score(make_model(), ArraySource(arrays), tmp_path / "whole", **options)
+    with pytest.raises(OSError, match="the disk is gone"):
+        score(make_model(), CountingSource(arrays, 18), tmp_path / "broken", **options)
+    table = score(make_model(), ArraySource(arrays), tmp_path / "broken", **options)
+    assert_same_tables(table, whole)
+
+
+def test_metadata_is_plain_json(tmp_path):
+    score(make_model(), ArraySource(make_arrays(20)), tmp_path, **OPTIONS)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    text = (tmp_path / "metadata.json").read_text()
+    metadata = json.loads(text, parse_constant=refuse)
+    assert {"model", "data", "loss", "num_examples", "median", "quantiles"} <= set(metadata)
+
+
+def test_one_compilation(tmp_path):
+    traces = []
+
+    def traced(model, batch):
+        traces.append(batch["x"].shape)
+        return regress(model, batch)
+
+    options = {**OPTIONS, "loss_fn": traced}
+    for seed in (0, 1):  # another model of the same structure shares it
+        for size in (1, 20, 65):
+            source = ArraySource(make_arrays(size))
+            score(make_model(seed), source, tmp_path / f"{seed}-{size}", **options)
+    graphdef = nnx.graphdef(eval_view(make_model()))
+    assert scoring.make_score_step(graphdef, traced)._cache_size() == 1
+    assert traces == [(8, FEATURES)]
