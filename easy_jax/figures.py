@@ -53,8 +53,8 @@ def scatter(rows: Sequence[Row]) -> Figure:
     noises = sorted({row["label_noise"] for row in rows}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     rates = sorted({row["learning_rate"] for row in rows})
-    figure = Figure(figsize=(5.6 * len(noises) + 2.0, 5.0), layout="constrained")
-    axes = figure.subplots(1, len(noises), squeeze=False)[0]
+    figure = Figure(figsize=(8.6, 4.8 * len(noises)), layout="constrained")
+    axes = figure.subplots(len(noises), 1, squeeze=False)[:, 0]
     for axis, noise in zip(axes, noises, strict=True):
         for method in methods:
             colour, marker = style(method)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Group
 from rich.table import Table
 
@@ -27,7 +28,11 @@ RULES: dict[str, tuple[str, Callable[[Row], float]]] = {
         lambda row: (row["target_validation"] + row["pretrain_validation"]) / 2,
     ),
 }
-_COLUMNS = ("method", "learning rate", "before", "kept", "target", "mean")
+_COLUMNS = ("method", "learning rate", "kept", "target", "mean")
+_LEGEND = (
+    "kept: letters, test accuracy (%) after fine-tuning, their own head and BatchNorm put back. "
+    "target: digits, test accuracy (%). mean: of the two."
+)
 
 
 def select(config: ExperimentConfig, rows: Sequence[Row]) -> dict[str, Any]:
@@ -69,17 +74,69 @@ def summary(rows: Sequence[Row]) -> dict[float, list[tuple[str, ...]]]:
             rates = sorted({row["learning_rate"] for row in group})
             numbers = [
                 _mean_and_spread([row[key] for row in group])
-                for key in ("pretrain_before", "pretrain_after", "target", "mean")
+                for key in ("pretrain_after", "target", "mean")
             ]
-            line = (method, ", ".join(f"{rate:g}" for rate in rates), *numbers)
+            spread = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} – {rates[-1]:g}"
+            line = (method, spread, *numbers)
             lines.setdefault(noise, []).append(line)
     return lines
+
+
+def by_rate(rows: Sequence[Row]) -> dict[float, list[tuple[str, ...]]]:
+    """Lines of a table, by label noise: `kept / target` at each learning rate, mean of seeds."""
+    rates = sorted({row["learning_rate"] for row in rows})
+    groups: dict[tuple[float, str, float], list[Row]] = {}
+    for row in rows:
+        key = (row["label_noise"], row["method"], row["learning_rate"])
+        groups.setdefault(key, []).append(row)
+    lines: dict[float, list[tuple[str, ...]]] = {}
+    for noise, method in dict.fromkeys((row["label_noise"], row["method"]) for row in rows):
+        texts = []
+        for rate in rates:
+            group = groups[noise, method, rate]
+            kept, target = (
+                np.mean([row[key] for row in group]) for key in ("pretrain_after", "target")
+            )
+            texts.append(f"{kept:.1f} / {target:.1f}")
+        lines.setdefault(noise, []).append((method, *texts))
+    return lines
+
+
+def _tables(
+    config: ExperimentConfig, results: Mapping[str, Any]
+) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """(title, header, lines) of every table, for Markdown and HTML."""
+    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+        (_title(noise, caption), _COLUMNS, lines)
+        for caption, rows in _rules(results)
+        for noise, lines in summary(rows).items()
+    ]
+    if len(config.learning_rates) > 1:
+        # In the order of the grid, which the chosen rows and the rest do not keep.
+        names = [method.name for method in config.selected_methods()]
+        rows = sorted(all_rows(results), key=lambda row: names.index(row["method"]))
+        header = ("method", *(f"{rate:g}" for rate in sorted(config.learning_rates)))
+        tables += [
+            (_title(noise, "kept / target at each learning rate"), header, lines)
+            for noise, lines in by_rate(rows).items()
+        ]
+    return tables
+
+
+def _title(label_noise: float, caption: str) -> str:
+    text = f"{figures.setting_name(label_noise)}; {caption}"
+    return text[0].upper() + text[1:]
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def _before(results: Mapping[str, Any]) -> str:
+    by_seed = {row["seed"]: row["pretrain_before"] for row in results["results"]}
+    return f"Before fine-tuning, letters: {_mean_and_spread(list(by_seed.values()))} %."
 
 
 def _rules(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
@@ -95,39 +152,34 @@ def table(results: Mapping[str, Any]) -> Group:
     tables = []
     for caption, rows in _rules(results):
         for noise, lines in summary(rows).items():
-            title = f"{figures.setting_name(noise)}; {caption}"
-            one = Table(*_COLUMNS, title=title, title_justify="left")
+            one = Table(
+                *_COLUMNS, title=_title(noise, caption), title_justify="left", box=box.SIMPLE_HEAD
+            )
+            for column in one.columns:
+                column.no_wrap = True
             for column in one.columns[2:]:
                 column.justify = "right"
-                column.no_wrap = True
-            one.columns[0].no_wrap = True
             for line in lines:
                 one.add_row(*line)
             tables.append(one)
-    legend = (
-        "before, kept: letters (test accuracy, %) before and after fine-tuning, own head and "
-        "BatchNorm put back. target: digits (test accuracy, %). mean: of kept and target."
-    )
-    return Group(*tables, legend)
+    return Group(*tables, f"{_LEGEND} {_before(results)}")
 
 
-def markdown(results: Mapping[str, Any]) -> str:
-    """The same tables in Markdown; `results.md` in the workdir."""
+def markdown(config: ExperimentConfig, results: Mapping[str, Any]) -> str:
+    """The same tables in Markdown, and one by learning rate; `results.md` in the workdir."""
     parts = []
-    for caption, rows in _rules(results):
-        for noise, lines in summary(rows).items():
-            title = figures.setting_name(noise)
-            parts.append(f"**{title[0].upper()}{title[1:]}; {caption}.**\n")
-            parts.append(f"| {' | '.join(_COLUMNS)} |")
-            parts.append("|---|---|---:|---:|---:|---:|")
-            parts += [f"| {' | '.join(line)} |" for line in lines]
-            parts.append("")
-    return "\n".join(parts)
+    for title, header, lines in _tables(config, results):
+        parts.append(f"**{title}.**\n")
+        parts.append(f"| {' | '.join(header)} |")
+        parts.append("|---" + "|---:" * (len(header) - 1) + "|")
+        parts += [f"| {' | '.join(line)} |" for line in lines]
+        parts.append("")
+    return "\n".join([*parts, f"{_LEGEND} {_before(results)}", ""])
 
 
 def write(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -> None:
     """Writes `results.md` and `report.html`: one self-contained page, no network."""
-    (workdir / "results.md").write_text(markdown(results))
+    (workdir / "results.md").write_text(markdown(config, results))
     (workdir / "report.html").write_text(_page(config, workdir, results))
 
 
@@ -136,11 +188,9 @@ def _page(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -
         "<p>A ResNet pre-trained on rendered capital letters was fine-tuned on handwritten "
         "digits by several methods. <b>Kept</b> is its test accuracy on letters afterwards, "
         "with the original head and BatchNorm put back; <b>target</b> its test accuracy on "
-        f"digits. Seeds: {', '.join(map(str, config.seeds))}.</p>"
+        f"digits. {_before(results)} Seeds: {', '.join(map(str, config.seeds))}.</p>"
     ]
-    for caption, rows in _rules(results):
-        for noise, lines in summary(rows).items():
-            sections.append(_html_table(f"{figures.setting_name(noise)}; {caption}", lines))
+    sections += [_html_table(*table) for table in _tables(config, results)]
     sections.append(
         _figure_html(
             figures.scatter(all_rows(results)),
@@ -231,9 +281,11 @@ def _curves(
     return curves
 
 
-def _html_table(caption: str, lines: Sequence[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in _COLUMNS)
-    best = {index: max(_leading_number(line[index]) for line in lines) for index in (3, 4, 5)}
+def _html_table(title: str, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    # The best of kept, target and mean; a cell of the other table has two numbers.
+    bold = range(2, 5) if header == _COLUMNS else range(0)
+    best = {index: max(_leading_number(line[index]) for line in lines) for index in bold}
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in header)
     body = []
     for line in lines:
         cells = [
@@ -244,7 +296,7 @@ def _html_table(caption: str, lines: Sequence[tuple[str, ...]]) -> str:
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<table><caption>{html.escape(caption[0].upper() + caption[1:])}</caption>"
+        f"<table><caption>{html.escape(title)}</caption>"
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 

@@ -65,8 +65,11 @@ def run(
         results = experiment.run(until)
     if until == "report":
         report.write(config, workdir, results)
+    if results:
         terminal.print(report.table(results))
-        terminal.print(f"report: {workdir / 'report.html'}")
+        terminal.print(
+            f"output: {workdir / ('report.html' if until == 'report' else 'results.json')}"
+        )
     return results
 
 
@@ -93,6 +96,10 @@ def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike[str]) -> P
     except OSError as error:
         raise ConfigError(
             f"cannot write to the workdir {workdir}: {error}; choose another with --workdir"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{path} is not JSON: {error}; delete the workdir or choose another with --workdir"
         ) from error
     differences = config_lib.differences(json.loads(text), found)
     if differences:
@@ -135,7 +142,11 @@ class Experiment:
         if until == "score":
             for seed in config.seeds:
                 for noise in config.data.label_noise:
-                    self.loss_table(seed, noise)
+                    table = self.loss_table(seed, noise)
+                    self.terminal.print(
+                        f"loss table: {table.directory}, {table.num_examples} examples, "
+                        f"temperature {table.temperature:.4g} nats"
+                    )
             return {}
         rows = {row_key(row): row for row in metrics.read_lines(self._cells_path)}
         with metrics.open_lines(self._cells_path) as cells_file:
@@ -151,6 +162,9 @@ class Experiment:
                 else:
                     self._count_as_done(last)
         if until == "train":
+            self.terminal.print(
+                f"trained: {len(self.stages)} stages, in {self.workdir / 'checkpoints'}"
+            )
             return {}
         if not self._did_work:
             self.terminal.print(

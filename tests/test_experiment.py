@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from easy_jax import plan, report, train
+from easy_jax import config, plan, report, train
 from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
 
 
@@ -97,6 +97,11 @@ def _row(method, seed, rate, target, kept, **more):
     }  # fmt: skip
 
 
+def _grid_config():
+    methods = (config.MethodConfig("a"),)
+    return ExperimentConfig(learning_rates=(0.001, 0.01, 0.1), methods=methods)
+
+
 def test_selection_rules_use_validation_only():
     rows = [
         _row("a", 0, 0.1, target=90, kept=10),
@@ -111,9 +116,11 @@ def test_selection_rules_use_validation_only():
     assert [r["learning_rate"] for r in results["results_by_mean"]] == [0.01, 0.01]
     assert len(results["grid"]) == 3
     line = report.summary(results["results"])[0.0][0]
-    assert line == ("a", "0.01, 0.1", "99.0 ± 0.0", "30.0 ± 28.3", "80.0 ± 14.1", "55.0 ± 7.1")
-    text = report.markdown(results)
-    assert "| a | 0.01, 0.1 | 99.0 ± 0.0 | 30.0 ± 28.3 | 80.0 ± 14.1 | 55.0 ± 7.1 |" in text
+    assert line == ("a", "0.01 – 0.1", "30.0 ± 28.3", "80.0 ± 14.1", "55.0 ± 7.1")
+    text = report.markdown(_grid_config(), results)
+    assert "| a | 0.01 – 0.1 | 30.0 ± 28.3 | 80.0 ± 14.1 | 55.0 ± 7.1 |" in text
+    assert "| a | 99.0 / 99.0 | 72.5 / 75.0 | 30.0 / 80.0 |" in text
+    assert "Before fine-tuning, letters: 99.0 ± 0.0 %." in text
 
 
 def test_methods_share_their_stages(root):
