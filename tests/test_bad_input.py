@@ -90,7 +90,7 @@ def command_lines(root, tmp_path_factory):
         )
         for name, (argument, *overrides) in COMMANDS.items()
     }
-    outputs = {name: process.communicate(timeout=300) for name, process in started.items()}
+    outputs = {name: process.communicate(timeout=600) for name, process in started.items()}
     assert not workdir.exists()
     return {name: (started[name].returncode, *outputs[name]) for name in COMMANDS}
 
@@ -106,7 +106,7 @@ def test_unknown_field_on_the_command_line(command_lines):
 def test_unknown_argument_on_the_command_line(command_lines):
     code, _, err = command_lines["argument"]
     assert code != 0
-    assert "nope is unknown; use noisy, clean, full or tiny" in err
+    assert re.search(r"quickstart\.py:nope is unknown; use .*noisy.*tiny", err)
 
 
 def test_bad_value_on_the_command_line(command_lines):
@@ -118,7 +118,7 @@ def test_bad_value_on_the_command_line(command_lines):
 
 
 def test_unknown_configuration_argument():
-    with pytest.raises(ValueError, match=r"nope is unknown; use noisy, clean, full or tiny"):
+    with pytest.raises(ValueError, match=r"nope is unknown; use .*noisy.*tiny"):
         quickstart.get_config("nope")
 
 
