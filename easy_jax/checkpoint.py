@@ -10,6 +10,7 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from easy_jax.config import differences
 from easy_jax.step import TrainState
 
 
@@ -97,11 +98,7 @@ class Checkpointer:
             args=ocp.args.Composite(identity=ocp.args.JsonRestore()),
         )
         found = restored.identity
-        wrong = [
-            f"{key} is {found.get(key)!r} there and {self._identity.get(key)!r} here"
-            for key in sorted({*found, *self._identity})
-            if found.get(key) != self._identity.get(key)
-        ]
+        wrong = differences(self._identity, found, "identity")
         if wrong:
             raise CheckpointError(
                 f"the checkpoint in {self.directory} is of another run: {'; '.join(wrong)}. "

@@ -250,7 +250,7 @@ class ExperimentConfig:
         _require(len(set(names)) == len(names), "config.methods", names, "distinct names")
         for method in self.methods:
             method.validate(f"config.methods[{method.name}]")
-        for name in self.only:
+        for name in self._only():
             _require(name in names, "config.only", name, f"one of {names}")
         for name in ("eval_batch_size", "eval_every_epochs", "save_every_steps", "log_every_steps"):
             _require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
@@ -258,7 +258,11 @@ class ExperimentConfig:
 
     def selected_methods(self) -> tuple[MethodConfig, ...]:
         """The methods to run: `only`, or all of them."""
-        return tuple(m for m in self.methods if not self.only or m.name in self.only)
+        return tuple(m for m in self.methods if not self.only or m.name in self._only())
+
+    def _only(self) -> list[str]:
+        # On the command line `--config.only=a,b` arrives as one string.
+        return [name for entry in self.only for name in entry.split(",")]
 
 
 def to_json(config: Any) -> str:

@@ -23,9 +23,11 @@ def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """Fingerprint of named host arrays: names, dtypes, shapes and all bytes."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name])
+        if array.dtype.hasobject:
+            raise TypeError(f"field {name!r} has dtype object, which has no fingerprint")
         digest.update(f"{name}:{array.dtype.str}:{array.shape}:".encode())
-        digest.update(array.data)
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:_LENGTH]
 
 

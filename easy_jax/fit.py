@@ -156,6 +156,8 @@ def fit(
             if step % save_every_steps == 0 and step < total:
                 _record(name, pending, log, log_every_steps)
                 pending = None
+                if log is not None:
+                    log.flush()  # steps before a checkpoint are not logged again
                 with jax.transfer_guard("allow"):
                     elapsed = seconds + time.perf_counter() - clock
                     checkpointer.save(state, batches, step, {"seconds": elapsed})

@@ -65,7 +65,7 @@ class LossTable:
             missing = np.flatnonzero(~seen_N)
             raise LossTableError(
                 f"the loss table in {directory} has no row for {missing.size} of {seen_N.size} "
-                f"examples, ids {missing[:10].tolist()}; delete it and score again"
+                f"examples, ids {missing[:10].tolist()}; run the scoring again, it adds them"
             )
         return table
 
@@ -108,9 +108,15 @@ class LossTable:
           tau: the temperature; default: the median, `self.temperature`.
 
         Raises:
-          ValueError: a temperature of zero.
+          LossTableError: a temperature of zero.
         """
         tau = self.temperature if tau is None else tau
+        if not tau > 0:
+            raise LossTableError(
+                f"the temperature of the loss table in {self.directory} is {tau}; it must be "
+                "positive. At least half of the losses are zero if the median is: has the model "
+                "been trained on these examples?"
+            )
         weight_N = np.full(self.num_examples, np.nan, np.float32)
         for ids, loss, _ in self.rows():
             weight_N[ids] = np.asarray(weighting.flow_weights(loss, np.float32(tau)))
@@ -161,10 +167,11 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
 
 def write_part(directory: Path, process: int, rows: Rows) -> None:
     """Appends a part, whole or not at all."""
-    number = len(list(directory.glob(f"part-{process:05d}-*.parquet")))
+    numbers = [int(p.stem[-5:]) for p in directory.glob(f"part-{process:05d}-*.parquet")]
+    number = max(numbers, default=-1) + 1  # not their count: one may have been deleted
     path = directory / f"part-{process:05d}-{number:05d}.parquet"
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(list(rows), schema=SCHEMA), temporary)
+    pq.write_table(pa.table(list(rows), schema=SCHEMA), temporary, write_page_checksum=True)
     temporary.replace(path)
 
 
@@ -172,20 +179,19 @@ def iter_rows(directory: Path) -> Iterator[Rows]:
     """Streams the rows of all parts of a table, complete or not."""
     for path in sorted(directory.glob("part-*.parquet")):
         try:
-            file = pq.ParquetFile(path)
-        except pa.ArrowInvalid as error:
+            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+                if not file.schema_arrow.equals(SCHEMA):
+                    raise LossTableError(
+                        f"{path} has columns {file.schema_arrow.names} of types "
+                        f"{[str(t) for t in file.schema_arrow.types]}; a loss table has {SCHEMA}"
+                    )
+                for batch in file.iter_batches():
+                    ids, loss, count = (column.to_numpy() for column in batch.columns)
+                    yield ids, loss, count
+        except (pa.ArrowInvalid, OSError) as error:
             raise LossTableError(
                 f"{path} is damaged: {error}; delete it and score again"
             ) from error
-        with file:
-            if not file.schema_arrow.equals(SCHEMA):
-                raise LossTableError(
-                    f"{path} has columns {file.schema_arrow.names} of types "
-                    f"{[str(t) for t in file.schema_arrow.types]}; a loss table has {SCHEMA}"
-                )
-            for batch in file.iter_batches():
-                ids, loss, count = (column.to_numpy() for column in batch.columns)
-                yield ids, loss, count
 
 
 def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
@@ -227,7 +233,7 @@ def summarise(directory: Path) -> dict[str, Any]:
     middle = [(size - 1) // 2, size // 2]
     values = order_statistics(losses, [*ranks, *middle])
     quantiles = dict(zip(map(str, QUANTILES), values[: len(ranks)], strict=True))
-    median = float((np.float32(values[-2]) + np.float32(values[-1])) / np.float32(2.0))
+    median = float(np.float32((values[-2] + values[-1]) / 2))  # float64 does not overflow
     return {"num_rows": size, "median": median, "quantiles": quantiles}
 
 

@@ -8,6 +8,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from easy_jax import train
+from easy_jax.config import ConfigError, ExperimentConfig
 from easy_jax.errors import USER_ERRORS
 
 COMMANDS: dict[str, train.Until] = {
@@ -29,18 +30,27 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save at INFO
     logging.getLogger("jax").setLevel(logging.ERROR)
     config = _CONFIG.value
+    if not isinstance(config, ExperimentConfig):  # also what absl gives for a missing file
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise ConfigError(f"there is no experiment's configuration in the file {name}")
     train.run(config, _WORKDIR.value or f"runs/{config.name}", COMMANDS[argv[1]])
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """absl's flags; whatever is wrong with them, or in a config file, is the user's to mend."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ConfigError, KeyError, OSError) as error:
+        text = str(error.args[0] if error.args else error).strip()
+        raise ConfigError(text.splitlines()[-1]) from error
 
 
 def cli() -> None:
     """The `easy-jax` console script: errors that a user can mend are one line, exit code 2."""
     try:
-        app.run(main)
-    except (*USER_ERRORS, KeyError, FileNotFoundError) as error:
-        if isinstance(error, KeyError) and "not found on dataclass" not in str(error):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"easy-jax: {message}", file=sys.stderr)
+        app.run(main, flags_parser=_parse)
+    except USER_ERRORS as error:
+        print(f"easy-jax: {error}", file=sys.stderr)
         sys.exit(2)
 
 

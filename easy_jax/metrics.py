@@ -25,22 +25,26 @@ class MetricsLog:
         entry = {"stage": stage, "kind": kind, "step": step, **values}
         self._file.write(json.dumps(entry) + "\n")
         if stage not in self._writers:
-            self.flush()
+            self._close_writers()
             path = self._workdir / "tensorboard" / stage
             self._writers = {stage: SummaryWriter(str(path), write_to_disk=True)}
         for name, value in values.items():
             self._writers[stage].add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
-        """Writes out what is buffered, and closes finished stages."""
+        """Writes out what is buffered."""
         self._file.flush()
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        self._close_writers()
+        self._file.close()
+
+    def _close_writers(self) -> None:
         for writer in self._writers.values():
             writer.close()
         self._writers = {}
-
-    def close(self) -> None:
-        self.flush()
-        self._file.close()
 
 
 def open_lines(path: Path) -> TextIO:

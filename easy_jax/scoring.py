@@ -81,15 +81,16 @@ def score(
     metadata = loss_table.read_metadata(directory)
     if metadata is not None:
         loss_table.check_metadata(directory, metadata, identity)
-        if metadata["complete"]:
-            return LossTable.open(directory)
+    done_N = loss_table.seen_ids(directory, len(source))
+    # Examples dropped before are looked at again where they are to be errors now.
+    dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
+    done_N[list(dropped)] = True
+    if metadata is not None and metadata["complete"] and done_N.all():
+        return LossTable.open(directory)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format_version": loss_table.FORMAT_VERSION, **identity, "complete": False}
     loss_table.write_metadata(directory, metadata)
 
-    done_N = loss_table.seen_ids(directory, len(source))
-    dropped = _read_dropped(directory)
-    done_N[list(dropped)] = True
     bad: dict[int, str] = {}
     todo = np.flatnonzero(~done_N)
     if todo.size:
@@ -99,7 +100,8 @@ def score(
         for ids, nll_sum, count in per_example(graphdef, state, loss_fn, loader, mesh):
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
-            reason = np.where(count == 0, "no target", np.where(np.isfinite(loss), "", "loss"))
+            usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
+            reason = np.where(count == 0, "no target", np.where(usable, "", "loss"))
             good = reason == ""
             bad.update(
                 (int(i), "has no target token" if r == "no target" else f"has loss {x}")

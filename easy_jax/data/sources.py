@@ -97,8 +97,10 @@ class TfdsSource:
             builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
             self._data = builder.as_data_source(split=split)
         except Exception as error:
+            # The rest of an error of TFDS is a list of all the data sets it knows.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {error}. "
+                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason} "
                 "Prepare it first, with tfds.builder(..., file_format='array_record')"
                 ".download_and_prepare()"
             ) from error
