@@ -73,9 +73,10 @@ def scoring_loader(
       >>> [batch["mask"].tolist() for batch in loader]
       [[True, True], [True, False]]
     """
-    order = grain.MapDataset.source(_checked_ids(source, ids))
+    ids = _checked_ids(source, ids)
     read = _Reader(source, batch_size, process_index, process_count, weight_N=None)
-    dataset = order.batch(batch_size, batch_fn=np.asarray).map(read)
+    starts = grain.MapDataset.range(0, len(ids), batch_size)
+    dataset = starts.map(lambda start: read(ids[start : start + batch_size]))
     return Loader(dataset, threads, prefetch)
 
 
@@ -126,10 +127,12 @@ def training_loader(
         ids = np.flatnonzero(~np.isnan(weight_N))
         if ids.size == 0:
             raise DataError("no example is left to train on: every weight is missing")
-    order = grain.MapDataset.source(_checked_ids(source, ids)).seed(seed).shuffle().repeat(epochs)
+    ids = _checked_ids(source, ids)
+    # range, not source(ids): Grain's bookkeeping costs 15 us per element read from a source.
+    order = grain.MapDataset.range(len(ids)).seed(seed).shuffle().repeat(epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
     read = _Reader(source, batch_size, process_index, process_count, weight_N)
-    dataset = order.batch(batch_size, batch_fn=np.asarray).map(read)
+    dataset = order.batch(batch_size, batch_fn=lambda positions: read(ids[np.asarray(positions)]))
     return Loader(dataset, threads, prefetch)
 
 
