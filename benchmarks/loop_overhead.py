@@ -19,7 +19,7 @@ from easy_jax.config import GlyphDataConfig
 from easy_jax.data import glyphs
 
 EPOCHS = 8
-ROUNDS = 11
+ROUNDS = 15
 BOUND = 0.10
 
 

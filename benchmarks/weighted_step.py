@@ -16,8 +16,8 @@ from timing import exit_unless, interleave, median_ratio
 import easy_jax as ej
 
 BATCH_SIZE = 64
-STEPS_PER_ROUND = 10
-ROUNDS = 40
+STEPS_PER_ROUND = 5
+ROUNDS = 100
 BOUND = 1.02
 NUM_CLASSES = 10
 
