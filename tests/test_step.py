@@ -220,6 +220,21 @@ def test_padding_stays_out_of_the_batch_statistics(network):
     chex.assert_trees_all_close(a.model_state(), b.model_state(), rtol=1e-4, atol=1e-5)
 
 
+def test_a_micro_batch_of_padding_alone_changes_nothing(network):
+    # Micro-batch m of 4 has the examples m, m + 4, ...: here the last is padding alone.
+    train = nnx.view(network, use_running_average=False)
+    batch = _image_batch(16)
+    batch["mask"] = np.arange(16) % 4 != 3
+    keep = np.flatnonzero(batch["mask"])
+    without = {name: array[keep] for name, array in batch.items()}
+    options = {"loss_fn": classification_loss, "reduction": "example_mean"}
+    four, metrics = _step(train, batch, micro_batches=4, **options)
+    three, expected = _step(train, without, micro_batches=3, **options)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)
+    chex.assert_trees_all_close(four.model_state(), three.model_state(), rtol=1e-4, atol=1e-6)
+
+
 def test_frozen_parameters_do_not_move_and_have_no_optimiser_state(network):
     batch = _image_batch()
     optimizer = optax.adam(0.1)

@@ -49,10 +49,17 @@ class BatchNorm(nnx.BatchNorm):
         )
 
     def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
-        # In eval mode the statistics are not computed, so there is nothing to mask.
-        use_mask = mask_B is not None and not self.use_running_average
-        mask = mask_B[:, None, None, None] if use_mask and mask_B is not None else None
-        return super().__call__(x_BHWC, mask=mask)
+        if mask_B is None or self.use_running_average:
+            return super().__call__(x_BHWC)
+        # A micro-batch may be padding alone. Statistics of nothing are NaN: let it take its
+        # own, which reach no loss, and leave the running statistics as they are.
+        has_examples = jnp.any(mask_B)
+        mean_C, var_C = self.mean[...], self.var[...]
+        mask_B111 = (mask_B | ~has_examples)[:, None, None, None]
+        y_BHWC = super().__call__(x_BHWC, mask=mask_B111)
+        self.mean[...] = jnp.where(has_examples, self.mean[...], mean_C)
+        self.var[...] = jnp.where(has_examples, self.var[...], var_C)
+        return y_BHWC
 
 
 class BasicBlock(nnx.Module):
