@@ -51,15 +51,55 @@ class BatchNorm(nnx.BatchNorm):
     def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
         if mask_B is None or self.use_running_average:
             return super().__call__(x_BHWC)
-        # A micro-batch may be padding alone. Statistics of nothing are NaN: let it take its
-        # own, which reach no loss, and leave the running statistics as they are.
-        has_examples = jnp.any(mask_B)
-        mean_C, var_C = self.mean[...], self.var[...]
-        mask_B111 = (mask_B | ~has_examples)[:, None, None, None]
-        y_BHWC = super().__call__(x_BHWC, mask=mask_B111)
-        self.mean[...] = jnp.where(has_examples, self.mean[...], mean_C)
-        self.var[...] = jnp.where(has_examples, self.var[...], var_C)
-        return y_BHWC
+        mean_C, square_C = _moments(x_BHWC, mask_B)
+        var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+        # Padding alone (the last micro-batches of a run) has no statistics to learn from.
+        momentum = jnp.where(jnp.any(mask_B), self.momentum, 1.0)
+        self.mean[...] = momentum * self.mean + (1.0 - momentum) * mean_C
+        self.var[...] = momentum * self.var + (1.0 - momentum) * var_C
+        assert self.scale is not None and self.bias is not None
+        scale_C = jax.lax.rsqrt(var_C + self.epsilon) * self.scale[...]
+        return (x_BHWC - _spread(mean_C)) * _spread(scale_C) + _spread(self.bias[...])
+
+
+def _spread(value_C: jax.Array) -> jax.Array:
+    return value_C[None, None, None, :]
+
+
+@jax.custom_vjp
+def _moments(x_BHWC: jax.Array, mask_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Means of x and x^2 over the examples that are not padding; 0 if there are none.
+
+    Masking sums over an example, and a gradient in one pass over x, cost as much as no mask;
+    `jnp.mean(where=...)` and its gradient are 7 % of a small network's training step.
+    """
+    size = _size(x_BHWC, mask_B)
+
+    def mean(y_BHWC: jax.Array) -> jax.Array:
+        y_BC = jnp.sum(y_BHWC, axis=(1, 2), dtype=jnp.float32)
+        return jnp.sum(jnp.where(mask_B[:, None], y_BC, 0.0), axis=0) / size
+
+    return mean(x_BHWC), mean(jnp.square(x_BHWC))
+
+
+def _size(x_BHWC: jax.Array, mask_B: jax.Array) -> jax.Array:
+    examples = jnp.maximum(jnp.sum(mask_B, dtype=jnp.float32), 1.0)
+    return examples * (x_BHWC.shape[1] * x_BHWC.shape[2])
+
+
+def _moments_forward(x_BHWC: jax.Array, mask_B: jax.Array) -> tuple[Any, Any]:
+    return _moments(x_BHWC, mask_B), (x_BHWC, mask_B)
+
+
+def _moments_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None]:
+    x_BHWC, mask_B = residuals
+    mean_C, square_C = (cotangent / _size(x_BHWC, mask_B) for cotangent in cotangents)
+    gradient_BHWC = _spread(mean_C) + _spread(2.0 * square_C) * x_BHWC
+    gradient_BHWC = jnp.where(mask_B[:, None, None, None], gradient_BHWC, 0.0)
+    return gradient_BHWC.astype(x_BHWC.dtype), None
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
 
 
 class BasicBlock(nnx.Module):
