@@ -60,7 +60,8 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         model=ResNetConfig(in_channels=1, width=16, depths=(1, 1, 1)),
         data=GlyphDataConfig(label_noise=(0.0,) if arg == "clean" else (0.3,)),
         pretrain=stage(6, 0.1),
-        probe=stage(15, 0.03),
+        # Of 0.03, 0.1, 0.3 and 1 the best on validation data with noisy labels, seeds 0 and 1.
+        probe=stage(15, 0.1),
         scoring=ScoringConfig(batch_size=256),
         finetune=stage(15, 0.03),
         head=stage(15, 0.03),
