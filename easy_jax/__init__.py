@@ -20,7 +20,7 @@ from easy_jax.config import (
 )
 from easy_jax.data import ArraySource, TfdsSource, scoring_loader, training_loader
 from easy_jax.evaluate import classification, with_task_parts
-from easy_jax.fit import Fit, fit
+from easy_jax.fitting import Fit, fit
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss, softmax_cross_entropy, squared_error
 from easy_jax.merge import interpolate, wise_ft

@@ -3,7 +3,7 @@
 from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import ConfigError
 from easy_jax.data import DataError
-from easy_jax.fit import TrainingError
+from easy_jax.fitting import TrainingError
 from easy_jax.loss_table import LossTableError
 from easy_jax.scoring import ScoringError
 

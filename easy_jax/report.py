@@ -18,6 +18,7 @@ from easy_jax.data import glyphs
 from easy_jax.loss_table import LossTable
 
 Row = dict[str, Any]
+TableText = tuple[str, tuple[str, ...], list[tuple[str, ...]]]  # title, header, lines
 RULES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "results": (
         "learning rate chosen by target validation accuracy",
@@ -102,15 +103,18 @@ def by_rate(rows: Sequence[Row]) -> dict[float, list[tuple[str, ...]]]:
     return lines
 
 
-def _tables(
-    config: ExperimentConfig, results: Mapping[str, Any]
-) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
-    """(title, header, lines) of every table, for Markdown and HTML."""
-    tables: list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]] = [
+def _chosen_tables(results: Mapping[str, Any]) -> list[TableText]:
+    """The tables of each selection rule and setting."""
+    return [
         (_title(noise, caption), _COLUMNS, lines)
         for caption, rows in _rules(results)
         for noise, lines in summary(rows).items()
     ]
+
+
+def _tables(config: ExperimentConfig, results: Mapping[str, Any]) -> list[TableText]:
+    """Every table, for Markdown and HTML."""
+    tables = _chosen_tables(results)
     if len(config.learning_rates) > 1:
         # In the order of the grid, which the chosen rows and the rest do not keep.
         names = [method.name for method in config.selected_methods()]
@@ -150,18 +154,15 @@ def _rules(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
 def table(results: Mapping[str, Any]) -> Group:
     """The results for the terminal, in percent."""
     tables = []
-    for caption, rows in _rules(results):
-        for noise, lines in summary(rows).items():
-            one = Table(
-                *_COLUMNS, title=_title(noise, caption), title_justify="left", box=box.SIMPLE_HEAD
-            )
-            for column in one.columns:
-                column.no_wrap = True
-            for column in one.columns[2:]:
-                column.justify = "right"
-            for line in lines:
-                one.add_row(*line)
-            tables.append(one)
+    for title, header, lines in _chosen_tables(results):
+        one = Table(*header, title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for column in one.columns:
+            column.no_wrap = True
+        for column in one.columns[2:]:
+            column.justify = "right"
+        for line in lines:
+            one.add_row(*line)
+        tables.append(one)
     return Group(*tables, f"{_LEGEND} {_before(results)}")
 
 

@@ -86,7 +86,7 @@ def score(
     dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
     done_N[list(dropped)] = True
     if metadata is not None and metadata["complete"] and done_N.all():
-        return LossTable.open(directory)
+        return LossTable(directory, metadata)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format_version": loss_table.FORMAT_VERSION, **identity, "complete": False}
     loss_table.write_metadata(directory, metadata)

@@ -19,7 +19,7 @@ from easy_jax import evaluate, merge, metrics, report, scoring, sharding, weight
 from easy_jax import fingerprint as fingerprints
 from easy_jax.config import ConfigError, ExperimentConfig
 from easy_jax.data import glyphs
-from easy_jax.fit import Fit, fit
+from easy_jax.fitting import Fit, fit
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
 from easy_jax.models import resnet, train_view
@@ -123,6 +123,7 @@ class Experiment:
         self._data: tuple[tuple[int, float], glyphs.GlyphData] | None = None
         self._did_work = False
         self._counted: set[str] = set()
+        self._tables: dict[tuple[int, float], LossTable] = {}
         self._trained: set[str] = set()
         self._graphdefs: dict[int, nnx.GraphDef[Any]] = {}
         self._inits: dict[tuple[int, Any], Callable[[jax.Array], nnx.State]] = {}
@@ -236,11 +237,13 @@ class Experiment:
 
     def loss_table(self, seed: int, label_noise: float) -> LossTable:
         """The loss table of the probed model, scored if it is not there."""
+        if (seed, label_noise) in self._tables:
+            return self._tables[seed, label_noise]
         probe = self.stages[probe_name(seed, label_noise)]
         model_state = self.fit(probe.name).model_state
         tasks = self.data(probe)
         scoring_config = self.config.scoring
-        return scoring.score(
+        table = self._tables[seed, label_noise] = scoring.score(
             self._merge(model_state, tasks.target.num_classes),
             tasks.target.train,
             loss_table_path(self.workdir, seed, label_noise),
@@ -250,6 +253,7 @@ class Experiment:
             on_bad_example=scoring_config.on_bad_example,
             rows_per_part=scoring_config.rows_per_part,
         )
+        return table
 
     def evaluate(self, cell: Cell) -> dict[str, Any]:
         """Both accuracies of a cell, on validation and test data."""

@@ -49,3 +49,16 @@ def devices_mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:
         devices=devices,
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
+
+
+class Records:
+    """A source of the records it is given, unchecked and without a fingerprint of its own."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, position):
+        return self.records[position]

@@ -6,7 +6,7 @@ from pathlib import Path
 # Left to right. A package counts as one place; `theory` depends on nothing here.
 ORDER = [
     "config", "fingerprint", "sharding", "data", "models", "losses", "weighting", "loss_table",
-    "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fit", "plan",
+    "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
     "figures", "report", "terminal", "train", "errors", "main",
 ]  # fmt: skip
 

@@ -14,14 +14,15 @@ import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import Records
 from flax import nnx
 
 from configs import quickstart
 from easy_jax import loss_table, sharding, step, train, weighting
-from easy_jax.checkpoint import CheckpointError
+from easy_jax.checkpoint import Checkpointer, CheckpointError
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource, DataError, scoring_loader, training_loader
-from easy_jax.fit import TrainingError, fit
+from easy_jax.fitting import TrainingError, fit
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import softmax_cross_entropy, squared_error
 from easy_jax.scoring import ScoringError, score
@@ -45,19 +46,6 @@ def points(size=20, bad_label=None):
     if bad_label is not None:
         label[bad_label] = 3
     return ArraySource({"x": rng.normal(size=(size, 2)).astype(np.float32), "label": label})
-
-
-class Records:
-    """A source of the records it is given, unchecked."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, position):
-        return self.records[position]
 
 
 # The command line and the configuration.
@@ -229,6 +217,23 @@ def test_training_error_names_the_step_and_its_examples(tmp_path):
             loss_fn=classify,
         )  # fmt: skip
     assert str([i for i in ids if i >= 0]) in str(error.value)
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+    """The loss need not show them: here the broken parameter reaches no logit."""
+
+    class WithUnused(nnx.Module):
+        def __init__(self):
+            self.used = linear()
+            self.unused = nnx.Param(jax.numpy.array([1.0, np.nan]))
+
+        def __call__(self, x):
+            return self.used(x)
+
+    with pytest.raises(TrainingError, match=r"after step 3 in \.params\['unused'\]") as error:
+        fit(WithUnused(), points(), tmp_path, stage=StageConfig(batch_size=8), loss_fn=classify)
+    assert "learning rate" in str(error.value)
+    assert Checkpointer(tmp_path, {}).latest_step() is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

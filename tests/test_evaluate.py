@@ -8,7 +8,7 @@ from flax import nnx
 from easy_jax import evaluate
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.data import ArraySource
-from easy_jax.fit import fit
+from easy_jax.fitting import fit
 from easy_jax.losses import classification_loss
 from easy_jax.models import eval_view, resnet, train_view
 

@@ -55,7 +55,7 @@ def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_pa
 
 
 def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
-    module = sys.modules["easy_jax.fit"]
+    module = sys.modules["easy_jax.fitting"]
     steps, make = [], module.make_train_step
 
     def recording(*args, **kwargs):

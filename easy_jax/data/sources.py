@@ -98,9 +98,9 @@ class TfdsSource:
             self._data = builder.as_data_source(split=split)
         except Exception as error:
             # The rest of an error of TFDS is a list of all the data sets it knows.
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DataError(
-                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason} "
+                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason}. "
                 "Prepare it first, with tfds.builder(..., file_format='array_record')"
                 ".download_and_prepare()"
             ) from error

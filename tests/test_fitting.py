@@ -10,7 +10,7 @@ from flax import nnx
 from easy_jax import metrics
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.data import ArraySource
-from easy_jax.fit import fit
+from easy_jax.fitting import fit
 from easy_jax.losses import classification_loss
 from easy_jax.models import resnet, train_view
 

@@ -92,7 +92,7 @@ def fit(
       progress: called with the number of steps done since the last call.
 
     Raises:
-      TrainingError: the loss is not finite.
+      TrainingError: the loss, or something that is about to be saved, is not finite.
       CheckpointError: the directory has a checkpoint of another run.
       ConfigError, DataError: as the loaders and the mesh.
     """
@@ -159,6 +159,7 @@ def fit(
                 if log is not None:
                     log.flush()  # steps before a checkpoint are not logged again
                 with jax.transfer_guard("allow"):
+                    _check_finite(name, step, state)
                     elapsed = seconds + time.perf_counter() - clock
                     checkpointer.save(state, batches, step, {"seconds": elapsed})
         if pending is not None:
@@ -166,6 +167,7 @@ def fit(
     if first < total:
         jax.block_until_ready(state)
         seconds += time.perf_counter() - clock
+        _check_finite(name, total, state)
         checkpointer.save(state, batches, total, {"seconds": seconds})
     checkpointer.close()
     if log is not None:
@@ -233,3 +235,21 @@ def _record(
         )
     if log is not None and (step % log_every_steps == 0 or step == 1):
         log.write(name, "train", step, values)
+
+
+def _check_finite(name: str, step: int, state: TrainState) -> None:
+    """A checkpoint of a broken model would be resumed from: it is not saved."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_is_finite(state)))
+    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
+    if bad:
+        raise TrainingError(
+            f"{name}: NaN or infinite values after step {step} in {', '.join(bad[:5])}"
+            f"{' ...' if len(bad) > 5 else ''}, which is not saved. Training diverged: lower the "
+            "learning rate"
+        )
+
+
+@jax.jit
+def _is_finite(tree: Any) -> Any:
+    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), tree)
+    return jax.tree.map(lambda x, check: jnp.isfinite(x).all() if check else True, tree, inexact)
