@@ -80,6 +80,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str = "batch_size") -> 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch on its devices; nothing is gathered."""
     sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(dict(batch), sharding)  # all fields in one call
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

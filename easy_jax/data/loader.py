@@ -192,7 +192,7 @@ class _Reader:
         id_b = np.concatenate([ids.astype(np.int64), padding])[self._rows]
         mask_b = id_b != PADDING_ID
         positions = np.where(mask_b, id_b, ids[0]).tolist()
-        batch = _stack(_read(self._source, positions), positions)
+        batch = _read(self._source, positions)
         own_weight_b = batch.pop("weight", None)
         if self._weight_N is not None:
             weight_b = self._weight_N[positions]
@@ -202,18 +202,27 @@ class _Reader:
         return {**batch, "example_id": id_b, "mask": mask_b}
 
 
-def _read(source: Source, positions: list[int]) -> list[Mapping[str, np.ndarray]]:
-    read_many = getattr(source, "__getitems__", None)
-    if read_many is not None:
-        return read_many(positions)
-    return [source[position] for position in positions]
+def _read(source: Source, positions: list[int]) -> Batch:
+    """The records at these positions, stacked and checked."""
+    if hasattr(source, "batch"):
+        batch = dict(source.batch(positions))
+    elif hasattr(source, "__getitems__"):
+        batch = _stack(source.__getitems__(positions), positions)
+    else:
+        batch = _stack([source[position] for position in positions], positions)
+    clash = [name for name in _RESERVED if name in batch]
+    if clash:
+        raise DataError(f"records have fields {clash}, which the loader makes itself; rename them")
+    for name, array in batch.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            finite = np.isfinite(array).reshape(len(positions), -1).all(axis=1)
+            bad = sorted({positions[row] for row in np.flatnonzero(~finite)})
+            raise DataError(f"field {name!r} has NaN or infinite values in example ids {bad}")
+    return batch
 
 
 def _stack(records: list[Mapping[str, np.ndarray]], positions: list[int]) -> Batch:
     names = records[0].keys()
-    clash = [name for name in _RESERVED if name in names]
-    if clash:
-        raise DataError(f"records have fields {clash}, which the loader makes itself; rename them")
     batch = {}
     for name in names:
         values: list[np.ndarray] = []
@@ -231,11 +240,6 @@ def _stack(records: list[Mapping[str, np.ndarray]], positions: list[int]) -> Bat
                 )
             values.append(value)
         batch[name] = np.stack(values)
-        if np.issubdtype(batch[name].dtype, np.floating):
-            finite = np.isfinite(batch[name]).reshape(len(positions), -1).all(axis=1)
-            if not finite.all():
-                bad = sorted({positions[row] for row in np.flatnonzero(~finite)})
-                raise DataError(f"field {name!r} has NaN or infinite values in example ids {bad}")
     return batch
 
 

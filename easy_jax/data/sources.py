@@ -21,8 +21,9 @@ class Source(Protocol):
 
     A record is a mapping of arrays, with the same fields and shapes for every position.
     A field `weight` (a scalar), if there is one, is multiplied into the training weight.
-    Optional: `__getitems__(positions) -> list of records`, to read a batch at once, and
-    `fingerprint() -> str`, where something cheaper than reading everything identifies the data.
+    Optional, where they are cheaper: `batch(positions) -> record of stacked arrays` or
+    `__getitems__(positions) -> list of records`, to read a batch at once, and
+    `fingerprint() -> str`, to identify the data without reading everything.
     """
 
     def __len__(self) -> int: ...
@@ -68,6 +69,10 @@ class ArraySource:
 
     def __getitem__(self, position: int) -> Record:
         return {name: array[position] for name, array in self.fields.items()}
+
+    def batch(self, positions: list[int]) -> Record:
+        """The records at these positions, each field stacked."""
+        return {name: array[positions] for name, array in self.fields.items()}
 
     def fingerprint(self) -> str:
         """Hash of every field's name, dtype, shape and content."""
