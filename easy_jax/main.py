@@ -7,7 +7,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from easy_jax import train
+from easy_jax import theory_report, train
 from easy_jax.config import ConfigError, ExperimentConfig
 from easy_jax.errors import USER_ERRORS
 
@@ -20,15 +20,21 @@ COMMANDS: dict[str, train.Until] = {
 }
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; default: runs/<name>.")
-_USAGE = f"usage: easy-jax {{{','.join(COMMANDS)}}} --config=configs/FILE.py[:ARG] [--workdir=DIR]"
+_USAGE = (
+    f"usage: easy-jax {{{','.join(COMMANDS)}}} --config=configs/FILE.py[:ARG] [--workdir=DIR]\n"
+    "       easy-jax theory [--workdir=DIR]"
+)
 
 
 def main(argv: list[str]) -> None:
     """Runs a sub-command; absl has parsed the flags."""
-    if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
-        raise app.UsageError(_USAGE)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save at INFO
     logging.getLogger("jax").setLevel(logging.ERROR)
+    if argv[1:] == ["theory"] and _CONFIG.value is None:
+        theory_report.run(_WORKDIR.value or "runs/theory")
+        return
+    if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
+        raise app.UsageError(_USAGE)
     config = _CONFIG.value
     if not isinstance(config, ExperimentConfig):  # also what absl gives for a missing file
         name = config_flags.get_config_filename(flags.FLAGS["config"])

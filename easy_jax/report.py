@@ -1,6 +1,5 @@
 """From a workdir to what a person reads: selection, tables, and a one-file HTML page."""
 
-import base64
 import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from easy_jax import figures, metrics, plan
+from easy_jax import figures, metrics, page, plan
 from easy_jax.config import ExperimentConfig
 from easy_jax.data import glyphs
 from easy_jax.loss_table import LossTable
@@ -203,7 +202,7 @@ def _page(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -
     for noise in config.data.label_noise:
         sections.append(f"<h2>{html.escape(figures.setting_name(noise))}, seed {seed}</h2>")
         sections += _setting_html(config, workdir, results, seed, noise)
-    return _TEMPLATE.format(title=html.escape(config.name), body="\n".join(sections))
+    return page.page(f"{config.name}: learnt and forgotten", sections)
 
 
 def _setting_html(
@@ -284,22 +283,16 @@ def _curves(
 
 def _html_table(title: str, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     # The best of kept, target and mean; a cell of the other table has two numbers.
-    bold = range(2, 5) if header == _COLUMNS else range(0)
-    best = {index: max(_leading_number(line[index]) for line in lines) for index in bold}
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in header)
-    body = []
-    for line in lines:
-        cells = [
-            f"<td><b>{html.escape(text)}</b></td>"
-            if index in best and _leading_number(text) == best[index]
-            else f"<td>{html.escape(text)}</td>"
-            for index, text in enumerate(line)
+    columns = range(2, 5) if header == _COLUMNS else range(0)
+    best = {column: max(_leading_number(line[column]) for line in lines) for column in columns}
+    bold = [
+        [
+            column in best and _leading_number(text) == best[column]
+            for column, text in enumerate(line)
         ]
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f"<table><caption>{html.escape(title)}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    )
+        for line in lines
+    ]
+    return page.table(title, header, lines, bold)
 
 
 def _leading_number(text: str) -> float:
@@ -307,37 +300,4 @@ def _leading_number(text: str) -> float:
 
 
 def _figure_html(figure: Figure, caption: str) -> str:
-    data = base64.b64encode(figures.to_svg(figure).encode()).decode()
-    text = html.escape(caption)
-    return (
-        f'<figure><img alt="{text}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
-
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}: learnt and forgotten</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; white-space: nowrap; font-weight: 600; padding-bottom: .4rem; }}
-th, td {{ padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; font-weight: normal; }}
-thead th {{ border-bottom: 2px solid #222; }}
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) {{ text-align: left; }}
-figure {{ margin: 2rem 0; }}
-figure img {{ max-width: 100%; height: auto; }}
-figcaption {{ color: #555; }}
-</style>
-</head>
-<body>
-<h1>{title}: learnt and forgotten</h1>
-{body}
-</body>
-</html>
-"""
+    return page.figure(figures.to_svg(figure).encode(), "image/svg+xml", caption)

@@ -189,11 +189,11 @@ def _as_losses(loss_N: Values) -> jax.Array:
 
 
 def _check_temperature(tau: ArrayLike, what: str) -> jax.Array:
-    tau = jnp.asarray(tau)
-    if _is_concrete(tau) and not (np.isfinite(tau) and tau > 0):
+    # NumPy, not jnp: under jit a comparison by jnp is traced even where tau is concrete.
+    if _is_concrete(tau) and not (np.isfinite(tau) and np.asarray(tau) > 0):
         raise ValueError(
-            f"{what} is {float(tau)}; the temperature must be positive. At least half of the "
-            "losses are zero if the median is: give a temperature of your own, or check that "
-            "the model has not been trained on these examples"
+            f"{what} is {float(np.asarray(tau))}; the temperature must be positive. If the median "
+            "is zero, so are at least half of the losses: give a temperature of your own, or check "
+            "that the model has not been trained on these examples"
         )
-    return tau
+    return jnp.asarray(tau)

@@ -3,11 +3,12 @@
 import ast
 from pathlib import Path
 
-# Left to right. A package counts as one place; `theory` depends on nothing here.
+# Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
-    "config", "fingerprint", "sharding", "data", "models", "losses", "weighting", "loss_table",
+    "theory", "config", "fingerprint", "sharding", "data", "models", "losses", "weighting",
+    "loss_table",
     "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
-    "figures", "report", "terminal", "train", "errors", "main",
+    "page", "figures", "report", "terminal", "train", "theory_report", "errors", "main",
 ]  # fmt: skip
 
 

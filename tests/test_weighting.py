@@ -147,3 +147,12 @@ def test_controls():
     # The annotation check of the tests' import hook answers before the function's own.
     with pytest.raises((ValueError, TypeError), match="'uniform', 'shuffled'"):
         weighting.control_weights(weights, "mean", seed=0)
+
+
+def test_a_concrete_temperature_is_checked_under_jit():
+    for tau in (2.0, jnp.float32(2.0)):
+        inside = jax.jit(lambda loss, tau=tau: weighting.flow_weights(loss, tau))(jnp.ones(3))
+        np.testing.assert_allclose(inside, np.exp(-0.5), rtol=1e-6)
+    zero = jnp.float32(0.0)
+    with pytest.raises(ValueError, match=r"tau is 0\.0"):
+        jax.jit(lambda loss: weighting.flow_weights(loss, zero))(jnp.ones(3))

@@ -1,0 +1,83 @@
+"""One self-contained HTML page: tables and figures inlined, no network."""
+
+import base64
+import html
+from collections.abc import Sequence
+
+
+def page(title: str, sections: Sequence[str]) -> str:
+    """A whole page; `sections` are HTML already, the title is text."""
+    return _TEMPLATE.format(title=html.escape(title), body="\n".join(sections))
+
+
+def figure(data: bytes, media_type: str, caption: str) -> str:
+    """A picture (`image/png`, `image/svg+xml`) and its caption, which is text."""
+    encoded = base64.b64encode(data).decode()
+    text = html.escape(caption)
+    return (
+        f'<figure><img alt="{text}" src="data:{media_type};base64,{encoded}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
+
+
+def table(
+    caption: str,
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    bold: Sequence[Sequence[bool]] | None = None,
+    kind: str = "numbers",
+) -> str:
+    """A table of texts.
+
+    Args:
+      caption: above the table.
+      header: a text per column.
+      lines: rows of texts.
+      bold: which cells are bold; default: none.
+      kind: `numbers`, the first two columns left, the rest right, nothing wrapped; or `text`.
+    """
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in header)
+    body = []
+    for row, line in enumerate(lines):
+        cells = [
+            f"<td><b>{html.escape(text)}</b></td>"
+            if bold is not None and bold[row][column]
+            else f"<td>{html.escape(text)}</td>"
+            for column, text in enumerate(line)
+        ]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f'<table class="{kind}"><caption>{html.escape(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }}
+table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums; }}
+caption {{ text-align: left; white-space: nowrap; font-weight: 600; padding-bottom: .4rem; }}
+th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd;
+  font-weight: normal; vertical-align: top; }}
+thead th {{ border-bottom: 2px solid #222; }}
+.numbers th, .numbers td {{ text-align: right; white-space: nowrap; }}
+.numbers th:first-child, .numbers td:first-child, .numbers th:nth-child(2),
+.numbers td:nth-child(2) {{ text-align: left; }}
+.text {{ font-size: .9rem; }}
+figure {{ margin: 2rem 0; }}
+figure img {{ max-width: 100%; height: auto; }}
+figcaption {{ color: #555; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,255 @@
+"""The closed forms of the paper's section 7, by equation and lemma number.
+
+Everything works under `jit`, `vmap` and `grad`, in the dtype of its inputs. `steps` may be
+traced; powers are taken of eigenvalues, never by repeated multiplication.
+"""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from easy_jax.theory.problem import Problem, total_error
+
+
+def vanilla_iterate(
+    problem: Problem, steps: chex.Numeric, learning_rate: chex.Numeric = 0.5
+) -> jax.Array:
+    """theta_K of plain gradient descent from theta_pre: theta_ft + (I - 2 eta Sigma)^K e (6).
+
+    With eta = 1/2 this is theta_ft + P^K e, P = -rho (e_bar e_perp^T + e_perp e_bar^T) (10),
+    theta_ft + rho^K e for even K and theta_ft - rho^K |e| e_perp for odd K (12).
+
+    Sigma's eigenvectors in the plane of e are (e_bar +- e_perp) / sqrt 2, with eigenvalues
+    1 +- rho, so the power needs no matrix.
+
+    Args:
+      problem: the problem.
+      steps: K, a whole number of at least 0.
+      learning_rate: eta.
+
+    Returns:
+      theta_K, [d].
+
+    Example:
+      >>> from easy_jax.theory.problem import random_problem
+      >>> problem = random_problem(jax.random.key(0), 4, rho=0.5)
+      >>> bool(jnp.allclose(vanilla_iterate(problem, 0), problem.theta_pre))
+      True
+    """
+    plus = _power(1.0 - 2.0 * learning_rate * (1.0 + problem.rho), steps)
+    minus = _power(1.0 - 2.0 * learning_rate * (1.0 - problem.rho), steps)
+    along, across = (plus + minus) / 2.0, (plus - minus) / 2.0
+    return problem.theta_ft + problem.e_norm * (along * problem.e_bar + across * problem.e_perp)
+
+
+def mu(temperature: chex.Numeric, e_norm: chex.Numeric) -> jax.Array:
+    """The mass of the weights, mu = E[w] = sqrt(tau / (tau + 2 |e|^2)), a scalar in (0, 1).
+
+    Example:
+      >>> round(float(mu(2.0, 1.0)), 4)  # sqrt(1/2)
+      0.7071
+    """
+    ratio = 2.0 * jnp.square(jnp.asarray(e_norm)) / jnp.asarray(temperature)
+    return jax.lax.rsqrt(1.0 + ratio)
+
+
+def weighted_covariance_gaussian(
+    sigma: chex.Array, e: chex.Array, temperature: chex.Numeric
+) -> jax.Array:
+    """E[w x x^T] for x ~ N(0, sigma), w = exp(-<e, x>^2 / tau), any covariance (Lemma F.1).
+
+    The tilted Gaussian has precision sigma^-1 + (2 / tau) e e^T and mass
+    (1 + 2 e^T sigma e / tau)^(-1/2). Sherman and Morrison's formula gives its covariance
+    without an inverse.
+
+    Args:
+      sigma: [d, d], positive definite.
+      e: [d].
+      temperature: tau. Negative values are KL-DRO's weights exp(+<e, x>^2 / |tau|), for
+        which the expectation exists if |tau| > 2 e^T sigma e; NaN otherwise.
+
+    Returns:
+      [d, d].
+    """
+    sigma_e = sigma @ e
+    size = 1.0 + 2.0 * (e @ sigma_e) / temperature
+    mass = jax.lax.rsqrt(size)
+    return mass * (sigma - (2.0 / (temperature * size)) * jnp.outer(sigma_e, sigma_e))
+
+
+def weighted_covariance(problem: Problem, temperature: chex.Numeric) -> jax.Array:
+    """Sigma' = E[w x x^T] = mu (I - Q) (Theorem 7.2), [d, d]."""
+    q = q_matrix(problem, temperature)
+    return mu(temperature, problem.e_norm) * (jnp.eye(q.shape[0], dtype=q.dtype) - q)
+
+
+def q_matrix(problem: Problem, temperature: chex.Numeric) -> jax.Array:
+    """Q of eq. (9), [d, d]:
+
+    (1 - mu^2) e_bar e_bar^T + rho^2 (1 - mu^2) e_perp e_perp^T
+      - rho mu^2 (e_bar e_perp^T + e_perp e_bar^T).
+    """
+    ratio = 2.0 * jnp.square(problem.e_norm) / temperature
+    mu_squared, rest = 1.0 / (1.0 + ratio), ratio / (1.0 + ratio)  # rest = 1 - mu^2, exactly
+    e_bar, e_perp, rho = problem.e_bar, problem.e_perp, problem.rho
+    cross = jnp.outer(e_bar, e_perp)
+    return (
+        rest * jnp.outer(e_bar, e_bar)
+        + jnp.square(rho) * rest * jnp.outer(e_perp, e_perp)
+        - rho * mu_squared * (cross + cross.T)
+    )
+
+
+def temperature_from_beta(beta: chex.Numeric, rho: chex.Numeric, e_norm: chex.Numeric) -> jax.Array:
+    """tau = 2 beta (1 - rho^2) |e|^2 / (1 - beta^2 rho^2) (Lemma F.3), beta in (0, 1]."""
+    beta, rho, e_norm = jnp.asarray(beta), jnp.asarray(rho), jnp.asarray(e_norm)
+    return 2.0 * beta * (1.0 - rho**2) * e_norm**2 / (1.0 - (beta * rho) ** 2)
+
+
+def beta_from_temperature(
+    temperature: chex.Numeric, rho: chex.Numeric, e_norm: chex.Numeric
+) -> jax.Array:
+    """The positive root beta of tau rho^2 beta^2 + 2 b beta - tau = 0, b = (1 - rho^2) |e|^2.
+
+    The inverse of `temperature_from_beta` and its continuation beyond Lemma F.3 (docs/theory.md):
+    beta in (0, 1] is tau <= 2 |e|^2, beta = 1 / rho is tau = inf (vanilla), and a negative
+    temperature (KL-DRO's weights) gives beta in (1 / rho, 1 / rho^2); infinite at rho = 0.
+
+    Example:
+      >>> round(float(beta_from_temperature(temperature_from_beta(0.3, 0.5, 2.0), 0.5, 2.0)), 6)
+      0.3
+    """
+    temperature, rho = jnp.asarray(temperature), jnp.asarray(rho)
+    b = (1.0 - rho**2) * jnp.square(jnp.asarray(e_norm))
+    root = b + jnp.sqrt(b**2 + (temperature * rho) ** 2)
+    # Either form of the root is free of cancellation for its sign of tau.
+    return jnp.where(temperature > 0, temperature / root, -root / (temperature * rho**2))
+
+
+def spectrum(beta: chex.Numeric, rho: chex.Numeric) -> tuple[jax.Array, jax.Array]:
+    """Q's eigenvalues in the plane of e (Lemma F.3), lambda1 > lambda2, scalars:
+
+    lambda1 = (1 + beta rho^2) / (1 + beta), lambda2 = rho^2 (1 - beta) / (1 - beta rho^2).
+
+    For beta <= 1 also rho^2 lambda1 > lambda2 >= 0 (rho > 0).
+
+    Example:
+      >>> [float(eigenvalue) for eigenvalue in spectrum(1.0, 0.5)]
+      [0.625, 0.0]
+    """
+    beta, rho_squared = jnp.asarray(beta), jnp.square(jnp.asarray(rho))
+    lambda1 = (1.0 + beta * rho_squared) / (1.0 + beta)
+    lambda2 = rho_squared * (1.0 - beta) / (1.0 - beta * rho_squared)
+    return lambda1, lambda2
+
+
+def eigenvectors(problem: Problem, beta: chex.Numeric) -> tuple[jax.Array, jax.Array]:
+    """Q's eigenvectors of lambda1 and lambda2, [d] each, not normalised (Lemma F.3):
+
+    e_bar - beta rho e_perp and beta rho e_bar + e_perp.
+    """
+    tilt = beta * problem.rho
+    return problem.e_bar - tilt * problem.e_perp, tilt * problem.e_bar + problem.e_perp
+
+
+def flow_iterate(problem: Problem, beta: chex.Numeric, steps: chex.Numeric) -> jax.Array:
+    """theta_K of FLOW with eta = 1 / (2 mu) (11), by the spectrum (14), [d]:
+
+    theta_ft + (l1^K + l2^K beta^2 rho^2) / (1 + beta^2 rho^2) e
+             - beta rho (l1^K - l2^K) / (1 + beta^2 rho^2) |e| e_perp.
+    """
+    lambda1, lambda2 = spectrum(beta, problem.rho)
+    power1, power2 = _power(lambda1, steps), _power(lambda2, steps)
+    tilt = beta * problem.rho
+    scale = problem.e_norm / (1.0 + tilt**2)
+    along, across = power1 + power2 * tilt**2, tilt * (power1 - power2)
+    return problem.theta_ft + scale * (along * problem.e_bar - across * problem.e_perp)
+
+
+def flow_iterate_gd(
+    problem: Problem,
+    temperature: chex.Numeric,
+    steps: chex.Numeric,
+    learning_rate: chex.Numeric,
+) -> jax.Array:
+    """theta_K of FLOW by (8), theta_ft + (I - 2 eta Sigma')^K e, for any learning rate, [d].
+
+    In the basis e_bar, e_perp the matrix is 2x2 and symmetric; its power is taken there.
+    """
+    m = mu(temperature, problem.e_norm)
+    mu_squared, rho = jnp.square(m), problem.rho
+    scale = 2.0 * learning_rate * m
+    along = 1.0 - scale * mu_squared
+    across = 1.0 - scale * (1.0 - rho**2 * (1.0 - mu_squared))
+    mixed = -scale * rho * mu_squared
+    # A symmetric [[a, c], [c, b]]: eigenvalues (a + b) / 2 +- sqrt(((a - b) / 2)^2 + c^2).
+    middle, half = (along + across) / 2.0, (along - across) / 2.0
+    radius = jnp.sqrt(half**2 + mixed**2)
+    high, low = _power(middle + radius, steps), _power(middle - radius, steps)
+    safe = jnp.where(radius > 0, radius, 1.0)
+    mean, slope = (high + low) / 2.0, jnp.where(radius > 0, (high - low) / (2.0 * safe), 0.0)
+    first, second = mean + slope * half, slope * mixed
+    return problem.theta_ft + problem.e_norm * (first * problem.e_bar + second * problem.e_perp)
+
+
+def stalled_iterate(problem: Problem, beta: chex.Numeric, steps: chex.Numeric) -> jax.Array:
+    """theta_K for large K (15): theta_ft + gamma (e - beta rho |e| e_perp), [d],
+
+    gamma = lambda1^K / (1 + beta^2 rho^2): learning is stalled along that direction.
+    """
+    lambda1, _ = spectrum(beta, problem.rho)
+    gamma = _power(lambda1, steps) / (1.0 + (beta * problem.rho) ** 2)
+    direction = problem.e - beta * problem.rho * problem.e_norm * problem.e_perp
+    return problem.theta_ft + gamma * direction
+
+
+def averaging(problem: Problem, omega: chex.Numeric) -> jax.Array:
+    """Model averaging, theta_ft + omega e (16), [d]; omega is the share of theta_pre."""
+    return problem.theta_ft + omega * problem.e
+
+
+def optimal_averaging(problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """The best omega and its total error (Lemma F.4, 17), scalars:
+
+    omega = s / (s + |e|^2), error = |e|^2 s / (s + |e|^2) with s = e^T Sigma_pre e.
+    """
+    s = problem.e @ problem.sigma_pre @ problem.e
+    omega = s / (s + jnp.square(problem.e_norm))
+    return omega, jnp.square(problem.e_norm) * omega
+
+
+@functools.partial(jax.jit, static_argnames="max_steps")
+def optimal_flow(
+    problem: Problem, betas: chex.Array, max_steps: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The best (beta, K) on a grid: one vmapped sweep over betas x (0, ..., max_steps).
+
+    Args:
+      problem: the problem.
+      betas: [n], in (0, 1].
+      max_steps: the largest K.
+
+    Returns:
+      `(beta, steps, error)`, scalars; `error` is the total error there.
+    """
+    steps = jnp.arange(max_steps + 1)
+
+    def error(beta: jax.Array, step: jax.Array) -> jax.Array:
+        return total_error(problem, flow_iterate(problem, beta, step))
+
+    errors = jax.vmap(jax.vmap(error, (None, 0)), (0, None))(jnp.asarray(betas), steps)
+    best = jnp.argmin(errors)
+    row, column = jnp.unravel_index(best, errors.shape)
+    return jnp.asarray(betas)[row], steps[column], errors[row, column]
+
+
+def _power(base: jax.Array, exponent: chex.Numeric) -> jax.Array:
+    """base ** K for whole K, negative bases included, with gradients that stay finite at 0."""
+    exponent = jnp.asarray(exponent, jnp.result_type(base))
+    zero = base == 0
+    magnitude = jnp.exp(exponent * jnp.log(jnp.where(zero, 1.0, jnp.abs(base))))
+    sign = jnp.where((base < 0) & (jnp.mod(exponent, 2) == 1), -1.0, 1.0)
+    at_zero = jnp.where(exponent == 0, 1.0, 0.0)
+    return jnp.where(zero, at_zero, sign * magnitude).astype(jnp.result_type(base))
