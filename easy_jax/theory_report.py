@@ -131,14 +131,15 @@ def _figures(convergence: simulation.Convergence) -> Iterator[tuple[str, Figure,
         figures.phases(),
         "Best total error of FLOW over that of the best average, each tuned. On one side of the "
         "red curve, which is exact, FLOW is strictly better; on the other its best is averaging. "
-        "The ratio does not depend on ‖e‖.",
+        "The ratio does not depend on ‖e‖. The stripes on the right are whole numbers of steps.",
     )
     yield (
         "learning_rate",
         figures.learning_rate_confound(problem),
-        "τ = median. Part of what FLOW keeps is a smaller step (uniform weights of the same mean "
-        "keep some of it), but not all: weights divided by their mean forget less than vanilla "
-        "at the same step, and at the same fine-tuning error.",
+        "τ = median. Left: at equal steps, part of what FLOW keeps is its smaller step (uniform "
+        "weights of the same mean keep some of it), and more is the choice of examples (weights of "
+        "mean one). Right: the same paths by what is left to learn. FLOW forgets less while much "
+        "is left; vanilla descent, stopped in time, forgets less when little is.",
     )
     yield (
         "convergence",

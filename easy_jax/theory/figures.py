@@ -81,7 +81,7 @@ def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
     axis.set_xlabel("along ē, in units of ‖e‖")
     axis.set_ylabel("along e⊥, in units of ‖e‖")
     axis.set_title(f"Iterates and the total error, ρ = {float(problem.rho):g}")
-    axis.legend(loc="lower left", fontsize=9)
+    axis.legend(loc="lower right", fontsize=9)
     return figure
 
 
@@ -130,7 +130,7 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
     left.set_ylim(0, 1.03)
     left.set_xlabel("β (right of each dot: KL-DRO)")
     left.set_ylabel("λ₁: share of the stalled direction\nleft after one step")
-    left.legend(loc="upper right")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     left.grid(alpha=0.3)
     rho = 0.6
     betas = jnp.geomspace(1e-3, 1, 400)
@@ -142,7 +142,7 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
     right.set_ylim(0, 1.03)
     right.set_xlabel(f"β, at ρ = {rho:g}")
     right.set_ylabel("γ(K, β): share left after K steps")
-    right.legend()
+    right.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, frameon=False)
     right.grid(alpha=0.3)
     return figure
 
@@ -165,7 +165,7 @@ def phases(
         axis.set_xlabel("angle of u to ē (degrees)")
         axis.set_xticks([0, 45, 90, 135, 180])
     axes[0].set_ylabel("ρ")
-    axes[0].plot([], [], color=RED, linewidth=2, label="ē·Σ_pre e⊥ = ρ ē·Σ_pre ē")
+    axes[0].plot([], [], color=RED, linewidth=2, label="exact boundary")
     axes[0].legend(loc="upper left", fontsize=9)
     figure.colorbar(image, ax=axes, label="best FLOW / best average, total error", extend="min")
     return figure
