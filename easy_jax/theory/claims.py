@@ -4,7 +4,8 @@ Every claim is an error and a bound on it. Run in float64 (`jax.enable_x64(True)
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import chex
 import jax
@@ -70,7 +71,7 @@ def check_claims(
     keys = jax.random.split(key, 4)
     rho_P = jax.random.uniform(keys[0], (num_problems,), maxval=0.99)
     beta_P = jax.random.uniform(keys[1], (num_problems,), minval=0.01)
-    problem_P = jax.vmap(lambda one, rho: random_problem(one, DIM, rho))(
+    problem_P = _map(lambda one, rho: random_problem(one, DIM, rho))(
         jax.random.split(keys[2], num_problems), rho_P
     )
     yield from _closed_forms(problem_P, beta_P)
@@ -152,7 +153,7 @@ def _closed_forms(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         ("(15)", "the rest beside the stalled part is below rho^(2K)", "(14), K = 7",
          stalled, 1e-9),
     ):  # fmt: skip
-        value = jnp.max(jax.jit(jax.vmap(function))(problem_P, beta_P))
+        value = jnp.max(_map(function)(problem_P, beta_P))
         yield Claim(source, statement, compared, float(value), bound)
 
 
@@ -177,11 +178,11 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
 
     yield Claim(
         "(16), (17), Lemma F.4", "the best omega and its error", "Newton's step by autodiff",
-        float(jnp.max(jax.vmap(lemma_f4)(problem_P))), 1e-9,
+        float(jnp.max(_map(lemma_f4)(problem_P))), 1e-9,
     )  # fmt: skip
     yield Claim(
         "(13), (18)", "the best average minus the better of theta_pre and theta_ft is below 0",
-        "errors by definition", float(jnp.max(jax.vmap(ends)(problem_P))), 0.0,
+        "errors by definition", float(jnp.max(_map(ends)(problem_P))), 0.0,
     )  # fmt: skip
 
     betas = jnp.geomspace(1e-3, 1.0, 100)
@@ -191,7 +192,7 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
         return error / closed_form.optimal_averaging(problem)[1]
 
     ratio_P = jax.lax.map(ratio, problem_P)
-    advantage_P = jax.vmap(beyond.flow_advantage)(problem_P)
+    advantage_P = _map(beyond.flow_advantage)(problem_P)
     better = ratio_P < 1 - 1e-9
     yield Claim(
         "section 7", "best FLOW / best average - 1: never worse, up to the grid",
@@ -210,7 +211,7 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
 
     yield Claim(
         "section 7", "rho = 0: FLOW is model averaging, omega = (1 + beta)^-K", "(16)",
-        float(jnp.max(jax.vmap(is_averaging)(problem_P))), 1e-12,
+        float(jnp.max(_map(is_averaging)(problem_P))), 1e-12,
     )  # fmt: skip
 
 
@@ -282,16 +283,16 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
 
     yield Claim(
         "docs/theory.md", "tau = median: m |e|^2 (and beta, mu from it)", "quantiles of the loss",
-        float(jnp.max(jax.vmap(median)(problem_P))), 1e-9,
+        float(jnp.max(_map(median)(problem_P))), 1e-9,
     )  # fmt: skip
     yield Claim(
         "docs/theory.md", "KL-DRO: its covariance for tau > 2 |e|^2", "inv",
-        float(jnp.max(jax.vmap(kl_dro)(problem_P, beta_P))), 1e-9,
+        float(jnp.max(_map(kl_dro)(problem_P, beta_P))), 1e-9,
     )  # fmt: skip
     yield Claim(
         "docs/theory.md", "FLOW learns its stalled direction slowest, KL-DRO fastest: largest gap "
         "the wrong way round", "Rayleigh quotients",
-        float(jnp.max(jax.vmap(rates)(problem_P, beta_P))), 0.0,
+        float(jnp.max(_map(rates)(problem_P, beta_P))), 0.0,
     )  # fmt: skip
 
     def mirror(problem: Problem, beta: jax.Array) -> jax.Array:
@@ -307,7 +308,7 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
     yield Claim(
         "docs/theory.md", "err1 after K steps: FLOW < vanilla < KL-DRO, weights of mean one; "
         "largest ratio of neighbours - 1", "tau = 4 |e|^2, K = 7, eta = 0.1",
-        float(jnp.max(jax.vmap(mirror)(problem_P, beta_P))), 0.0,
+        float(jnp.max(_map(mirror)(problem_P, beta_P))), 0.0,
     )  # fmt: skip
 
     def forgetting(problem: Problem, beta: jax.Array) -> jax.Array:
@@ -321,7 +322,7 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
             [pretraining_error(problem, t) for t in (paper, mean_one, uniform, vanilla)]
         )
 
-    errors_PM = jax.vmap(forgetting)(problem_P, beta_P)
+    errors_PM = _map(forgetting)(problem_P, beta_P)
     share = jnp.mean(errors_PM[:, 1:] / errors_PM[:, 3:], axis=0)
     paper = float(jnp.mean(errors_PM[:, 0] / errors_PM[:, 3]))
     yield Claim(
@@ -330,6 +331,11 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         f"{float(share[1]):.2f}; FLOW / each of them - 1", "(8) and (6), K = 7, eta = 1/4",
         float(jnp.max(errors_PM[:, 0] / jnp.min(errors_PM[:, 1:], axis=1) - 1)), 0.0,
     )  # fmt: skip
+
+
+def _map(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Over problems; jitted, since compiling many single operations takes longer."""
+    return jax.jit(jax.vmap(function))
 
 
 def _tau(problem: Problem, beta: chex.Numeric) -> jax.Array:

@@ -5,7 +5,7 @@ theta_ft is the origin and theta_pre is (1, 0).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,24 +55,24 @@ def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
     axis = figure.subplots()
     x, y = np.meshgrid(np.linspace(-0.15, 1.1, 201), np.linspace(-0.72, 0.25, 201))
     points = jnp.stack([jnp.asarray(x.ravel()), jnp.asarray(y.ravel())], axis=1)
-    errors = jax.vmap(lambda point: total_error(problem, _at(problem, point)))(points)
+    errors = _map(lambda point: total_error(problem, _at(problem, point)))(points)
     contours = axis.contour(x, y, np.asarray(errors).reshape(x.shape), 14, colors="#bbbbbb",
                             linewidths=0.7)  # fmt: skip
     axis.clabel(contours, fontsize=7, fmt="%.2g")
     steps = jnp.arange(max_steps + 1)
-    vanilla = _plane(problem, jax.vmap(lambda k: closed_form.vanilla_iterate(problem, k))(steps))
+    vanilla = _plane(problem, _map(lambda k: closed_form.vanilla_iterate(problem, k))(steps))
     axis.plot(
         *vanilla, color=BLACK, marker="x", markersize=5, linewidth=1, label="vanilla, η = 1/2"
     )
     for beta, colour, marker in _BETAS:
-        path = jax.vmap(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
+        path = _map(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
         axis.plot(*_plane(problem, path), color=colour, marker=marker, markersize=4, linewidth=1,
                   label=f"FLOW, β = {beta:g}")  # fmt: skip
     axis.plot([0, 1], [0, 0], color=BLUE, linestyle="--", label="model averaging")
     omega, error = closed_form.optimal_averaging(problem)
     axis.plot(float(omega), 0, color=BLUE, marker="D", markersize=9, linestyle="",
               label=f"best average, error {float(error):.3f}")  # fmt: skip
-    beta, step, error = closed_form.optimal_flow(problem, jnp.geomspace(1e-2, 1, 200), 1000)
+    beta, step, error = closed_form.optimal_flow(problem, jnp.geomspace(1e-2, 1, 200), 200)
     best = _plane(problem, closed_form.flow_iterate(problem, beta, step)[None, :])
     axis.plot(*best, color=GREEN, marker="*", markersize=15, linestyle="",
               label=f"best FLOW, error {float(error):.3f}")  # fmt: skip
@@ -98,12 +98,12 @@ def errors_by_step(problem: Problem, max_steps: int = 60) -> Figure:
     )
     axes = figure.subplots(1, 3)
     for axis, (title, error) in zip(axes, panels, strict=True):
-        path = jax.vmap(lambda k: closed_form.vanilla_iterate(problem, k))(steps)
-        values = jax.vmap(lambda theta, error=error: error(problem, theta))(path)
+        path = _map(lambda k: closed_form.vanilla_iterate(problem, k))(steps)
+        values = _map(lambda theta, error=error: error(problem, theta))(path)
         axis.plot(steps, values, color=BLACK, label="vanilla, η = 1/2")
         for beta, colour, _ in _BETAS:
-            path = jax.vmap(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
-            values = jax.vmap(lambda theta, error=error: error(problem, theta))(path)
+            path = _map(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
+            values = _map(lambda theta, error=error: error(problem, theta))(path)
             axis.plot(steps, values, color=colour, label=f"FLOW, β = {beta:g}")
         axis.axhline(float(error(problem, average)), color=BLUE, linestyle="--",
                      label="best average")  # fmt: skip
@@ -148,14 +148,14 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
 
 
 def phases(
-    strengths: Sequence[float] = (1.0, 10.0, 100.0), size: int = 61, max_steps: int = 400
+    strengths: Sequence[float] = (1.0, 10.0, 100.0), size: int = 49, max_steps: int = 300
 ) -> Figure:
     """Best FLOW over best average, by rho and the direction of Sigma_pre; the exact boundary."""
     figure = Figure(figsize=(12.0, 4.4), layout="constrained")
     axes = figure.subplots(1, len(strengths), sharey=True)
     rhos = jnp.linspace(0.0, 0.98, size)
     angles = jnp.linspace(0.0, math.pi, size)
-    betas = jnp.geomspace(1e-3, 1, 100)
+    betas = jnp.geomspace(1e-3, 1, 60)
     for axis, strength in zip(axes, strengths, strict=True):
         ratio, advantage = beyond.phase_diagram(rhos, angles, strength, 1.0, betas, max_steps)
         image = axis.pcolormesh(np.degrees(angles), rhos, np.minimum(ratio, 1.0), cmap="cividis",
@@ -189,9 +189,9 @@ def learning_rate_confound(
     left, right = figure.subplots(1, 2)
     steps = jnp.arange(max_steps + 1)
     for label, iterate, colour, marker in curves:
-        path = jax.vmap(iterate)(steps)
-        forgotten = jax.vmap(lambda theta: pretraining_error(problem, theta))(path)
-        left_to_learn = jax.vmap(lambda theta: fine_tuning_error(problem, theta))(path)
+        path = _map(iterate)(steps)
+        forgotten = _map(lambda theta: pretraining_error(problem, theta))(path)
+        left_to_learn = _map(lambda theta: fine_tuning_error(problem, theta))(path)
         left.plot(steps, forgotten, color=colour, marker=marker, markevery=5, label=label)
         right.plot(left_to_learn, forgotten, color=colour, marker=marker, markevery=2, label=label)
     left.set_xlabel(f"step K, all with η = {learning_rate:g}")
@@ -217,6 +217,11 @@ def convergence_rate(convergence: Convergence) -> Figure:
     axis.legend()
     axis.grid(alpha=0.3, which="both")
     return figure
+
+
+def _map(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Jitted, since compiling many single operations takes longer."""
+    return jax.jit(jax.vmap(function))
 
 
 def _plane(problem: Problem, theta_KD: jax.Array) -> np.ndarray:
