@@ -1,8 +1,9 @@
 """Interleaved timing: functions called in turn and compared round by round.
 
-The speed of a shared machine drifts, but little within one round, so ratios are taken per
-round and only then the median over the rounds. CPU seconds, of all threads of this process,
-count its own work only: they help to tell a slow program from a busy machine.
+Who goes first rotates: what a function leaves in the caches is the next one's luck. The speed
+of a shared machine drifts, but little within one round, so ratios are taken per round and
+only then the median over the rounds. CPU seconds, of all threads of this process, count its
+own work only: they help to tell a slow program from a busy machine.
 """
 
 import statistics
@@ -20,7 +21,7 @@ class Seconds(NamedTuple):
 
 
 def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
-    """Times functions in turn: A B A B ...
+    """Times functions in turn: A B C, B C A, C A B, ...
 
     Args:
       functions: name -> a call that returns when its work is done. Each is called once
@@ -30,8 +31,11 @@ def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> di
     for function in functions.values():
         function()
     seconds = {name: Seconds([], []) for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
+    names = list(functions)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            function = functions[name]
             wall, cpu = time.perf_counter(), time.process_time()
             function()
             seconds[name].wall.append(time.perf_counter() - wall)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 Row = Mapping[str, Any]
@@ -53,7 +54,9 @@ def scatter(rows: Sequence[Row]) -> Figure:
     noises = sorted({row["label_noise"] for row in rows}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
     rates = sorted({row["learning_rate"] for row in rows})
-    figure = Figure(figsize=(8.6, 4.8 * len(noises)), layout="constrained")
+    # Room between the label of one panel and the title of the next.
+    layout = ConstrainedLayoutEngine(h_pad=0.15)
+    figure = Figure(figsize=(8.6, 4.8 * len(noises)), layout=layout)
     axes = figure.subplots(len(noises), 1, squeeze=False)[:, 0]
     for axis, noise in zip(axes, noises, strict=True):
         for method in methods:

@@ -70,6 +70,7 @@ thead th {{ border-bottom: 2px solid #222; }}
 .numbers th:first-child, .numbers td:first-child, .numbers th:nth-child(2),
 .numbers td:nth-child(2) {{ text-align: left; }}
 .text {{ font-size: .9rem; }}
+.text td:nth-last-child(-n+3) {{ white-space: nowrap; }}
 figure {{ margin: 2rem 0; }}
 figure img {{ max-width: 100%; height: auto; }}
 figcaption {{ color: #555; }}

@@ -1,6 +1,8 @@
 """`easy-jax theory`: what it writes, and that a claim that fails is said to fail."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -52,3 +54,11 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write to the workdir"):
         theory_report.run(tmp_path / "file")
+
+
+def test_the_command_line_has_it(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "easy_jax.main", "theory", f"--workdir={tmp_path / 'file'}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "easy-jax: cannot write to the workdir" in result.stderr
