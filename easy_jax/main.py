@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save at INFO
     logging.getLogger("jax").setLevel(logging.ERROR)
     if argv[1:] == ["theory"] and _CONFIG.value is None:
-        theory_report.run(_WORKDIR.value or "runs/theory")
+        if not theory_report.run(_WORKDIR.value or "runs/theory")["all_hold"]:
+            sys.exit(1)
         return
     if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
         raise app.UsageError(_USAGE)

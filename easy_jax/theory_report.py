@@ -70,8 +70,8 @@ def run(
     lines = [_line(row) for row in rows]
     introduction = (
         "<p>FLOW in linear regression: section 7 of the paper, claim by claim, and five steps "
-        "beyond it. Each claim is compared with a computation that shares no formula with it; "
-        "docs/theory.md has the derivations.</p>"
+        "beyond it, compared with linear algebra, autodiff and sampling. docs/theory.md has the "
+        "derivations.</p>"
     )
     sections = [introduction, page.table("Claims", _HEADER, lines, kind="text"), *pictures]
     (workdir / "theory.html").write_text(page.page("FLOW in linear regression", sections))

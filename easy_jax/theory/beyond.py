@@ -4,6 +4,7 @@ The derivations are in docs/theory.md, under the names of these functions.
 """
 
 import functools
+import statistics
 
 import chex
 import jax
@@ -84,9 +85,14 @@ def noisy_flow_iterate_gd(
 # The temperature as in practice.
 
 
-def median_factor() -> jax.Array:
-    """m = (quantile of N(0, 1) at 3/4)^2 = 0.4549..., the median of chi^2 with one degree."""
-    return jnp.square(jax.scipy.special.ndtri(jnp.asarray(0.75, jnp.result_type(float))))
+def median_factor() -> float:
+    """m = (quantile of N(0, 1) at 3/4)^2 = 0.4549..., the median of chi^2 with one degree.
+
+    Example:
+      >>> round(median_factor(), 4)
+      0.4549
+    """
+    return statistics.NormalDist().inv_cdf(0.75) ** 2
 
 
 def median_temperature(e_norm: chex.Numeric, noise_std: chex.Numeric = 0.0) -> jax.Array:
@@ -113,15 +119,15 @@ def kl_dro_covariance(problem: Problem, temperature: chex.Numeric) -> jax.Array:
     tau > 2 |e|^2.
 
     Raises:
-      ValueError: a concrete temperature for which they do not exist; under `jit` the
-        result is NaN.
+      ValueError: a concrete temperature for which they do not exist; under `jit` and
+        `vmap` the result is NaN.
     """
     bound = 2.0 * jnp.square(problem.e_norm)
     concrete = not any(isinstance(x, jax.core.Tracer) for x in (bound, temperature))
     if concrete and not np.all(temperature > bound):
         raise ValueError(
             f"KL-DRO's weighted covariance exists for temperatures above 2 |e|^2 = "
-            f"{float(bound):.6g}; this one is {float(temperature):.6g}"
+            f"{float(bound):.6g}; this one is {float(np.min(temperature)):.6g}"
         )
     exists = temperature > bound
     ratio = bound / jnp.where(exists, temperature, jnp.nan)

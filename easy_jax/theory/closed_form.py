@@ -74,9 +74,9 @@ def weighted_covariance_gaussian(
       [d, d].
     """
     sigma_e = sigma @ e
-    size = 1.0 + 2.0 * (e @ sigma_e) / temperature
-    mass = jax.lax.rsqrt(size)
-    return mass * (sigma - (2.0 / (temperature * size)) * jnp.outer(sigma_e, sigma_e))
+    mass = jax.lax.rsqrt(1.0 + 2.0 * (e @ sigma_e) / temperature)
+    shrink = 2.0 / (temperature + 2.0 * (e @ sigma_e))
+    return mass * (sigma - shrink * jnp.outer(sigma_e, sigma_e))
 
 
 def weighted_covariance(problem: Problem, temperature: chex.Numeric) -> jax.Array:
@@ -91,8 +91,9 @@ def q_matrix(problem: Problem, temperature: chex.Numeric) -> jax.Array:
     (1 - mu^2) e_bar e_bar^T + rho^2 (1 - mu^2) e_perp e_perp^T
       - rho mu^2 (e_bar e_perp^T + e_perp e_bar^T).
     """
-    ratio = 2.0 * jnp.square(problem.e_norm) / temperature
-    mu_squared, rest = 1.0 / (1.0 + ratio), ratio / (1.0 + ratio)  # rest = 1 - mu^2, exactly
+    twice = 2.0 * jnp.square(problem.e_norm)
+    rest = twice / (temperature + twice)  # 1 - mu^2, without cancellation
+    mu_squared = 1.0 - rest
     e_bar, e_perp, rho = problem.e_bar, problem.e_perp, problem.rho
     cross = jnp.outer(e_bar, e_perp)
     return (
@@ -122,10 +123,16 @@ def beta_from_temperature(
       0.3
     """
     temperature, rho = jnp.asarray(temperature), jnp.asarray(rho)
-    b = (1.0 - rho**2) * jnp.square(jnp.asarray(e_norm))
-    root = b + jnp.sqrt(b**2 + (temperature * rho) ** 2)
-    # Either form of the root is free of cancellation for its sign of tau.
-    return jnp.where(temperature > 0, temperature / root, -root / (temperature * rho**2))
+    # In x = b / |tau| nothing overflows, and neither form of the root cancels. The denominators
+    # of the side that is not taken are 1: they must not make its gradient NaN.
+    positive = temperature > 0
+    size = jnp.where(temperature == 0, 1.0, jnp.abs(temperature))
+    x = (1.0 - rho**2) * jnp.square(jnp.asarray(e_norm)) / size
+    root = x + jnp.hypot(x, rho)
+    # A zero root is tau = inf at rho = 0, where every beta is the same iteration.
+    flow = 1.0 / jnp.where(positive, root, 1.0)
+    kl_dro = root / jnp.where(positive, 1.0, rho**2)
+    return jnp.where(positive, flow, jnp.where(temperature == 0, 0.0, kl_dro))
 
 
 def spectrum(beta: chex.Numeric, rho: chex.Numeric) -> tuple[jax.Array, jax.Array]:
@@ -184,12 +191,18 @@ def flow_iterate_gd(
     along = 1.0 - scale * mu_squared
     across = 1.0 - scale * (1.0 - rho**2 * (1.0 - mu_squared))
     mixed = -scale * rho * mu_squared
-    # A symmetric [[a, c], [c, b]]: eigenvalues (a + b) / 2 +- sqrt(((a - b) / 2)^2 + c^2).
+    # M = [[a, c], [c, b]] has the eigenvalues m +- r, and M^K = mean I + slope (M - m I) with
+    # mean = (high^K + low^K) / 2 and slope = (high^K - low^K) / (2 r), which tends to K m^(K-1).
     middle, half = (along + across) / 2.0, (along - across) / 2.0
-    radius = jnp.sqrt(half**2 + mixed**2)
+    squared = half**2 + mixed**2
+    limit = jnp.sqrt(jnp.finfo(squared.dtype).eps) * jnp.maximum(jnp.abs(middle), 1e-3)
+    is_double = squared <= jnp.square(limit)
+    radius = jnp.sqrt(jnp.where(is_double, 1.0, squared))  # no gradient of a root at 0
     high, low = _power(middle + radius, steps), _power(middle - radius, steps)
-    safe = jnp.where(radius > 0, radius, 1.0)
-    mean, slope = (high + low) / 2.0, jnp.where(radius > 0, (high - low) / (2.0 * safe), 0.0)
+    at_middle, whole = _power(middle, steps), jnp.asarray(steps, middle.dtype)
+    derivative = whole * _power(middle, jnp.maximum(whole - 1.0, 0.0))
+    mean = jnp.where(is_double, at_middle, (high + low) / 2.0)
+    slope = jnp.where(is_double, derivative, (high - low) / (2.0 * radius))
     first, second = mean + slope * half, slope * mixed
     return problem.theta_ft + problem.e_norm * (first * problem.e_bar + second * problem.e_perp)
 
@@ -246,10 +259,10 @@ def optimal_flow(
 
 
 def _power(base: jax.Array, exponent: chex.Numeric) -> jax.Array:
-    """base ** K for whole K, negative bases included, with gradients that stay finite at 0."""
+    """base ** K for whole K, negative bases included, with the right derivative at base 0."""
     exponent = jnp.asarray(exponent, jnp.result_type(base))
     zero = base == 0
     magnitude = jnp.exp(exponent * jnp.log(jnp.where(zero, 1.0, jnp.abs(base))))
     sign = jnp.where((base < 0) & (jnp.mod(exponent, 2) == 1), -1.0, 1.0)
-    at_zero = jnp.where(exponent == 0, 1.0, 0.0)
+    at_zero = jnp.where(exponent == 0, 1.0, jnp.where(exponent == 1, base, 0.0))
     return jnp.where(zero, at_zero, sign * magnitude).astype(jnp.result_type(base))

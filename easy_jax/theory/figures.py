@@ -119,9 +119,11 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
     figure = Figure(figsize=(11.0, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for rho, colour, line in zip(rhos, (BLUE, GREEN, RED), ("-", "--", "-."), strict=True):
-        betas = jnp.geomspace(0.01, 1 / rho**2, 400)
-        left.plot(betas, closed_form.spectrum(betas, rho)[0], color=colour, linestyle=line,
-                  label=f"ρ = {rho:g}")  # fmt: skip
+        stable = (1 + rho**2) / (2 * rho**2)  # beyond, lambda2 < -1
+        for low, high, width in ((0.01, stable, 1.8), (stable, 1 / rho**2, 0.6)):
+            betas = jnp.geomspace(low, high, 300)
+            left.plot(betas, closed_form.spectrum(betas, rho)[0], color=colour, linestyle=line,
+                      linewidth=width, label=f"ρ = {rho:g}" if low == 0.01 else None)  # fmt: skip
         left.plot(1 / rho, rho, color=colour, marker="o", linestyle="")
     left.axvspan(0.01, 1, color="#dddddd", alpha=0.5, linewidth=0)
     left.text(0.012, 0.06, "FLOW with τ ≤ 2‖e‖²\n(Lemma F.3)", fontsize=9)

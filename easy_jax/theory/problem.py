@@ -104,8 +104,10 @@ def random_problem(
         raise ValueError(f"dim is {dim}; e and e_perp need at least 2 dimensions")
     keys = jax.random.split(key, 4)
     theta_ft = jax.random.normal(keys[0], (dim,))
-    e_bar = jax.random.normal(keys[1], (dim,))
-    e_bar = e_bar / jnp.linalg.norm(e_bar)
+    direction = jax.random.normal(keys[1], (dim,))
+    theta_pre = theta_ft + e_norm * direction / jnp.linalg.norm(direction)
+    # Orthogonal to the difference as it is after rounding, which a small e_norm changes.
+    e_bar = (theta_pre - theta_ft) / jnp.linalg.norm(theta_pre - theta_ft)
     e_perp = jax.random.normal(keys[2], (dim,))
     for _ in range(2):  # twice: one pass loses orthogonality where the draw is almost parallel
         e_perp = e_perp - jnp.dot(e_perp, e_bar) * e_bar
@@ -113,7 +115,7 @@ def random_problem(
     a = jax.random.normal(keys[3], (dim, dim)) / jnp.sqrt(dim)
     sigma_pre = jnp.eye(dim) + sigma_scale * (a @ a.T)
     return Problem(
-        theta_pre=theta_ft + e_norm * e_bar,
+        theta_pre=theta_pre,
         theta_ft=theta_ft,
         e_perp=e_perp,
         rho=jnp.asarray(rho, sigma_pre.dtype),

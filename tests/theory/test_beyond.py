@@ -69,9 +69,25 @@ def test_median_temperature_is_the_median():
         lambda z: np.exp(-(z**2) / factor) * scipy.stats.norm.pdf(z), -np.inf, np.inf
     )
     np.testing.assert_allclose(theory.mu(theory.median_temperature(2.0), 2.0), mean, rtol=1e-9)
-    rho, b = 0.6, 1 - 0.6**2
-    beta = theory.beta_from_temperature(theory.median_temperature(2.0), rho, 2.0)
-    np.testing.assert_allclose(beta, factor / (b + np.sqrt(b**2 + (factor * rho) ** 2)))
+    # beta: the top eigenvalue of Q at that temperature is Lemma F.3's.
+    problem = theory.random_problem(jax.random.key(0), 3, 0.6, e_norm=2.0)
+    tau = theory.median_temperature(2.0)
+    beta = theory.beta_from_temperature(tau, 0.6, 2.0)
+    precision = np.linalg.inv(problem.sigma) + 2 / tau * np.outer(problem.e, problem.e)
+    values = np.linalg.eigvalsh(np.eye(3) - np.linalg.inv(precision))
+    np.testing.assert_allclose(theory.spectrum(beta, 0.6)[0], values[-1], rtol=1e-9)
+    assert theory.median_temperature(jnp.float32(2.0)).dtype == jnp.float32
+
+
+def test_simulated_label_noise_has_the_closed_form(problem):
+    tau = theory.median_temperature(problem.e_norm, 0.5)
+    simulated = theory.simulate_flow(
+        problem, jax.random.key(1), num_examples=NUM, temperature=tau, steps=8,
+        learning_rate=0.4, weight_fn=ej.flow_weights, noise_std=0.5,
+    )  # fmt: skip
+    noisy = theory.noisy_flow_iterate_gd(problem, tau, 0.5, 8, 0.4)
+    np.testing.assert_allclose(simulated, noisy, atol=0.01)
+    assert np.abs(noisy - theory.flow_iterate_gd(problem, tau, 8, 0.4)).max() > 0.05
 
 
 def test_kl_dro_covariance_by_sampling(problem):
@@ -86,6 +102,8 @@ def test_kl_dro_covariance_needs_a_high_temperature(problem):
     bound = 2 * float(problem.e_norm) ** 2
     with pytest.raises(ValueError, match=r"above 2 \|e\|\^2 = 3\.38; this one is 3\.38"):
         theory.kl_dro_covariance(problem, bound)
+    with pytest.raises(ValueError, match="this one is 1"):
+        theory.kl_dro_covariance(problem, jnp.array([1.0, 9.0]))
     assert np.isfinite(theory.kl_dro_covariance(problem, bound * 1.001)).all()
     assert np.isnan(jax.jit(theory.kl_dro_covariance)(problem, bound)).all()
     # The mirror image: FLOW's formula at the temperature -tau, divided by its mass.

@@ -57,3 +57,11 @@ def test_random_problems_are_valid_and_differ():
         theory.random_problem(keys[0], 1, 0.5)
     with pytest.raises(ValueError, match="rho is"):
         theory.random_problem(keys[0], 3, 1.5)
+
+
+def test_random_problems_close_to_the_pretrained_model_in_float32():
+    with jax.enable_x64(False):
+        for key in jax.random.split(jax.random.key(1), 10):
+            problem = theory.random_problem(key, 16, 0.5, e_norm=1e-4)
+            assert problem.e.dtype == jnp.float32
+            assert abs(float(problem.e_bar @ problem.e_perp)) < 1e-5
