@@ -123,8 +123,9 @@ def _figures(convergence: simulation.Convergence) -> Iterator[tuple[str, Figure,
         "stalling",
         figures.stalling(),
         "Left: the eigenvalue λ₁ of the stalled direction falls in β all the way from FLOW by "
-        "vanilla descent (dots, β = 1/ρ) to KL-DRO (up to β = 1/ρ²), one family. Right: what is "
-        "left of that direction after K steps: β sets how long learning is stalled.",
+        "vanilla descent (dots, β = 1/ρ) to KL-DRO (up to β = 1/ρ²), one family. Where lines are "
+        "thin, another direction diverges at η = 1/(2μ). Right: what is left of that direction "
+        "after K steps: β sets how long learning is stalled.",
     )
     yield (
         "phase_diagram",

@@ -71,7 +71,7 @@ def check_claims(
     keys = jax.random.split(key, 4)
     rho_P = jax.random.uniform(keys[0], (num_problems,), maxval=0.99)
     beta_P = jax.random.uniform(keys[1], (num_problems,), minval=0.01)
-    problem_P = _map(lambda one, rho: random_problem(one, DIM, rho))(
+    problem_P = jax.jit(jax.vmap(lambda one, rho: random_problem(one, DIM, rho)))(
         jax.random.split(keys[2], num_problems), rho_P
     )
     yield from _closed_forms(problem_P, beta_P)
@@ -153,8 +153,7 @@ def _closed_forms(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         ("(15)", "the rest beside the stalled part is below rho^(2K)", "(14), K = 7",
          stalled, 1e-9),
     ):  # fmt: skip
-        value = jnp.max(_map(function)(problem_P, beta_P))
-        yield Claim(source, statement, compared, float(value), bound)
+        yield Claim(source, statement, compared, _worst(function, problem_P, beta_P), bound)
 
 
 def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
@@ -178,11 +177,11 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
 
     yield Claim(
         "(16), (17), Lemma F.4", "the best omega and its error", "Newton's step by autodiff",
-        float(jnp.max(_map(lemma_f4)(problem_P))), 1e-9,
+        _worst(lemma_f4, problem_P), 1e-9,
     )  # fmt: skip
     yield Claim(
         "(13), (18)", "the best average minus the better of theta_pre and theta_ft is below 0",
-        "errors by definition", float(jnp.max(_map(ends)(problem_P))), 0.0,
+        "errors by definition", _worst(ends, problem_P), 0.0,
     )  # fmt: skip
 
     betas = jnp.geomspace(1e-3, 1.0, 100)
@@ -192,7 +191,7 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
         return error / closed_form.optimal_averaging(problem)[1]
 
     ratio_P = jax.lax.map(ratio, problem_P)
-    advantage_P = _map(beyond.flow_advantage)(problem_P)
+    advantage_P = jax.vmap(beyond.flow_advantage)(problem_P)
     better = ratio_P < 1 - 1e-9
     yield Claim(
         "section 7", "best FLOW / best average - 1: never worse, up to the grid",
@@ -211,7 +210,7 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
 
     yield Claim(
         "section 7", "rho = 0: FLOW is model averaging, omega = (1 + beta)^-K", "(16)",
-        float(jnp.max(_map(is_averaging)(problem_P))), 1e-12,
+        _worst(is_averaging, problem_P), 1e-12,
     )  # fmt: skip
 
 
@@ -220,25 +219,27 @@ def _by_sampling(key: jax.Array, weight_fn: simulation.WeightFn) -> Iterator[Cla
     problem = random_problem(keys[0], 4, 0.6)
     tau = beyond.median_temperature(problem.e_norm)
 
-    @jax.jit
-    def standard_errors(key: jax.Array, noise_std: float, expected: jax.Array) -> jax.Array:
+    def weighted_sample(key: jax.Array, noise_std: float) -> tuple[jax.Array, ...]:
         x_ND, y_N = simulation.sample(problem, key, NUM_SAMPLES, noise_std)
-        weight_N = weight_fn(jnp.square(y_N - x_ND @ problem.theta_pre), tau)
-        terms_NDD = weight_N[:, None, None] * x_ND[:, :, None] * x_ND[:, None, :]
-        return _z(terms_NDD, expected)
+        return x_ND, y_N, weight_fn(jnp.square(y_N - x_ND @ problem.theta_pre), tau)
 
+    @jax.jit
+    def standard_errors(x_ND: jax.Array, weight_N: jax.Array, expected: jax.Array) -> jax.Array:
+        return _z(weight_N[:, None, None] * x_ND[:, :, None] * x_ND[:, None, :], expected)
+
+    x_ND, _, weight_N = weighted_sample(keys[1], 0.0)
+    expected = closed_form.weighted_covariance(problem, tau)
     yield Claim(
         "Thm 7.2", "E[w x x^T] by sampling, in standard errors", f"{NUM_SAMPLES:,} examples",
-        float(standard_errors(keys[1], 0.0, closed_form.weighted_covariance(problem, tau))), 4.0,
+        float(standard_errors(x_ND, weight_N, expected)), 4.0,
     )  # fmt: skip
+    x_ND, y_N, weight_N = weighted_sample(keys[2], 0.7)
     expected = beyond.noisy_weighted_covariance(problem.sigma, problem.e, tau, 0.7)
     yield Claim(
         "docs/theory.md", "label noise: E[w x x^T] by sampling, in standard errors",
         f"{NUM_SAMPLES:,} examples, s = 0.7",
-        float(standard_errors(keys[2], 0.7, expected)), 4.0,
+        float(standard_errors(x_ND, weight_N, expected)), 4.0,
     )  # fmt: skip
-    x_ND, y_N = simulation.sample(problem, keys[2], NUM_SAMPLES, 0.7)
-    weight_N = weight_fn(jnp.square(y_N - x_ND @ problem.theta_pre), tau)
     # The gradient of the weighted loss vanishes at the minimiser.
     residual_N = weight_N * (y_N - x_ND @ beyond.noisy_minimiser(problem, tau, 0.7))
     yield Claim(
@@ -278,54 +279,47 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
 
     def kl_dro(problem: Problem, beta: jax.Array) -> jax.Array:
         tau = (2.0 + 4.0 * beta) * problem.e_norm**2
-        expected = jnp.linalg.inv(jnp.linalg.inv(problem.sigma) - 2.0 / tau * _outer(problem))
-        return _error(beyond.kl_dro_covariance(problem, tau), expected)
+        return _error(beyond.kl_dro_covariance(problem, tau), _tilted(problem, -tau)[1])
 
     def existence(problem: Problem) -> jax.Array:
         # The weighted density is integrable where its precision is positive definite.
         smallest = [
-            jnp.linalg.eigvalsh(jnp.linalg.inv(problem.sigma) - 2.0 / tau * _outer(problem))[0]
+            jnp.linalg.eigvalsh(_precision(problem, -tau))[0]
             for tau in (jnp.array([1.0 - 1e-6, 1.0 + 1e-6]) * 2.0 * problem.e_norm**2)
         ]
         return jnp.maximum(smallest[0], -smallest[1])
 
     def rates(problem: Problem, beta: jax.Array) -> jax.Array:
-        # What is left of e after a step along the direction that FLOW stalls: the Rayleigh
-        # quotient of I - 2 eta C, C = E[w x x^T] / E[w]; larger is slower.
+        # What a step learns along the direction that FLOW stalls: the Rayleigh quotient of
+        # C = E[w x x^T] / E[w]; larger is faster.
         tau = (2.0 + 4.0 * beta) * problem.e_norm**2
-        flow = closed_form.weighted_covariance(problem, tau) / closed_form.mu(tau, problem.e_norm)
         own_beta = closed_form.beta_from_temperature(tau, problem.rho, problem.e_norm)
         v, _ = closed_form.eigenvectors(problem, own_beta)
-        speeds = [
-            v @ c @ v / (v @ v)
-            for c in (flow, problem.sigma, beyond.kl_dro_covariance(problem, tau))
-        ]
+        speeds = [v @ covariance @ v / (v @ v) for covariance in _mean_one(problem, tau)]
         return jnp.maximum(speeds[0] - speeds[1], speeds[1] - speeds[2])
 
     yield Claim(
         "docs/theory.md", "tau = median: m (|e|^2 + s^2), and mu and beta from it",
-        "erf, quadrature, eigvalsh", float(jnp.max(_map(median)(problem_P, beta_P))), 1e-9,
+        "erf, quadrature, eigvalsh", _worst(median, problem_P, beta_P), 1e-9,
     )  # fmt: skip
     yield Claim(
         "docs/theory.md", "KL-DRO: its covariance for tau > 2 |e|^2", "inv",
-        float(jnp.max(_map(kl_dro)(problem_P, beta_P))), 1e-9,
+        _worst(kl_dro, problem_P, beta_P), 1e-9,
     )  # fmt: skip
     yield Claim(
         "docs/theory.md", "KL-DRO: the precision is positive definite just above tau = 2 |e|^2, "
         "and not just below; largest eigenvalue of the wrong sign", "eigvalsh",
-        float(jnp.max(_map(existence)(problem_P))), 0.0,
+        _worst(existence, problem_P), 0.0,
     )  # fmt: skip
     yield Claim(
         "docs/theory.md", "one step: FLOW learns its stalled direction slowest, KL-DRO fastest; "
         "largest gap the wrong way round", "Rayleigh quotients",
-        float(jnp.max(_map(rates)(problem_P, beta_P))), 0.0,
+        _worst(rates, problem_P, beta_P), 0.0,
     )  # fmt: skip
 
     def mirror(problem: Problem, beta: jax.Array) -> jax.Array:
-        tau = 4.0 * problem.e_norm**2
-        flow = closed_form.weighted_covariance(problem, tau) / closed_form.mu(tau, problem.e_norm)
         errors = []
-        for covariance in (flow, problem.sigma, beyond.kl_dro_covariance(problem, tau)):
+        for covariance in _mean_one(problem, 4.0 * problem.e_norm**2):
             matrix = jnp.eye(DIM) - 0.2 * covariance
             theta = problem.theta_ft + jnp.linalg.matrix_power(matrix, STEPS) @ problem.e
             errors.append(pretraining_error(problem, theta))
@@ -334,7 +328,7 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
     yield Claim(
         "docs/theory.md", "err1 after K steps: FLOW < vanilla < KL-DRO, weights of mean one; "
         "largest ratio of neighbours - 1", "tau = 4 |e|^2, K = 7, eta = 0.1",
-        float(jnp.max(_map(mirror)(problem_P, beta_P))), 0.0,
+        _worst(mirror, problem_P, beta_P), 0.0,
     )  # fmt: skip
 
     def forgetting(problem: Problem, beta: jax.Array) -> jax.Array:
@@ -348,7 +342,7 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
             [pretraining_error(problem, t) for t in (paper, mean_one, uniform, vanilla)]
         )
 
-    errors_PM = _map(forgetting)(problem_P, beta_P)
+    errors_PM = jax.jit(jax.vmap(forgetting))(problem_P, beta_P)
     share = jnp.mean(errors_PM[:, 1:] / errors_PM[:, 3:], axis=0)
     paper = float(jnp.mean(errors_PM[:, 0] / errors_PM[:, 3]))
     yield Claim(
@@ -359,20 +353,28 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
     )  # fmt: skip
 
 
-def _map(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Over problems; jitted, since compiling many single operations takes longer."""
-    return jax.jit(jax.vmap(function))
+def _worst(function: Callable[..., jax.Array], *arguments: Any) -> float:
+    """The largest value over problems; jitted, since compiling single operations takes longer."""
+    return float(jnp.max(jax.jit(jax.vmap(function))(*arguments)))
 
 
-def _outer(problem: Problem) -> jax.Array:
-    return jnp.outer(problem.e, problem.e)
+def _precision(problem: Problem, temperature: jax.Array) -> jax.Array:
+    """Of exp(-<e, x>^2 / tau) N(x; 0, Sigma); a negative temperature is KL-DRO's."""
+    return jnp.linalg.inv(problem.sigma) + 2.0 / temperature * jnp.outer(problem.e, problem.e)
 
 
 def _tilted(problem: Problem, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mass and covariance of exp(-<e, x>^2 / tau) N(x; 0, Sigma), by det and inv."""
-    precision = jnp.linalg.inv(problem.sigma) + 2.0 / temperature * _outer(problem)
+    """Mass and covariance of that Gaussian, by det and inv."""
+    precision = _precision(problem, temperature)
     mass = 1.0 / jnp.sqrt(jnp.linalg.det(precision) * jnp.linalg.det(problem.sigma))
     return mass, jnp.linalg.inv(precision)
+
+
+def _mean_one(problem: Problem, temperature: jax.Array) -> tuple[jax.Array, ...]:
+    """E[w x x^T] / E[w] of FLOW, vanilla and KL-DRO, by the closed forms."""
+    mass = closed_form.mu(temperature, problem.e_norm)
+    flow = closed_form.weighted_covariance(problem, temperature) / mass
+    return flow, problem.sigma, beyond.kl_dro_covariance(problem, temperature)
 
 
 def _tau(problem: Problem, beta: chex.Numeric) -> jax.Array:

@@ -166,6 +166,9 @@ def flow_iterate(problem: Problem, beta: chex.Numeric, steps: chex.Numeric) -> j
 
     theta_ft + (l1^K + l2^K beta^2 rho^2) / (1 + beta^2 rho^2) e
              - beta rho (l1^K - l2^K) / (1 + beta^2 rho^2) |e| e_perp.
+
+    At this learning rate it diverges for beta above (1 + rho^2) / (2 rho^2): never FLOW's, which
+    is below 1 / rho, but KL-DRO's near its bound.
     """
     lambda1, lambda2 = spectrum(beta, problem.rho)
     power1, power2 = _power(lambda1, steps), _power(lambda2, steps)

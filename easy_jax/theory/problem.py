@@ -161,7 +161,7 @@ def _check(problem: Problem) -> None:
     if any(isinstance(value, jax.core.Tracer) for value in values):
         return
     pre, ft, perp, rho, sigma = (np.asarray(value) for value in values)
-    atol = _ATOL.get(np.result_type(pre, np.float32), 1e-8)
+    atol = _ATOL[np.result_type(pre, np.float32)]
     for name, value in zip(names, (pre, ft, perp, rho, sigma), strict=True):
         if not np.isfinite(value).all():
             raise ValueError(f"{name} has NaN or infinite entries")
