@@ -5,6 +5,7 @@ from easy_jax.config import ConfigError
 from easy_jax.data import DataError
 from easy_jax.fitting import TrainingError
 from easy_jax.loss_table import LossTableError
+from easy_jax.models.hugging_face import WeightsError
 from easy_jax.scoring import ScoringError
 
 USER_ERRORS = (
@@ -14,4 +15,5 @@ USER_ERRORS = (
     LossTableError,
     ScoringError,
     TrainingError,
+    WeightsError,
 )

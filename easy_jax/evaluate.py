@@ -1,5 +1,6 @@
 """What was learnt and what was forgotten: metrics on both tasks, and the swap of task parts."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,41 @@ def classification(
         correct += float(correct_b.sum())
         count += len(ids)
     return {"accuracy": 100.0 * correct / count, "loss": nll / count, "count": count}
+
+
+def language(
+    model: nnx.Module,
+    source: data.PackedSource,
+    *,
+    batch_size: int = 8,
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """Cross-entropy of a causal language model over every target token exactly once.
+
+    Args:
+      model: like `easy_jax.models.transformer.Transformer`.
+      source: packed examples.
+      batch_size: global, in rows.
+      mesh: default: all devices on the data axis.
+
+    Returns:
+      `nll`, nats per target token; `perplexity`, its exponential; `tokens`, their number.
+
+    Raises:
+      ConfigError: a batch size that does not divide over the mesh.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
+    graphdef, state = nnx.split(eval_view(model))
+    loader = data.scoring_loader(source, batch_size)
+    state = sharding.shard_tree(state, mesh)
+    nll, tokens = 0.0, 0
+    for _, nll_sum_b, count_b in scoring.per_example(
+        graphdef, state, losses.causal_lm_loss, loader, mesh
+    ):
+        nll += float(nll_sum_b.sum(dtype=np.float64))
+        tokens += int(count_b.sum(dtype=np.float64))
+    return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "tokens": tokens}
 
 
 def with_task_parts(

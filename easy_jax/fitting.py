@@ -48,12 +48,13 @@ class Fit:
 
 def fit(
     model: nnx.Module,
-    source: data.Source,
+    source: data.AnySource,
     directory: str | os.PathLike[str],
     *,
     stage: StageConfig,
     loss_fn: LossFn,
     weight_N: np.ndarray | None = None,
+    token_weight: data.Ragged | None = None,
     trainable: Any = nnx.Param,
     anchored: Callable[[Any, Any], bool] | None = None,
     sfa_beta: float | None = None,
@@ -77,6 +78,7 @@ def fit(
       stage: epochs, batches, reduction and optimiser.
       loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
       weight_N: by example id; default: 1. NaN leaves an example out.
+      token_weight: by example id, of the target tokens of a packed source; default: 1.
       trainable: NNX filter of the parameters to train.
       anchored: NNX filter of those that the anchor pulls back.
       sfa_beta: if given, after every quarter of the steps the trainable parameters become
@@ -99,8 +101,9 @@ def fit(
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
     loader = data.training_loader(
-        source, stage.batch_size, epochs=stage.epochs, seed=seed, weight_N=weight_N
-    )
+        source, stage.batch_size, epochs=stage.epochs, seed=seed,
+        weight_N=weight_N, token_weight=token_weight,
+    )  # fmt: skip
     total = loader.steps
     graphdef = nnx.graphdef(model)
     optimizer, train_step = _compiled(
@@ -119,7 +122,7 @@ def fit(
             "stage": dataclasses.asdict(stage),
             "seed": seed,
             "sfa_beta": sfa_beta,
-            "weights": weights_fingerprint(weight_N),
+            "weights": weights_fingerprint(weight_N, token_weight),
             "steps": total,
         },
     )
@@ -175,11 +178,14 @@ def fit(
     return Fit(state.model_state(), total, seconds, resumed_from)
 
 
-def weights_fingerprint(weight_N: np.ndarray | None) -> str:
-    """Fingerprint of example weights; `none` for plain training."""
-    if weight_N is None:
-        return "none"
-    return fingerprints.of_arrays({"weight": weight_N})
+def weights_fingerprint(
+    weight_N: np.ndarray | None, token_weight: data.Ragged | None = None
+) -> str:
+    """Fingerprint of the weights; `none` for plain training."""
+    arrays = {} if weight_N is None else {"weight": weight_N}
+    if token_weight is not None:
+        arrays |= {"token_weight": token_weight.values, "offsets": token_weight.offsets}
+    return fingerprints.of_arrays(arrays) if arrays else "none"
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,7 +1,8 @@
 """The loss table: what the frozen model thinks of every example, as Parquet and JSON.
 
 A directory with
-  part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P
+  part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P;
+                             for text, if asked for, token_losses list<float32>
   metadata.json              fingerprints of model and data, loss, size; once complete, quantiles
 Parts are written whole or not at all, so an interrupted table is resumed at its missing rows.
 """
@@ -19,9 +20,11 @@ import pyarrow.parquet as pq
 
 from easy_jax import fingerprint as fingerprints
 from easy_jax import weighting
+from easy_jax.data import Ragged
 
 FORMAT_VERSION = 1
 SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
+TOKEN_SCHEMA = SCHEMA.append(pa.field("token_losses", pa.list_(pa.float32())))
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -79,6 +82,20 @@ class LossTable:
         """The exact median of all losses, dropped examples left out."""
         return self.metadata["median"]
 
+    @property
+    def token_temperature(self) -> float:
+        """The exact median of the losses of all target tokens.
+
+        Raises:
+          LossTableError: a table without token losses.
+        """
+        if "token_median" not in self.metadata:
+            raise LossTableError(
+                f"the loss table in {self.directory} has no token losses; score again, with "
+                "token_losses=True"
+            )
+        return self.metadata["token_median"]
+
     def check(self, **expected: str) -> None:
         """Refuses a table of something else.
 
@@ -110,17 +127,44 @@ class LossTable:
         Raises:
           LossTableError: a temperature of zero.
         """
-        tau = self.temperature if tau is None else tau
+        tau = self._positive(self.temperature if tau is None else tau)
+        weight_N = np.full(self.num_examples, np.nan, np.float32)
+        for ids, loss, _ in self.rows():
+            weight_N[ids] = np.asarray(weighting.flow_weights(loss, np.float32(tau)))
+        return weight_N
+
+    def token_losses(self) -> Ragged:
+        """float32 losses of the target tokens by example id; none for dropped examples."""
+        self.token_temperature  # noqa: B018, raises where there are none
+        parts = [np.zeros(0, np.float32)] * self.num_examples
+        for ids, losses in iter_token_losses(self.directory):
+            for i, loss in zip(ids, losses, strict=True):
+                parts[i] = loss
+        offsets = np.cumsum([0, *map(len, parts)])
+        return Ragged(np.concatenate(parts), offsets)
+
+    def flow_token_weights(self, tau: float | None = None) -> Ragged:
+        """Token-wise FLOW's weights by example id; none for dropped examples.
+
+        Args:
+          tau: the temperature; default: the median over tokens, `self.token_temperature`.
+
+        Raises:
+          LossTableError: a table without token losses, or a temperature of zero.
+        """
+        tau = self._positive(self.token_temperature if tau is None else tau)
+        losses = self.token_losses()
+        weight = weighting.flow_weights(losses.values, np.float32(tau))
+        return Ragged(np.asarray(weight), losses.offsets)
+
+    def _positive(self, tau: float) -> float:
         if not tau > 0:
             raise LossTableError(
                 f"the temperature of the loss table in {self.directory} is {tau}; it must be "
                 "positive. At least half of the losses are zero if the median is: has the model "
                 "been trained on these examples?"
             )
-        weight_N = np.full(self.num_examples, np.nan, np.float32)
-        for ids, loss, _ in self.rows():
-            weight_N[ids] = np.asarray(weighting.flow_weights(loss, np.float32(tau)))
-        return weight_N
+        return tau
 
     def fingerprint(self) -> str:
         """Hash of the losses by id: the same for any partition into parts."""
@@ -165,29 +209,49 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
         )
 
 
-def write_part(directory: Path, process: int, rows: Rows) -> None:
+def write_part(
+    directory: Path, process: int, rows: Rows, token_losses: Sequence[np.ndarray] | None = None
+) -> None:
     """Appends a part, whole or not at all."""
     numbers = [int(p.stem[-5:]) for p in directory.glob(f"part-{process:05d}-*.parquet")]
     number = max(numbers, default=-1) + 1  # not their count: one may have been deleted
     path = directory / f"part-{process:05d}-{number:05d}.parquet"
     temporary = path.with_suffix(".tmp")
-    pq.write_table(pa.table(list(rows), schema=SCHEMA), temporary, write_page_checksum=True)
+    columns, schema = [pa.array(column) for column in rows], SCHEMA
+    if token_losses is not None:
+        offsets = np.cumsum([0, *map(len, token_losses)], dtype=np.int32)
+        columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(token_losses)))
+        schema = TOKEN_SCHEMA
+    pq.write_table(pa.table(columns, schema=schema), temporary, write_page_checksum=True)
     temporary.replace(path)
 
 
 def iter_rows(directory: Path) -> Iterator[Rows]:
     """Streams the rows of all parts of a table, complete or not."""
+    for batch in _iter_batches(directory, SCHEMA.names):
+        ids, loss, count = (column.to_numpy() for column in batch.columns)
+        yield ids, loss, count
+
+
+def iter_token_losses(directory: Path) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Streams `(example_id, losses of its target tokens)` of all parts."""
+    for batch in _iter_batches(directory, ["example_id", "token_losses"]):
+        ids, lists = batch.columns
+        yield ids.to_numpy(), np.split(lists.flatten().to_numpy(), lists.offsets.to_numpy()[1:-1])
+
+
+def _iter_batches(directory: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for path in sorted(directory.glob("part-*.parquet")):
         try:
             with pq.ParquetFile(path, page_checksum_verification=True) as file:
-                if not file.schema_arrow.equals(SCHEMA):
+                schema = file.schema_arrow
+                if not (schema.equals(SCHEMA) or schema.equals(TOKEN_SCHEMA)):
                     raise LossTableError(
-                        f"{path} has columns {file.schema_arrow.names} of types "
-                        f"{[str(t) for t in file.schema_arrow.types]}; a loss table has {SCHEMA}"
+                        f"{path} has columns {schema.names} of types "
+                        f"{[str(t) for t in schema.types]}; a loss table has {TOKEN_SCHEMA}, "
+                        "the last one optional"
                     )
-                for batch in file.iter_batches():
-                    ids, loss, count = (column.to_numpy() for column in batch.columns)
-                    yield ids, loss, count
+                yield from file.iter_batches(columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise LossTableError(
                 f"{path} is damaged: {error}; delete it and score again"
@@ -219,22 +283,34 @@ def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
     return seen_N
 
 
-def summarise(directory: Path) -> dict[str, Any]:
-    """Exact quantiles and median of the losses, in two streaming passes."""
+def summarise(directory: Path, token_losses: bool = False) -> dict[str, Any]:
+    """Exact quantiles and medians of the losses, in two streaming passes."""
 
     def losses() -> Iterator[np.ndarray]:
         for _, loss, _ in iter_rows(directory):
             yield loss
 
+    def tokens() -> Iterator[np.ndarray]:
+        for _, lists in iter_token_losses(directory):
+            yield np.concatenate(lists)
+
     size = sum(len(loss) for loss in losses())
     if size == 0:
         raise LossTableError(f"the loss table in {directory} has no rows")
     ranks = [round(q * (size - 1)) for q in QUANTILES]
-    middle = [(size - 1) // 2, size // 2]
-    values = order_statistics(losses, [*ranks, *middle])
-    quantiles = dict(zip(map(str, QUANTILES), values[: len(ranks)], strict=True))
-    median = float(np.float32((values[-2] + values[-1]) / 2))  # float64 does not overflow
-    return {"num_rows": size, "median": median, "quantiles": quantiles}
+    values = order_statistics(losses, ranks)
+    quantiles = dict(zip(map(str, QUANTILES), values, strict=True))
+    summary = {"num_rows": size, "median": _median(losses), "quantiles": quantiles}
+    if token_losses:
+        summary["num_tokens"] = sum(len(loss) for loss in tokens())
+        summary["token_median"] = _median(tokens)
+    return summary
+
+
+def _median(chunks: Callable[[], Iterator[np.ndarray]]) -> float:
+    size = sum(len(chunk) for chunk in chunks())
+    low, high = order_statistics(chunks, [(size - 1) // 2, size // 2])
+    return float(np.float32((low + high) / 2))  # float64 does not overflow
 
 
 def order_statistics(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from easy_jax.linear_cross_entropy import NO_TARGET, linear_cross_entropy
+
 PerExampleLoss = tuple[jax.Array, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]
 
@@ -69,3 +71,38 @@ def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampl
     """`softmax_cross_entropy` of an image model on a batch with `image`, `label`, `mask`."""
     logits_BK = model(batch["image"], batch["mask"])
     return softmax_cross_entropy(logits_BK, batch["label"])
+
+
+def causal_lm_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
+    """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+
+    Args:
+      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+      batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every token's
+        term is multiplied by its weight, and the count is that of the tokens all the same:
+        the reduction `token_mean` then is FLOW's token-wise objective (paper.md section 3).
+
+    Returns:
+      `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
+    """
+    nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
+    return nll_sum_RS, count_RS
+
+
+def causal_lm_token_losses(
+    model: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target."""
+    hidden_RTD = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
+    nll_RT = linear_cross_entropy(
+        hidden_RTD, model.head_VD(), batch["targets"], soft_cap=model.config.final_cap
+    )
+    if "token_weight" in batch:
+        nll_RT = nll_RT * batch["token_weight"]
+    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
+    # Masked sums, not a one-hot product: a NaN stays with its example.
+    in_segment_RTS = batch["segment_ids"][:, :, None] == segments_S[None, None, :]
+    nll_sum_RS = jnp.sum(jnp.where(in_segment_RTS, nll_RT[:, :, None], 0.0), axis=1)
+    is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
+    count_RS = jnp.sum(in_segment_RTS & is_target_RT1, axis=1, dtype=jnp.float32)
+    return nll_sum_RS, count_RS, nll_RT

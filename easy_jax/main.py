@@ -2,13 +2,14 @@
 
 import logging
 import sys
+from typing import Literal
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from easy_jax import theory_report, train
-from easy_jax.config import ConfigError, ExperimentConfig
+from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.errors import USER_ERRORS
 
 COMMANDS: dict[str, train.Until] = {
@@ -18,6 +19,8 @@ COMMANDS: dict[str, train.Until] = {
     "evaluate": "evaluate",
     "report": "report",
 }
+# Fields with a choice of words are given as text; `validate()` names the options.
+config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; default: runs/<name>.")
 _USAGE = (
@@ -37,7 +40,9 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
         raise app.UsageError(_USAGE)
     config = _CONFIG.value
-    if not isinstance(config, ExperimentConfig):  # also what absl gives for a missing file
+    if not isinstance(
+        config, ExperimentConfig | LanguageConfig
+    ):  # also what absl gives for a missing file
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ConfigError(f"there is no experiment's configuration in the file {name}")
     train.run(config, _WORKDIR.value or f"runs/{config.name}", COMMANDS[argv[1]])

@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 
 from easy_jax import data, loss_table, sharding
 from easy_jax import fingerprint as fingerprints
+from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
-from easy_jax.losses import LossFn
 from easy_jax.models import eval_view
 
 
@@ -25,13 +25,14 @@ class ScoringError(ValueError):
 
 def score(
     model: nnx.Module,
-    source: data.Source,
+    source: data.AnySource,
     directory: str | os.PathLike[str],
     *,
-    loss_fn: LossFn,
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
     batch_size: int = 256,
     mesh: Mesh | None = None,
     on_bad_example: Literal["error", "drop"] = "error",
+    token_losses: bool = False,
     rows_per_part: int = 100_000,
     progress: Callable[[int], None] | None = None,
 ) -> LossTable:
@@ -46,10 +47,13 @@ def score(
       source: the fine-tuning data.
       directory: of the table; made if it does not exist.
       loss_fn: `(model, batch) -> (nll_sum_B, count_B)`; the loss is their quotient.
-      batch_size: global; padded at the end, padding never reaches the table.
+      batch_size: global; padded at the end, padding never reaches the table. Rows, not
+        examples, of a packed source.
       mesh: default: all devices on the data axis.
       on_bad_example: examples whose loss is not finite or whose count is 0 (no target
         token) are an error, after the good ones have been saved; or dropped and counted.
+      token_losses: keep every target token's loss as well, for token-wise weights. The loss
+        function then returns them as a third array, as `losses.causal_lm_token_losses` does.
       rows_per_part: rows between two saves.
       progress: called with the number of examples scored after every batch.
 
@@ -77,6 +81,7 @@ def score(
         "data": data.fingerprint(source),
         "loss": loss_name(loss_fn),
         "num_examples": len(source),
+        "token_losses": token_losses,
     }
     metadata = loss_table.read_metadata(directory)
     if metadata is not None:
@@ -95,9 +100,9 @@ def score(
     todo = np.flatnonzero(~done_N)
     if todo.size:
         loader = data.scoring_loader(source, batch_size, ids=todo)
-        writer = _PartWriter(directory, rows_per_part)
+        writer = _PartWriter(directory, rows_per_part, todo)
         state = sharding.shard_tree(state, mesh)
-        for ids, nll_sum, count in per_example(graphdef, state, loss_fn, loader, mesh):
+        for ids, nll_sum, count, *tokens in per_example(graphdef, state, loss_fn, loader, mesh):
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
             usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
@@ -107,13 +112,13 @@ def score(
                 (int(i), "has no target token" if r == "no target" else f"has loss {x}")
                 for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
             )
-            writer.add(ids[good], loss[good], count[good])
+            writer.add(ids, good, loss, count, *tokens)
             if progress is not None:
                 progress(len(ids))
         if bad and on_bad_example == "drop":
             dropped |= set(bad)
             _write_dropped(directory, dropped)
-        writer.flush()
+        writer.flush(last=True)
     if bad and on_bad_example == "error":
         some = "; ".join(f"id {i} {why}" for i, why in sorted(bad.items())[:10])
         raise ScoringError(
@@ -121,7 +126,7 @@ def score(
             f"{'; ...' if len(bad) > 10 else ''}. Mend the data, or set on_bad_example='drop' "
             "to leave them out of training"
         )
-    metadata |= loss_table.summarise(directory)
+    metadata |= loss_table.summarise(directory, token_losses)
     metadata |= {"complete": True, "dropped_ids": sorted(dropped)}
     loss_table.write_metadata(directory, metadata)
     return LossTable.open(directory)
@@ -136,12 +141,12 @@ def loss_name(loss_fn: Callable[..., Any]) -> str:
 
 @functools.lru_cache(maxsize=32)
 def make_score_step(
-    graphdef: nnx.GraphDef[Any], loss_fn: LossFn
-) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]]
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
     every pass with the same model structure, loss and shapes shares one compilation."""
 
-    def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
     return jax.jit(score_step)
@@ -150,11 +155,14 @@ def make_score_step(
 def per_example(
     graphdef: nnx.GraphDef[Any],
     state: nnx.State,
-    loss_fn: LossFn,
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
     loader: data.Loader,
     mesh: Mesh,
-) -> Iterator[loss_table.Rows]:
+) -> Iterator[tuple[Any, ...]]:
     """Streams `(ids, first, second)` of a function that returns two arrays per example.
+
+    Where it returns a third array, of values per token of packed rows, a list of arrays
+    follows: each example's values at its target tokens.
 
     Padding is removed, every example comes once, and results are read one batch late, so
     that the devices stay busy. Scoring and evaluation both run on this.
@@ -166,44 +174,61 @@ def per_example(
       mesh: where the batches go.
     """
     score_step = make_score_step(graphdef, loss_fn)
-    pending: tuple[data.loader.Batch, tuple[jax.Array, jax.Array]] | None = None
+    pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     for batch in loader:
-        example_id, mask = batch["example_id"], batch["mask"]
         arrays = {name: array for name, array in batch.items() if name != "example_id"}
         result = score_step(state, sharding.shard_batch(arrays, mesh))
         if pending is not None:
             yield _collect(*pending)
-        pending = ({"example_id": example_id, "mask": mask}, result)
+        pending = (batch, result)
     if pending is not None:
         yield _collect(*pending)
 
 
-def _collect(
-    batch: Mapping[str, np.ndarray], result: tuple[jax.Array, jax.Array]
-) -> loss_table.Rows:
-    nll_sum, count = (sharding.local_rows(array) for array in result)
+def _collect(batch: Mapping[str, np.ndarray], result: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+    first, second, *tokens = (sharding.local_rows(array) for array in result)
     mask = batch["mask"]
-    return batch["example_id"][mask], nll_sum[mask], count[mask]
+    rows = (batch["example_id"][mask], first[mask], second[mask])
+    return (*rows, *(split_tokens(batch, values) for values in tokens))
 
 
 class _PartWriter:
-    """Collects rows and writes a part when there are enough."""
+    """Collects rows, sorts them by id, and writes a part when there are enough.
 
-    def __init__(self, directory: Path, rows_per_part: int):
+    Packing hands examples over a little out of order. A row is written when all that come
+    before it have been seen, so that the table is in order over its parts, too.
+    """
+
+    def __init__(self, directory: Path, rows_per_part: int, todo: np.ndarray):
         self._directory = directory
         self._rows_per_part = rows_per_part
-        self._rows: list[loss_table.Rows] = []
+        self._todo = todo
+        self._buffer: list[tuple[Any, ...]] = []  # id, good, loss, count[, token losses]
 
-    def add(self, ids: np.ndarray, loss: np.ndarray, count: np.ndarray) -> None:
-        self._rows.append((ids, loss, count))
-        if sum(len(rows[0]) for rows in self._rows) >= self._rows_per_part:
+    def add(
+        self, ids: np.ndarray, good: np.ndarray, loss: np.ndarray, count: np.ndarray,
+        tokens: list[np.ndarray] | None = None,
+    ) -> None:  # fmt: skip
+        columns = [ids, good, loss, count, *([tokens] if tokens is not None else [])]
+        self._buffer += zip(*columns, strict=True)
+        if len(self._buffer) >= self._rows_per_part:
             self.flush()
 
-    def flush(self) -> None:
-        if sum(len(rows[0]) for rows in self._rows):
-            ids, loss, count = (np.concatenate(c) for c in zip(*self._rows, strict=True))
-            loss_table.write_part(self._directory, jax.process_index(), (ids, loss, count))
-        self._rows = []
+    def flush(self, last: bool = False) -> None:
+        self._buffer.sort(key=lambda row: row[0])
+        found = np.array([row[0] for row in self._buffer], np.int64)
+        in_turn = found == self._todo[: len(found)]
+        # At the end nothing is waited for: other processes have seen the rest.
+        ready = len(found) if last or in_turn.all() else int(np.argmin(in_turn))
+        rows = [row for row in self._buffer[:ready] if row[1]]
+        self._buffer, self._todo = self._buffer[ready:], self._todo[ready:]
+        if rows:
+            ids, _, loss, count, *tokens = zip(*rows, strict=True)
+            table: Any = (
+                np.array(ids, np.int64),
+                *(np.array(x, np.float32) for x in (loss, count)),
+            )
+            loss_table.write_part(self._directory, jax.process_index(), table, *tokens)
 
 
 def _read_dropped(directory: Path) -> set[int]:

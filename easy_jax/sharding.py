@@ -23,6 +23,14 @@ RULES: Mapping[str, str | None] = {
     "features": "fsdp",
     "classes": None,
     "norm": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "rank": None,
 }
 
 

@@ -110,7 +110,8 @@ def make_train_step(
 
     Args:
       graphdef: of the model in the mode to train it in (`model.train()`, then `nnx.split`).
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`, unreduced.
+      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`, unreduced; [rows, segments] of
+        packed text, and so are `weight` and `mask` below.
       optimizer: the one given to `init_train_state`.
       reduction: see the module's docstring. Where every weight or count of a batch is
         zero the loss and its gradient are 0.
@@ -148,7 +149,6 @@ def make_train_step(
         # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
         model = nnx.merge(graphdef, params, rest, copy=True)
         nll_sum_B, count_B = loss_fn(model, batch)
-        chex.assert_rank([nll_sum_B, count_B, batch["weight"], batch["mask"]], 1)
         chex.assert_equal_shape([nll_sum_B, count_B, batch["weight"], batch["mask"]])
         total, size = _reduce(nll_sum_B, count_B, batch["weight"], batch["mask"], reduction)
         return total, (size, _like(rest, nnx.state(model)))

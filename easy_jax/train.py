@@ -15,11 +15,21 @@ import numpy as np
 from flax import nnx
 
 from easy_jax import config as config_lib
-from easy_jax import evaluate, merge, metrics, report, scoring, sharding, weighting
+from easy_jax import (
+    evaluate,
+    language_report,
+    merge,
+    metrics,
+    report,
+    scoring,
+    sharding,
+    weighting,
+)
 from easy_jax import fingerprint as fingerprints
-from easy_jax.config import ConfigError, ExperimentConfig
+from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.data import glyphs
 from easy_jax.fitting import Fit, fit
+from easy_jax.language import LanguageExperiment
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
 from easy_jax.models import resnet, train_view
@@ -41,7 +51,9 @@ TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.tas
 
 
 def run(
-    config: ExperimentConfig, workdir: str | os.PathLike[str], until: Until = "report"
+    config: ExperimentConfig | LanguageConfig,
+    workdir: str | os.PathLike[str],
+    until: Until = "report",
 ) -> dict[str, Any]:
     """Runs an experiment, or what is left of it.
 
@@ -60,20 +72,27 @@ def run(
     """
     config.validate()
     workdir = open_workdir(config, workdir)
+    view: Any = report if isinstance(config, ExperimentConfig) else language_report
     with Terminal() as terminal:
-        experiment = Experiment(config, workdir, terminal)
+        experiment: Experiment | LanguageExperiment
+        if isinstance(config, ExperimentConfig):
+            experiment = Experiment(config, workdir, terminal)
+        else:
+            experiment = LanguageExperiment(config, workdir, terminal)
         results = experiment.run(until)
     if until == "report":
-        report.write(config, workdir, results)
+        view.write(config, workdir, results)
     if results:
-        terminal.print(report.table(results))
+        terminal.print(view.table(results))
         terminal.print(
             f"output: {workdir / ('report.html' if until == 'report' else 'results.json')}"
         )
     return results
 
 
-def open_workdir(config: ExperimentConfig, workdir: str | os.PathLike[str]) -> Path:
+def open_workdir(
+    config: ExperimentConfig | LanguageConfig, workdir: str | os.PathLike[str]
+) -> Path:
     """Makes a workdir for a configuration, or checks that an existing one belongs to it.
 
     Raises:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
-    "theory", "config", "fingerprint", "sharding", "data", "models", "losses", "weighting",
-    "loss_table",
+    "theory", "config", "fingerprint", "sharding", "data", "models", "linear_cross_entropy",
+    "losses", "weighting", "loss_table",
     "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
-    "page", "figures", "report", "terminal", "train", "theory_report", "errors", "main",
+    "page", "figures", "report", "language_report", "terminal", "language", "train",
+    "theory_report", "errors", "main",
 ]  # fmt: skip
 
 

@@ -1,14 +1,20 @@
 """Data sources, their records, and the loaders for scoring and for training."""
 
-from easy_jax.data.loader import Loader, scoring_loader, training_loader
+from easy_jax.data.loader import AnySource, Loader, scoring_loader, training_loader
+from easy_jax.data.packing import PackedSource, Ragged
 from easy_jax.data.sources import ArraySource, DataError, Source, TfdsSource, fingerprint
+from easy_jax.data.text import TokenSource
 
 __all__ = [
+    "AnySource",
     "ArraySource",
     "DataError",
     "Loader",
+    "PackedSource",
+    "Ragged",
     "Source",
     "TfdsSource",
+    "TokenSource",
     "fingerprint",
     "scoring_loader",
     "training_loader",

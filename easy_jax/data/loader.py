@@ -9,6 +9,8 @@ Every batch has the fields of the records and
   `example_id`  int64 [b]    position in the source; -1 for padding
   `mask`        bool [b]     False for padding (a copy of the batch's first record)
   `weight`      float32 [b]  training only
+Of a packed source (`easy_jax.data.packing`) the same holds with rows in the place of examples:
+a batch size counts rows, and these three fields are [b, S].
 """
 
 import functools
@@ -19,9 +21,11 @@ import grain
 import jax
 import numpy as np
 
+from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
 from easy_jax.data.sources import DataError, Source
 
 Batch = dict[str, np.ndarray]
+AnySource = Source | PackedSource
 PADDING_ID = -1
 _RESERVED = ("example_id", "mask")
 
@@ -46,7 +50,7 @@ class Loader:
 
 
 def scoring_loader(
-    source: Source,
+    source: AnySource,
     batch_size: int,
     *,
     ids: np.ndarray | None = None,
@@ -75,19 +79,23 @@ def scoring_loader(
       [[True, True], [True, False]]
     """
     ids = _checked_ids(source, ids)
-    read = _Reader(source, batch_size, process_index, process_count, weight_N=None)
+    share = _share(batch_size, process_index, process_count)
+    if isinstance(source, PackedSource):
+        return Loader(_packed(source, source.rows(ids), batch_size, share), threads, prefetch)
+    read = _Reader(source, batch_size, share, weight_N=None)
     starts = grain.MapDataset.range(0, len(ids), batch_size)
     dataset = starts.map(lambda start: read(ids[start : start + batch_size]))
     return Loader(dataset, threads, prefetch)
 
 
 def training_loader(
-    source: Source,
+    source: AnySource,
     batch_size: int,
     *,
     epochs: int,
     seed: int,
     weight_N: np.ndarray | None = None,
+    token_weight: Ragged | None = None,
     process_index: int | None = None,
     process_count: int | None = None,
     threads: int = 2,
@@ -105,6 +113,8 @@ def training_loader(
       seed: of the order; equal seeds give equal orders on any number of processes.
       weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
         that is NaN is an example dropped while scoring: it is left out of training.
+      token_weight: weights of the target tokens, of packed sources only. An example that has
+        none was dropped while scoring, and is left out.
       process_index, process_count, threads, prefetch: as in `scoring_loader`.
 
     Raises:
@@ -118,6 +128,13 @@ def training_loader(
       6
     """
     ids = None
+    if token_weight is not None:
+        if not isinstance(source, PackedSource):
+            raise DataError("token weights are for packed text; this source has no tokens")
+        check_token_weights(token_weight, source.examples)
+        given_N = np.ones(len(source)) if weight_N is None else np.asarray(weight_N)
+        if given_N.shape == (len(source),):  # dropped while scoring: it has no token weights
+            weight_N = np.where(np.diff(token_weight.offsets) > 0, given_N, np.nan)
     if weight_N is not None:
         weight_N = np.asarray(weight_N, np.float32)
         if weight_N.shape != (len(source),):
@@ -131,7 +148,12 @@ def training_loader(
     ids = _checked_ids(source, ids)
     order = _ShuffledEpochs(ids, seed, epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
-    read = _Reader(source, batch_size, process_index, process_count, weight_N)
+    share = _share(batch_size, process_index, process_count)
+    if isinstance(source, PackedSource):
+        rows = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
+        dataset = _packed(source, rows, batch_size, share, weight_N, token_weight)
+        return Loader(dataset, threads, prefetch)
+    read = _Reader(source, batch_size, share, weight_N)
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
     dataset = starts.map(lambda start: read(order.slice(start, start + batch_size)))
     return Loader(dataset, threads, prefetch)
@@ -150,7 +172,7 @@ class _ShuffledEpochs:
         self._seed = seed
         self._stop = len(ids) * epochs
         # Two epochs are in use at a time: reader threads run ahead into the next one.
-        self._epoch = functools.lru_cache(maxsize=2)(self._permuted)
+        self.epoch = functools.lru_cache(maxsize=2)(self._permuted)
 
     def _permuted(self, epoch: int) -> np.ndarray:
         # Raw bits, sorted: NumPy may change `permutation` between versions, these never.
@@ -163,26 +185,49 @@ class _ShuffledEpochs:
         stop = min(stop, self._stop)
         epochs = range(start // size, (stop - 1) // size + 1)
         return np.concatenate(
-            [self._epoch(e)[max(start - e * size, 0) : stop - e * size] for e in epochs]
+            [self.epoch(e)[max(start - e * size, 0) : stop - e * size] for e in epochs]
         )
+
+
+def _share(batch_size: int, index: int | None, count: int | None) -> slice:
+    """This process's part of a global batch; default: JAX's process index and count."""
+    count = jax.process_count() if count is None else count
+    index = jax.process_index() if index is None else index
+    if batch_size % count:
+        raise ValueError(f"batch_size {batch_size} does not divide over {count} processes")
+    return slice(index * (batch_size // count), (index + 1) * (batch_size // count))
+
+
+def _packed(
+    source: PackedSource,
+    rows: list[np.ndarray],
+    batch_size: int,
+    share: slice,
+    weight_N: np.ndarray | None = None,
+    token_weight: Ragged | None = None,
+) -> grain.MapDataset[Batch]:
+    """Global batches of rows -> this process's, read, padded with empty rows and masked."""
+    reader = PackedRows(source, max(map(len, rows)), token_weight)
+    nothing = np.zeros(0, np.int64)
+
+    def read(start: int) -> Batch:
+        part = rows[start : start + batch_size]
+        part = [*part, *[nothing] * (batch_size - len(part))][share]
+        batch = reader.read(part)
+        mask_rs = batch["mask"] = batch["example_id"] != PADDING_ID
+        if weight_N is not None:
+            batch["weight"] = np.where(mask_rs, weight_N[batch["example_id"]], 0.0)
+            batch["weight"] = batch["weight"].astype(np.float32)
+        return batch
+
+    return grain.MapDataset.range(0, len(rows), batch_size).map(read)
 
 
 class _Reader:
     """Global batch of ids -> this process's rows, read, stacked, padded and checked."""
 
-    def __init__(
-        self,
-        source: Source,
-        batch_size: int,
-        process_index: int | None,
-        process_count: int | None,
-        weight_N: np.ndarray | None,
-    ):
-        count = jax.process_count() if process_count is None else process_count
-        index = jax.process_index() if process_index is None else process_index
-        if batch_size % count:
-            raise ValueError(f"batch_size {batch_size} does not divide over {count} processes")
-        self._rows = slice(index * (batch_size // count), (index + 1) * (batch_size // count))
+    def __init__(self, source: Source, batch_size: int, share: slice, weight_N: np.ndarray | None):
+        self._rows = share
         self._source = source
         self._batch_size = batch_size
         self._weight_N = weight_N
@@ -252,7 +297,7 @@ def _check_own_weight(weight_b: np.ndarray, positions: list[int]) -> np.ndarray:
     return weight_b
 
 
-def _checked_ids(source: Source, ids: np.ndarray | None) -> np.ndarray:
+def _checked_ids(source: AnySource, ids: np.ndarray | None) -> np.ndarray:
     size = len(source)
     if size == 0:
         raise DataError("the data set is empty: it has no examples")

@@ -146,7 +146,7 @@ class TfdsSource:
         return fingerprints.of_json(self._identity)
 
 
-def fingerprint(source: Source) -> str:
+def fingerprint(source: Any) -> str:
     """The source's own fingerprint or, if it has none, a hash of every record."""
     own = getattr(source, "fingerprint", None)
     if own is not None:

@@ -1,0 +1,60 @@
+"""FLOW on a real language model, offline: SmolLM2-135M and grade-school problems.
+
+SmolLM2-135M-Instruct is fine-tuned on problems that `reasoning-gym` generates, by every method
+with the same steps and learning rate. Measured are held-out problems of the same kind, and what
+it must not forget: the cross-entropy on a story by Jules Verne and on Python's docstrings.
+
+  pip install ".[smollm2]" && python scripts/fetch_smollm2.py models/smollm2
+  easy-jax run --config=configs/smollm2_gsm.py
+  easy-jax score --config=configs/smollm2_gsm.py \
+      --config.train.format=jsonl --config.train.path=FILE.jsonl   the loss table of any file
+
+Hardware: 2 CPU cores, 12 GB of memory.
+"""
+
+from easy_jax.config import (
+    ConfigError,
+    InstructionsConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
+    LanguageModelConfig,
+    OptimizerConfig,
+    ScoringConfig,
+    StageConfig,
+    TextConfig,
+)
+
+METHODS = (
+    LanguageMethodConfig("standard"),
+    LanguageMethodConfig("flow", weighting="flow"),
+    LanguageMethodConfig("flow_token", weighting="flow_token"),
+    *(
+        LanguageMethodConfig(f"wise_ft_{alpha:g}", averaging="wise_ft", alpha=alpha)
+        for alpha in (0.3, 0.5, 0.7)
+    ),
+)
+
+
+def get_config(arg: str = "") -> LanguageConfig:
+    """The configuration; it has no variants."""
+    if arg:
+        raise ConfigError(f"smollm2_gsm.py:{arg} is unknown; it takes no argument")
+    return LanguageConfig(
+        name="smollm2-gsm",
+        model=LanguageModelConfig(path="models/smollm2", dtype="float32", remat="none"),
+        train=InstructionsConfig(format="gsm_symbolic", seed=42, size=128),
+        heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=128, size=64),),
+        general=("verne", "docstrings"),
+        general_characters=12_288,
+        text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=384),
+        scoring=ScoringConfig(batch_size=8),
+        finetune=StageConfig(
+            epochs=2,
+            batch_size=4,
+            reduction="token_mean",
+            optimizer=OptimizerConfig(name="adamw", learning_rate=2e-5, warmup_ratio=0.03),
+        ),
+        methods=METHODS,
+        eval_batch_size=8,
+        save_every_steps=1000,
+    )

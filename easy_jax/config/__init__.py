@@ -1,0 +1,61 @@
+"""The configuration schema: typed dataclasses, validated once, errors that name the field.
+
+A configuration file in `configs/` defines `get_config(arg="")`, which returns an
+`ExperimentConfig` (images) or a `LanguageConfig`, and imports nothing of the package but this.
+"""
+
+from easy_jax.config.base import (
+    Averaging,
+    ConfigError,
+    MeshConfig,
+    OptimizerConfig,
+    Reduction,
+    Regularizer,
+    ScoringConfig,
+    StageConfig,
+    differences,
+    to_json,
+)
+from easy_jax.config.language import (
+    ALPACA,
+    InstructionsConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
+    LanguageModelConfig,
+    TextConfig,
+)
+from easy_jax.config.vision import (
+    ExperimentConfig,
+    GlyphDataConfig,
+    HeadStage,
+    MethodConfig,
+    ResNetConfig,
+    Trainable,
+    Weighting,
+)
+
+__all__ = [
+    "ALPACA",
+    "Averaging",
+    "ConfigError",
+    "ExperimentConfig",
+    "GlyphDataConfig",
+    "HeadStage",
+    "InstructionsConfig",
+    "LanguageConfig",
+    "LanguageMethodConfig",
+    "LanguageModelConfig",
+    "MeshConfig",
+    "MethodConfig",
+    "OptimizerConfig",
+    "Reduction",
+    "Regularizer",
+    "ResNetConfig",
+    "ScoringConfig",
+    "StageConfig",
+    "TextConfig",
+    "Trainable",
+    "Weighting",
+    "differences",
+    "to_json",
+]

@@ -1,0 +1,238 @@
+"""Experiments with language models: instructions to learn, and text not to forget."""
+
+import dataclasses
+from typing import Literal
+
+from easy_jax.config.base import (
+    Averaging,
+    ConfigError,
+    MeshConfig,
+    Regularizer,
+    ScoringConfig,
+    StageConfig,
+    check_types,
+    choice,
+    finite_at_least_zero,
+    require,
+)
+
+LanguageWeighting = Literal["none", "flow", "flow_token"]
+LanguageTrainable = Literal["all", "head", "lora"]
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+# Alpaca's template for instructions without input. The response follows without a space.
+ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@dataclasses.dataclass(slots=True)
+class InstructionsConfig:
+    """Where instructions and responses come from.
+
+    Attributes:
+      format: a JSON-lines file, Parquet (file or folder), a prepared TFDS data set, or
+        problems that `reasoning-gym` generates (`gsm_symbolic`, from `seed`).
+      path: of the file or folder; of TFDS, its `data_dir`.
+      name, split: of the TFDS data set.
+      instruction_field, response_field: names in the records.
+      seed: of generated problems.
+      start, size: take the records [start, start + size); a size of 0 takes all that follow.
+    """
+
+    format: Literal["jsonl", "parquet", "tfds", "gsm_symbolic"] = "jsonl"
+    path: str = ""
+    name: str = ""
+    split: str = "train"
+    instruction_field: str = "query"
+    response_field: str = "response"
+    seed: int = 0
+    start: int = 0
+    size: int = 0
+
+    def validate(self, path: str) -> None:
+        choice(self, path, "format")
+        for name in ("instruction_field", "response_field"):
+            require(bool(getattr(self, name)), f"{path}.{name}", "", "a field's name")
+        for name in ("seed", "start", "size"):
+            value = getattr(self, name)
+            require(value >= 0, f"{path}.{name}", value, "at least 0")
+        if self.format == "gsm_symbolic":
+            require(self.size > 0, f"{path}.size", self.size, "the number of problems to generate")
+        else:
+            require(bool(self.path), f"{path}.path", self.path, "a file or folder")
+        if self.format == "tfds":
+            require(bool(self.name), f"{path}.name", self.name, "a data set's name")
+
+
+@dataclasses.dataclass(slots=True)
+class TextConfig:
+    """From text to rows of tokens.
+
+    Attributes:
+      template: the prompt, with `{instruction}` in it; the response follows.
+      eos_token: appended to the response, and a target. `bos_token`: before the prompt.
+      max_length: longer examples are cut (and counted).
+      row_length: tokens of a packed row; `max_segments`: examples in it, 0 for no limit and
+        1 for no packing.
+    """
+
+    template: str = ALPACA
+    eos_token: str = "</s>"
+    bos_token: str = ""
+    max_length: int = 1024
+    row_length: int = 1024
+    max_segments: int = 0
+
+    def validate(self, path: str) -> None:
+        ok = self.template.count("{instruction}") == 1
+        require(ok, f"{path}.template", self.template, "a text with {instruction} in it once")
+        require(bool(self.eos_token), f"{path}.eos_token", self.eos_token, "a token's text")
+        require(self.max_length > 1, f"{path}.max_length", self.max_length, "above 1")
+        require(
+            self.row_length >= self.max_length - 1, f"{path}.row_length", self.row_length,
+            f"at least max_length - 1 = {self.max_length - 1}",
+        )  # fmt: skip
+        require(self.max_segments >= 0, f"{path}.max_segments", self.max_segments, "at least 0")
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageModelConfig:
+    """A pre-trained model, and how it computes.
+
+    Attributes:
+      path: a folder with `config.json`, safetensors and `tokenizer.json`, or a name for
+        `huggingface_hub`.
+      dtype: of the computation (softmax, norms and loss are float32); `param_dtype`: of the
+        parameters and the optimiser's state.
+      remat: what the backward pass computes again: `none`, `full`, or all but `dots`.
+      lora_rank, lora_alpha, lora_targets: of the method's `trainable="lora"`.
+    """
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "full"
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    def validate(self, path: str) -> None:
+        require(bool(self.path), f"{path}.path", self.path, "a model's folder or name")
+        choice(self, path, "dtype", "param_dtype", "remat")
+        require(self.lora_rank > 0, f"{path}.lora_rank", self.lora_rank, "positive")
+        finite_at_least_zero(self, path, "lora_alpha")
+        ok = bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS)
+        require(ok, f"{path}.lora_targets", self.lora_targets, f"out of {list(LORA_TARGETS)}")
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageMethodConfig:
+    """A fine-tuning method as a composition; standard fine-tuning is the empty one.
+
+    Attributes:
+      name: the row in the results.
+      weighting: none, FLOW by sequence, or FLOW by token (paper.md section 3).
+      trainable: everything, the language-model head, or low-rank adapters.
+      anchor, anchor_strength: l1 or l2 distance to the pre-trained weights.
+      averaging, alpha: WiSE-FT after training (the share of the fine-tuned weights), or SFA
+        during it (the share of the pre-trained weights).
+    """
+
+    name: str = "standard"
+    weighting: LanguageWeighting = "none"
+    trainable: LanguageTrainable = "all"
+    anchor: Regularizer = "none"
+    anchor_strength: float = 0.0
+    averaging: Averaging = "none"
+    alpha: float = 0.5
+
+    def validate(self, path: str) -> None:
+        require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
+        choice(self, path, "weighting", "trainable", "anchor", "averaging")
+        finite_at_least_zero(self, path, "anchor_strength")
+        require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
+        if self.trainable == "lora" and (self.anchor != "none" or self.averaging != "none"):
+            raise ConfigError(
+                f"{path}: adapters start at no change, so anchor and averaging must be 'none' "
+                "with trainable='lora'"
+            )
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageConfig:
+    """Everything that decides a language experiment's numbers, plus how often to save and print.
+
+    Attributes:
+      name: names the default workdir, `runs/<name>`.
+      seed: of the order of the examples and of the adapters.
+      train: the fine-tuning data. `heldout`: sets of problems of the same kind, kept back.
+      general: text that the model should not forget: files of plain text, or `verne` and
+        `docstrings`, which packages ship. Empty means that nothing is measured.
+      general_characters: how much of each, at most.
+      only: names of methods to run; empty means all.
+      eval_batch_size: rows.
+    """
+
+    name: str = "language"
+    seed: int = 42
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
+    train: InstructionsConfig = dataclasses.field(default_factory=InstructionsConfig)
+    heldout: tuple[InstructionsConfig, ...] = ()
+    general: tuple[str, ...] = ()
+    general_characters: int = 32_768
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
+    methods: tuple[LanguageMethodConfig, ...] = (LanguageMethodConfig(),)
+    only: tuple[str, ...] = ()
+    eval_batch_size: int = 8
+    save_every_steps: int = 500
+    log_every_steps: int = 10
+
+    def validate(self) -> "LanguageConfig":
+        """Checks every field; returns the configuration itself.
+
+        Raises:
+          ConfigError: names the field, its value and what it should be.
+        """
+        check_types(self, "config")
+        ok = bool(self.name) and "/" not in self.name
+        require(ok, "config.name", self.name, "a name without /")
+        require(self.seed >= 0, "config.seed", self.seed, "at least 0")
+        self.mesh.validate("config.mesh")
+        self.model.validate("config.model")
+        self.train.validate("config.train")
+        for number, heldout in enumerate(self.heldout):
+            heldout.validate(f"config.heldout[{number}]")
+        self.text.validate("config.text")
+        self.scoring.validate("config.scoring")
+        self.finetune.validate("config.finetune")
+        names = [method.name for method in self.methods]
+        require(len(names) > 0, "config.methods", names, "not empty")
+        require(len(set(names)) == len(names), "config.methods", names, "distinct names")
+        for method in self.methods:
+            method.validate(f"config.methods[{method.name}]")
+            if method.weighting == "flow_token" and self.finetune.reduction != "token_mean":
+                raise ConfigError(
+                    f"config.finetune.reduction is {self.finetune.reduction!r}; it must be "
+                    f"'token_mean' for the method {method.name}, which weights tokens"
+                )
+        for name in self._only():
+            require(name in names, "config.only", name, f"one of {names}")
+        for name in (
+            "general_characters", "eval_batch_size", "save_every_steps", "log_every_steps",
+        ):  # fmt: skip
+            require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
+        return self
+
+    def selected_methods(self) -> tuple[LanguageMethodConfig, ...]:
+        """The methods to run: `only`, or all of them."""
+        return tuple(m for m in self.methods if not self.only or m.name in self._only())
+
+    def _only(self) -> list[str]:
+        # On the command line `--config.only=a,b` arrives as one string.
+        return [name for entry in self.only for name in entry.split(",")]

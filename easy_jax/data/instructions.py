@@ -1,0 +1,112 @@
+"""The text of a language experiment: instructions and responses, and text not to be forgotten."""
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from easy_jax.config import InstructionsConfig, TextConfig
+from easy_jax.data import text
+from easy_jax.data.packing import PackedSource
+from easy_jax.data.sources import DataError
+
+_MODULES = (
+    "argparse", "collections", "contextlib", "dataclasses", "datetime", "decimal", "difflib",
+    "fractions", "functools", "heapq", "random", "statistics", "string", "textwrap", "typing",
+)  # fmt: skip
+_INSTALL = 'pip install ".[smollm2]"'
+
+
+def load(config: InstructionsConfig, text_config: TextConfig, tokenizer: Tokenizer) -> PackedSource:
+    """Instructions and responses, tokenised and packed.
+
+    Raises:
+      DataError: see the readers in `easy_jax.data.text`; or too few records.
+    """
+    fields = [config.instruction_field, config.response_field]
+    if config.format == "jsonl":
+        columns = text.read_jsonl(config.path, fields)
+    elif config.format == "parquet":
+        columns = text.read_parquet(config.path, fields)
+    elif config.format == "tfds":
+        columns = text.read_tfds(config.name, config.split, config.path, fields)
+    else:
+        columns = dict(zip(fields, _gsm_symbolic(config), strict=True))
+    stop = config.start + config.size if config.size else None
+    instructions, responses = (columns[field][config.start : stop] for field in fields)
+    if not instructions or len(instructions) < config.size:
+        where = config.path or config.format
+        raise DataError(
+            f"{where} has {len(columns[fields[0]])} records; start={config.start} and "
+            f"size={config.size} ask for more"
+        )
+    examples = text.tokenize(
+        instructions, responses, tokenizer, eos_token=text_config.eos_token,
+        template=text_config.template, max_length=text_config.max_length,
+        bos_token=text_config.bos_token or None,
+    )  # fmt: skip
+    return PackedSource(examples, text_config.row_length, text_config.max_segments)
+
+
+def general(
+    name: str, characters: int, text_config: TextConfig, tokenizer: Tokenizer
+) -> PackedSource:
+    """Plain English text in rows: what a model should not forget.
+
+    Args:
+      name: `verne` (a story by Jules Verne, which reasoning-gym ships), `docstrings` (of
+        Python's standard library), or a text file.
+      characters: how much of it, from the beginning.
+      text_config, tokenizer: of the model.
+
+    Raises:
+      DataError: a file that cannot be read.
+    """
+    source = text.plain_text(
+        [_general_text(name)[:characters]], tokenizer, length=text_config.row_length + 1,
+        bos_token=text_config.bos_token or None,
+    )  # fmt: skip
+    return PackedSource(source, text_config.row_length, 1)
+
+
+def _general_text(name: str) -> str:
+    if name == "verne":
+        try:
+            from reasoning_gym.data import read_data_file
+        except ImportError as error:
+            raise DataError(f"the text 'verne' needs reasoning-gym: {_INSTALL}") from error
+        return read_data_file("in_the_year_2889.txt")
+    if name == "docstrings":
+        return "\n\n".join(_docstrings())
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the text {name}: {error}") from error
+
+
+def _docstrings() -> Iterator[str]:
+    """Of modules and of what they define, each once, in the order of their names."""
+    for name in _MODULES:
+        module = importlib.import_module(name)
+        members = [getattr(module, member) for member in sorted(vars(module))]
+        own = [m for m in members if getattr(m, "__module__", None) == name]
+        for thing in [module, *own]:
+            doc = inspect.getdoc(thing)
+            if doc:
+                yield doc
+
+
+def _gsm_symbolic(config: InstructionsConfig) -> tuple[list[str], list[str]]:
+    """Grade-school problems with worked answers."""
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise DataError(f"gsm_symbolic needs reasoning-gym: {_INSTALL}") from error
+    size = config.start + config.size
+    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=config.seed)
+    return (
+        [problems[i]["question"] for i in range(size)],
+        [problems[i]["metadata"]["answer_cot"] for i in range(size)],
+    )

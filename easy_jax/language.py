@@ -1,0 +1,220 @@
+"""A language experiment: score with the pre-trained model, fine-tune by every method, evaluate.
+
+Every stage leaves an artefact in the workdir and is skipped where that is complete, as in
+`easy_jax.train`, which starts this.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from easy_jax import data, evaluate, losses, merge, metrics, scoring, sharding
+from easy_jax import fingerprint as fingerprints
+from easy_jax.config import LanguageConfig, LanguageMethodConfig, StageConfig
+from easy_jax.data import instructions, text
+from easy_jax.data.packing import PackedSource
+from easy_jax.fitting import fit
+from easy_jax.loss_table import LossTable
+from easy_jax.models import hugging_face, lora
+from easy_jax.models.transformer import Transformer
+from easy_jax.terminal import Terminal
+
+Until = Literal["score", "train", "evaluate", "report"]
+BASE = "base"
+
+
+class LanguageExperiment:
+    """The artefacts of a workdir, and what is made into them."""
+
+    def __init__(self, config: LanguageConfig, workdir: Path, terminal: Terminal):
+        self.config = config
+        self.workdir = workdir
+        self.terminal = terminal
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.tokenizer: Tokenizer = text.load_tokenizer(hugging_face.resolve(config.model.path))
+        self.model = hugging_face.load(
+            config.model.path, dtype=jnp.dtype(config.model.dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
+            mesh=self.mesh,
+        )  # fmt: skip
+        self.train = self._instructions(config.train)
+        self._scored: LossTable | None = None
+        terminal.print(f"training data: {self.train.examples.describe()}")
+
+    def run(self, until: Until) -> dict[str, Any]:
+        """Does what is left; returns the results, empty before `evaluate`."""
+        if until == "score":
+            self.loss_table()
+            return {}
+        log = metrics.MetricsLog(self.workdir)
+        try:
+            return self._run(until, log)
+        finally:
+            log.close()
+
+    def _run(self, until: Until, log: metrics.MetricsLog) -> dict[str, Any]:
+        methods = self.config.selected_methods()
+        path = self.workdir / "cells.jsonl"
+        rows = {row["method"]: row for row in metrics.read_lines(path)}
+        if any(method.weighting != "none" for method in methods):
+            self._table()
+        with metrics.open_lines(path) as file:
+            if until != "train" and BASE not in rows:
+                rows[BASE] = {"method": BASE, **self._measure(self.model)}
+                file.write(json.dumps(rows[BASE]) + "\n")
+            for method in methods:
+                if method.name in rows and until != "train":
+                    continue
+                model, seconds = self.fit(method, log)
+                if until == "train":
+                    continue
+                self.terminal.describe(f"evaluate {method.name}")
+                rows[method.name] = {
+                    "method": method.name, **self._measure(model), "seconds": seconds,
+                }  # fmt: skip
+                file.write(json.dumps(rows[method.name]) + "\n")
+                file.flush()
+        if until == "train":
+            return {}
+        results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
+        temporary = self.workdir / "results.json.tmp"
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
+        temporary.replace(self.workdir / "results.json")
+        return results
+
+    # Stages.
+
+    def loss_table(self) -> LossTable:
+        """The loss table of the pre-trained model, scored if it is not there."""
+        config = self.config.scoring
+        self.terminal.describe("score")
+        table = scoring.score(
+            self.model, self.train, self.workdir / "loss_table",
+            loss_fn=losses.causal_lm_token_losses, token_losses=True,
+            batch_size=config.batch_size, mesh=self.mesh, on_bad_example=config.on_bad_example,
+            rows_per_part=config.rows_per_part,
+        )  # fmt: skip
+        self.terminal.print(
+            f"loss table: {table.directory}, {table.num_examples} examples, temperature "
+            f"{table.temperature:.4g} nats, of tokens {table.token_temperature:.4g}"
+        )
+        return table
+
+    def fit(
+        self, method: LanguageMethodConfig, log: metrics.MetricsLog
+    ) -> tuple[Transformer, float]:
+        """The fine-tuned model of a method, from its checkpoint or by training, and seconds."""
+        config = self.config
+        model = nnx.merge(*nnx.split(self.model))
+        trainable: Any = nnx.Param
+        if method.trainable == "lora":
+            lora.add_adapters(
+                model, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
+                targets=config.model.lora_targets, rngs=nnx.Rngs(params=config.seed),
+            )  # fmt: skip
+            trainable = nnx.LoRAParam
+        elif method.trainable == "head":
+            trainable = is_head if not model.config.tied else is_embedding
+        weight_N, token_weight = self._weights(method)
+        name = stage_name(method)
+        self.terminal.describe(name)
+        result = fit(
+            model, self.train, self.workdir / "checkpoints" / name,
+            stage=stage_of(config.finetune, method), loss_fn=losses.causal_lm_loss,
+            weight_N=weight_N, token_weight=token_weight, trainable=trainable,
+            sfa_beta=method.alpha if method.averaging == "sfa" else None, seed=config.seed,
+            mesh=self.mesh, name=name,
+            identity={
+                "start": fingerprints.of_state(nnx.state(self.model)),
+                "data": self.train.fingerprint(),
+                "text": [config.text.row_length, config.text.max_segments],
+                "trainable": method.trainable,
+            },
+            log=log, log_every_steps=config.log_every_steps,
+            save_every_steps=config.save_every_steps, progress=self.terminal.advance,
+        )  # fmt: skip
+        if 0 < result.resumed_from < result.steps:
+            self.terminal.print(f"{name}: continued from step {result.resumed_from}")
+        elif result.resumed_from == result.steps:
+            self.terminal.print(f"{name}: done, from its checkpoint")
+        state = result.model_state
+        if method.averaging == "wise_ft":
+            state = merge.wise_ft(nnx.state(self.model), state, method.alpha)
+        return nnx.merge(nnx.graphdef(model), state), result.seconds
+
+    def _weights(
+        self, method: LanguageMethodConfig
+    ) -> tuple[np.ndarray | None, data.Ragged | None]:
+        if method.weighting == "none":
+            return None, None
+        table = self._table()
+        if method.weighting == "flow":
+            return table.flow_weights(), None
+        dropped_N = np.isnan(table.loss_N())
+        return np.where(dropped_N, np.nan, 1.0).astype(np.float32), table.flow_token_weights()
+
+    def _table(self) -> LossTable:
+        if self._scored is None:
+            self._scored = self.loss_table()
+        return self._scored
+
+    # Data and measurements.
+
+    def _instructions(self, config: Any) -> PackedSource:
+        source = instructions.load(config, self.config.text, self.tokenizer)
+        text.check_vocabulary(source.examples, self.model.config.vocab)
+        return source
+
+    def _measure(self, model: Transformer) -> dict[str, float]:
+        """Cross-entropy and perplexity on held-out problems and on general text."""
+        config = self.config
+        sources = {
+            f"heldout{number or ''}": self._instructions(heldout)
+            for number, heldout in enumerate(config.heldout)
+        }
+        for name in config.general:
+            sources[Path(name).stem] = instructions.general(
+                name, config.general_characters, config.text, self.tokenizer
+            )
+        values: dict[str, float] = {}
+        for name, source in sources.items():
+            measured = evaluate.language(
+                model, source, batch_size=config.eval_batch_size, mesh=self.mesh
+            )
+            values |= {f"{name}_{key}": value for key, value in measured.items()}
+        return values
+
+
+def is_head(path: Any, variable: Any) -> bool:
+    """NNX filter: the language-model head of an untied model."""
+    del variable
+    return path[0] == "head"
+
+
+def is_embedding(path: Any, variable: Any) -> bool:
+    """NNX filter: the embedding, which is the head of a tied model."""
+    del variable
+    return path[0] == "embedding"
+
+
+def stage_of(stage: StageConfig, method: LanguageMethodConfig) -> StageConfig:
+    """A method's stage: the shared one with the method's anchor."""
+    optimizer = dataclasses.replace(
+        stage.optimizer, anchor=method.anchor, anchor_strength=method.anchor_strength,
+        anchor_per_parameter=True,
+    )  # fmt: skip
+    return dataclasses.replace(stage, optimizer=optimizer)
+
+
+def stage_name(method: LanguageMethodConfig) -> str:
+    """A stage's directory below `checkpoints/`; methods that share the stage share the name."""
+    anchor = f"{method.anchor}{method.anchor_strength:g}" if method.anchor != "none" else ""
+    sfa = f"sfa{method.alpha:g}" if method.averaging == "sfa" else ""
+    parts = [method.trainable, method.weighting, anchor, sfa]
+    return "-".join(part for part in parts if part and part != "none")

@@ -1,0 +1,420 @@
+"""Hugging Face checkpoints of the transformer, in and out. Safetensors only, never pickle.
+
+Reading goes tensor by tensor: one tensor is in host memory, its shares go to the devices, and
+a jitted, donating update writes them into the stacked parameter. Writing is the reverse.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from easy_jax import sharding
+from easy_jax.config import ConfigError
+from easy_jax.models import transformer_config
+from easy_jax.models.lora import merged_kernel
+from easy_jax.models.transformer import Linear, Remat, Transformer
+
+MAX_SHARD_BYTES = 5 * 10**9
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth")
+_LINEAR = {
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
+}  # fmt: skip
+_NORMS = {
+    "llama": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
+    "gemma2": {
+        "attention_norm": "input_layernorm",
+        "attention_post_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_post_norm": "post_feedforward_layernorm",
+    },
+}
+
+
+class WeightsError(ValueError):
+    """Pre-trained weights are missing, damaged or of another model; the message says which."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor of a checkpoint belongs: `path` in our state, at index `group` of a stack.
+
+    `outputs` is the number of trailing axes of a linear map's kernel, [in..., out...], that
+    come first in the checkpoint, [out, in]; 0 for embeddings and norms.
+    """
+
+    path: tuple[Any, ...]
+    group: int | None = None
+    outputs: int = 0
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    remat: Remat = "none",
+    mesh: Mesh | None = None,
+) -> Transformer:
+    """A pre-trained transformer, its parameters born in their shards.
+
+    Args:
+      folder: with `config.json` and safetensors (one file, or shards with an index), or the
+        name of a model for `huggingface_hub`, which is downloaded if it is not in its cache.
+      dtype: of the computation.
+      param_dtype: of the parameters; default: `dtype`.
+      remat: see `Transformer`.
+      mesh: default: all devices on the data axis, with full copies of the parameters.
+
+    Raises:
+      WeightsError: no folder, no safetensors (a pickle is refused), missing or extra tensors,
+        wrong shapes, damaged files.
+      ConfigError: an architecture or a field of `config.json` that is not supported.
+    """
+    folder = resolve(folder)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    config = read_config(folder)
+    param_dtype = dtype if param_dtype is None else param_dtype
+    model = nnx.eval_shape(
+        lambda: Transformer(
+            config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)
+        )
+    )
+    graphdef, state = nnx.split(model)
+    placed = dict(nnx.to_flat_state(sharding.tree_shardings(state, mesh)))
+    variables = dict(nnx.to_flat_state(state))
+    places = _places(model)
+    files = _tensor_files(folder)
+    _check_names(folder, places, files, tied=config.tied)
+    arrays: dict[tuple[Any, ...], jax.Array] = {}
+    for name, tensor in _read_tensors(files, places.keys()):
+        place = places[name]
+        variable = variables[place.path].get_value()
+        arrays[place.path] = _write(
+            arrays.get(place.path), tensor, place, variable, placed[place.path].get_value(),
+            f"{files[name]}: {name}",
+        )  # fmt: skip
+    flat = [(path, variable.replace(arrays[path])) for path, variable in variables.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def export(
+    model: Transformer,
+    folder: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes a folder that `transformers` loads: adapters merged, dtypes as in the base model.
+
+    The folder appears complete or not at all.
+
+    Args:
+      model: what `load` made of the base model, trained or not.
+      folder: must not exist, or be empty.
+      base: the folder or name given to `load`; `config.json` and the tokenizer's files are
+        copied from it, and every tensor gets the dtype that it has there.
+      max_shard_bytes: size of a safetensors file, at most; a larger tensor has its own file.
+
+    Raises:
+      WeightsError: the folder is not empty, or the base is another model.
+    """
+    folder, base = Path(folder), resolve(base)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"{folder} is not empty; export into a new folder")
+    if read_config(base) != model.config:
+        raise WeightsError(f"the base model in {base} is not the one that was trained")
+    places = _places(model)
+    dtypes = {name: _dtype(path, name) for name, path in _tensor_files(base).items()}
+    kernels = _kernels(model)
+    flat = dict(nnx.to_flat_state(nnx.state(model)))
+    shapes = {name: _checkpoint_shape(flat[place.path].get_value(), place)
+              for name, place in places.items()}  # fmt: skip
+    shards = _shards({n: dtypes[n].itemsize * int(np.prod(shapes[n])) for n in places},
+                     max_shard_bytes)  # fmt: skip
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            place = places[name]
+            value = kernels.get(place.path, flat[place.path].get_value)
+            tensors[name] = _read_out(value(), place, shapes[name]).astype(dtypes[name])
+            weight_map[name] = file
+        save_file(tensors, temporary / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        total = sum(dtypes[n].itemsize * int(np.prod(shapes[n])) for n in places)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file in ("config.json", *_TOKENIZER_FILES):
+        if (base / file).exists():
+            shutil.copyfile(base / file, temporary / file)
+    if folder.exists():
+        folder.rmdir()
+    temporary.replace(folder)
+
+
+def resolve(folder: str | os.PathLike[str]) -> Path:
+    """A local folder: the one given, or the cached or downloaded snapshot of a model's name.
+
+    Raises:
+      WeightsError: neither a folder nor a name that can be had.
+    """
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    name = os.fspath(folder)
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise WeightsError(f"there is no folder {path} with a model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(
+            f"{name} is neither a local folder nor a model that can be downloaded: {reason}"
+        ) from error
+
+
+def read_config(folder: Path) -> transformer_config.TransformerConfig:
+    """The configuration in a checkpoint's `config.json`."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise WeightsError(f"there is no {path}: this is not a model's folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} is not a JSON object")
+    try:
+        return transformer_config.from_hugging_face(content)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}/{error}") from error
+
+
+def _places(model: Transformer) -> dict[str, _Place]:
+    """Every tensor of a checkpoint of this model, by its name there."""
+    places = {
+        "model.embed_tokens.weight": _Place(("embedding",)),
+        "model.norm.weight": _Place(("final_norm", "scale")),
+    }
+    if not model.config.tied:
+        places["lm_head.weight"] = _Place(("head",))
+    period = len(model.config.windows)
+    for layer in range(model.config.layers):
+        group, index = divmod(layer, period)
+        for ours, theirs in _LINEAR.items():
+            linear: Linear = getattr(model.blocks[index], ours)
+            places[f"model.layers.{layer}.{theirs}.weight"] = _Place(
+                ("blocks", index, ours, "kernel"), group, len(linear.outputs)
+            )
+        for ours, theirs in _NORMS[model.config.family].items():
+            places[f"model.layers.{layer}.{theirs}.weight"] = _Place(
+                ("blocks", index, ours, "scale"), group
+            )
+    return places
+
+
+def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
+    """By path: functions that give a stack of kernels with its adapters merged in."""
+    return {
+        ("blocks", index, name, "kernel"): functools.partial(merged_kernel, getattr(block, name))
+        for index, block in enumerate(model.blocks)
+        for name in _LINEAR
+    }
+
+
+# Reading.
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor, by the tensor's name."""
+    index = folder / _INDEX
+    if index.exists():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            files = {name: folder / file for name, file in weight_map.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise WeightsError(f"{index} is not an index of safetensors: {error!r}") from error
+        for name, path in files.items():
+            if path.parent != folder or ".." in path.parts:
+                raise WeightsError(f"{index}: the file of {name}, {path}, is not in its folder")
+    else:
+        path = folder / "model.safetensors"
+        if not path.exists():
+            pickles = sorted(
+                p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")
+            )
+            advice = (
+                f"{pickles} are pickles, which can run code when opened, and are not read: "
+                "convert them with transformers' save_pretrained(..., safe_serialization=True)"
+                if pickles
+                else "copy model.safetensors, or its shards and their index, there"
+            )
+            raise WeightsError(f"there is no model.safetensors in {folder}; {advice}")
+        with _open(path) as file:
+            files = dict.fromkeys(file.keys(), path)
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="np")
+    except FileNotFoundError as error:
+        raise WeightsError(f"there is no {path}, which the index names") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is damaged or not a safetensors file: {error}; copy it again"
+        ) from error
+
+
+def _check_names(
+    folder: Path, places: Mapping[str, _Place], files: Mapping[str, Path], tied: bool
+) -> None:
+    missing = sorted(places.keys() - files.keys())
+    if missing:
+        raise WeightsError(
+            f"the checkpoint in {folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}"
+        )
+    extra = sorted(
+        name for name in files.keys() - places.keys() if not name.endswith("rotary_emb.inv_freq")
+    )
+    if tied and "lm_head.weight" in extra:
+        names = ["lm_head.weight", "model.embed_tokens.weight"]
+        head, embedding = (_get(files[name], name) for name in names)
+        if not np.array_equal(head, embedding):
+            raise WeightsError(
+                f"{files['lm_head.weight']}: lm_head.weight differs from the embedding, though "
+                "config.json has tie_word_embeddings"
+            )
+        extra.remove("lm_head.weight")
+    if extra:
+        raise WeightsError(
+            f"the checkpoint in {folder} has {len(extra)} tensors that the model has no place for: "
+            f"{', '.join(extra[:5])}{' ...' if len(extra) > 5 else ''}"
+        )
+
+
+def _get(path: Path, name: str) -> np.ndarray:
+    with _open(path) as file:
+        return file.get_tensor(name)
+
+
+def _dtype(path: Path, name: str) -> np.dtype:
+    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    with _open(path) as file:
+        return jnp.dtype(names[file.get_slice(name).get_dtype()])
+
+
+def _read_tensors(files: Mapping[str, Path], names: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """One tensor after the other, file by file."""
+    for path in sorted({files[name] for name in names}):
+        with _open(path) as file:
+            there = set(file.keys())
+            for name in sorted(name for name in names if files[name] == path):
+                if name not in there:
+                    raise WeightsError(f"{path} has no tensor {name}, which the index places there")
+                try:
+                    tensor = file.get_tensor(name)
+                except (safetensors.SafetensorError, OSError) as error:
+                    raise WeightsError(f"{path}: {name} cannot be read: {error}") from error
+                if not jnp.issubdtype(tensor.dtype, jnp.floating):
+                    raise WeightsError(f"{path}: {name} has dtype {tensor.dtype}, not a float's")
+                yield name, tensor
+
+
+def _write(
+    stack: jax.Array | None,
+    tensor: np.ndarray,
+    place: _Place,
+    variable: jax.ShapeDtypeStruct,
+    target: NamedSharding,
+    what: str,
+) -> jax.Array:
+    """The parameter with this tensor in its place; each device gets its own share only."""
+    expected = _checkpoint_shape(variable, place)
+    if tensor.shape != expected:
+        raise WeightsError(f"{what} has shape {tensor.shape}; config.json makes it {expected}")
+    shape = variable.shape if place.group is None else variable.shape[1:]
+    spec = tuple(target.spec) if place.group is None else tuple(target.spec)[1:]
+    inputs = len(shape) - place.outputs
+    # As it lies in the file, only with heads and features as axes of their own.
+    order = (*range(inputs, len(shape)), *range(inputs)) if place.outputs else range(len(shape))
+    view = tensor.reshape([shape[axis] for axis in order])
+    lies = NamedSharding(target.mesh, PartitionSpec(*(spec[axis] for axis in order)))
+    array = jax.make_array_from_callback(view.shape, lies, lambda index: view[index])
+    if stack is None:
+        stack = _zeros(variable.shape, variable.dtype, target)
+    return _put(stack, array, place.group, place.outputs, target)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: Any, target: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), target)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _put(
+    stack: jax.Array, array: jax.Array, group: Any, outputs: int, target: NamedSharding
+) -> jax.Array:
+    order = (*range(outputs, array.ndim), *range(outputs))
+    array = jnp.transpose(array, order).astype(stack.dtype)
+    stack = array if group is None else stack.at[group].set(array)
+    return jax.lax.with_sharding_constraint(stack, target)
+
+
+# Writing.
+
+
+def _checkpoint_shape(variable: Any, place: _Place) -> tuple[int, ...]:
+    shape = variable.shape if place.group is None else variable.shape[1:]
+    if not place.outputs:
+        return tuple(shape)
+    inputs = len(shape) - place.outputs
+    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+
+
+def _read_out(value: jax.Array, place: _Place, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(jax.device_get(value if place.group is None else value[place.group]))
+    if place.outputs:
+        array = array.reshape(shape[::-1]).T
+    return np.ascontiguousarray(array)
+
+
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in order, cut into files of at most `limit` bytes each."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

@@ -1,0 +1,290 @@
+"""A decoder-only transformer in Flax NNX: Llama 3, SmolLM2 and Gemma 2.
+
+Shape suffixes: B rows, T positions (S: of the keys), D embed, N heads, K key-value heads,
+H head_dim, F mlp, V vocabulary, R rank of an adapter, G groups of layers (scanned over).
+
+Layers are scanned, so that compile time does not grow with depth. A group is one period of
+the attention pattern (two layers in Gemma 2: sliding, full), and every parameter of a layer
+has a leading axis over the groups. Parameters carry `logical_axes`, as in `resnet.py`.
+"""
+
+from typing import Any, Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from easy_jax.models.transformer_config import TransformerConfig
+
+Remat = Literal["none", "full", "dots"]
+_INIT_SCALE = 0.02  # of random kernels and embeddings; Llama's and Gemma's initializer_range
+
+
+class Linear(nnx.Module):
+    """A stack of linear maps without bias, one per group; optionally with low-rank adapters.
+
+    Args:
+      groups: size of the stack.
+      inputs, outputs: logical axis -> size, of the axes that are contracted and made.
+      param_dtype: of the kernel.
+      rngs: NNX random streams; `params` is used.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.inputs = tuple(inputs.items())
+        self.outputs = tuple(outputs.items())
+        axes = {"layers": groups, **inputs, **outputs}
+        self.kernel = _normal(rngs, axes, param_dtype)
+        # Declared as data: adapters are put here later (lora.py), and flax would take None
+        # for a constant.
+        self.lora_a: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_b: nnx.LoRAParam | None = nnx.data(None)
+        self.lora_scale = 0.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies one map of the stack, inside the scan: `x[..., inputs] -> [..., outputs]`."""
+        contracted = len(self.inputs)
+        y = jnp.tensordot(x, self.kernel.astype(x.dtype), contracted)
+        if self.lora_a is None or self.lora_b is None:
+            return y
+        low_R = jnp.tensordot(x, self.lora_a.astype(x.dtype), contracted)
+        return y + self.lora_scale * jnp.tensordot(low_R, self.lora_b.astype(x.dtype), 1)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, in float32; Gemma's scale is 1 + w, Llama's is w."""
+
+    def __init__(self, shape: dict[str, int], config: TransformerConfig, param_dtype: Any):
+        self.offset = 1.0 if config.family == "gemma2" else 0.0
+        self.eps = config.norm_eps
+        scale = jnp.full(tuple(shape.values()), 1.0 - self.offset, param_dtype)
+        self.scale = nnx.Param(scale, logical_axes=tuple(shape))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        wide_BTD = x_BTD.astype(jnp.float32)
+        mean_BT1 = jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True)
+        scale_D = self.scale.astype(jnp.float32) + self.offset
+        wide_BTD = wide_BTD * jax.lax.rsqrt(mean_BT1 + self.eps) * scale_D[None, None, :]
+        return wide_BTD.astype(x_BTD.dtype)
+
+
+class Block(nnx.Module):
+    """The same layer of every group: attention and a gated MLP, each with a residual."""
+
+    def __init__(self, config: TransformerConfig, groups: int, param_dtype: Any, rngs: nnx.Rngs):
+        self.config = config
+        embed = {"embed": config.embed}
+        heads = {"heads": config.heads, "head_dim": config.head_dim}
+        kv_heads = {"kv_heads": config.kv_heads, "head_dim": config.head_dim}
+        mlp = {"mlp": config.mlp}
+        norm = {"layers": groups, "norm": config.embed}
+
+        def linear(inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
+            return Linear(groups, inputs, outputs, param_dtype, rngs)
+
+        self.q = linear(embed, heads)
+        self.k = linear(embed, kv_heads)
+        self.v = linear(embed, kv_heads)
+        self.o = linear(heads, embed)
+        self.gate = linear(embed, mlp)
+        self.up = linear(embed, mlp)
+        self.down = linear(mlp, embed)
+        self.attention_norm = RMSNorm(norm, config, param_dtype)
+        self.mlp_norm = RMSNorm(norm, config, param_dtype)
+        self.has_post_norms = config.family == "gemma2"
+        if self.has_post_norms:
+            self.attention_post_norm = RMSNorm(norm, config, param_dtype)
+            self.mlp_post_norm = RMSNorm(norm, config, param_dtype)
+
+    def __call__(self, x_BTD: jax.Array, rope: Any, mask_BTS: jax.Array) -> jax.Array:
+        y_BTD = self.attention(self.attention_norm(x_BTD), rope, mask_BTS)
+        x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if self.has_post_norms else y_BTD)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD + (self.mlp_post_norm(y_BTD) if self.has_post_norms else y_BTD)
+
+    def attention(self, x_BTD: jax.Array, rope: Any, mask_BTS: jax.Array) -> jax.Array:
+        q_BTNH = _rotate(self.q(x_BTD), rope)
+        k_BSKH = _rotate(self.k(x_BTD), rope)
+        v_BSKH = self.v(x_BTD)
+        scale, cap = self.config.query_scale, self.config.attention_cap
+        if cap is None:
+            y_BTNH = jax.nn.dot_product_attention(
+                q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale
+            )
+        else:
+            y_BTNH = _capped_attention(q_BTNH * scale, k_BSKH, v_BSKH, mask_BTS, cap)
+        return self.o(y_BTNH)
+
+    def mlp(self, x_BTD: jax.Array) -> jax.Array:
+        gate_BTF = self.gate(x_BTD)
+        if self.config.family == "gemma2":
+            gate_BTF = jax.nn.gelu(gate_BTF, approximate=True)
+        else:
+            gate_BTF = jax.nn.silu(gate_BTF)
+        return self.down(gate_BTF * self.up(x_BTD))
+
+
+class Transformer(nnx.Module):
+    """A causal language model.
+
+    Args:
+      config: sizes, from `transformer_config.from_hugging_face` or by hand.
+      dtype: of the computation; softmax, norms, soft caps and the loss are float32.
+      param_dtype: of the parameters.
+      remat: what the backward pass computes again instead of keeping it: nothing (`none`),
+        all but the input of each group of layers (`full`), all but matrix products (`dots`).
+      rngs: NNX random streams; `params` is used.
+
+    Example:
+      >>> config = TransformerConfig("llama", vocab=11, embed=8, mlp=16, layers=2, heads=2,
+      ...                            kv_heads=1, head_dim=4, query_scale=0.5)
+      >>> model = Transformer(config, rngs=nnx.Rngs(0))
+      >>> model(jnp.zeros((1, 5), int)).shape
+      (1, 5, 11)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        remat: Remat = "none",
+        rngs: nnx.Rngs,
+    ):
+        if remat not in ("none", "full", "dots"):
+            raise ValueError(f"remat is {remat!r}; it must be 'none', 'full' or 'dots'")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.remat = remat
+        vocab = {"vocab": config.vocab, "embed": config.embed}
+        self.embedding = _normal(rngs, vocab, param_dtype)
+        groups = config.layers // len(config.windows)
+        self.blocks = nnx.List([Block(config, groups, param_dtype, rngs) for _ in config.windows])
+        self.final_norm = RMSNorm({"norm": config.embed}, config, param_dtype)
+        self.head = None if config.tied else _normal(rngs, vocab, param_dtype)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32. For a look; losses use `hidden_states` and `head_VD`."""
+        hidden_BTD = self.hidden_states(tokens_BT, positions_BT, segment_ids_BT)
+        logits_BTV = jnp.einsum(
+            "btd,vd->btv", hidden_BTD, self.head_VD(), preferred_element_type=jnp.float32
+        )
+        cap = self.config.final_cap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+    def hidden_states(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segment_ids_BT: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head sees, [B, T, D] in the computation's dtype.
+
+        Args:
+          tokens_BT: token ids.
+          positions_BT: place within the segment, for the rotary embedding; default: 0, 1, ...
+          segment_ids_BT: tokens attend to their own segment only; default: one segment.
+        """
+        chex.assert_rank(tokens_BT, 2)
+        batch, length = tokens_BT.shape
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(length)[None, :], (batch, length))
+        if segment_ids_BT is None:
+            segment_ids_BT = jnp.zeros((batch, length), jnp.int32)
+        chex.assert_equal_shape([tokens_BT, positions_BT, segment_ids_BT])
+        x_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+        if self.config.family == "gemma2":
+            x_BTD = x_BTD * jnp.asarray(self.config.embed**0.5, self.dtype)
+        rope = _rope(positions_BT, self.config)
+        masks = {w: _mask(segment_ids_BT, w) for w in set(self.config.windows)}
+        graphdef, state = nnx.split(self.blocks)
+
+        def group(x_BTD: jax.Array, group_state: Any) -> tuple[jax.Array, None]:
+            blocks = nnx.merge(graphdef, group_state)
+            for block, window in zip(blocks, self.config.windows, strict=True):
+                x_BTD = block(x_BTD, rope, masks[window])
+            return x_BTD, None
+
+        if self.remat != "none":
+            policy = None
+            if self.remat == "dots":
+                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            group = jax.checkpoint(group, prevent_cse=False, policy=policy)
+        x_BTD, _ = jax.lax.scan(group, x_BTD, state)
+        return self.final_norm(x_BTD)
+
+    def head_VD(self) -> jax.Array:
+        """The rows of the language-model head, in the computation's dtype."""
+        head = self.embedding if self.head is None else self.head
+        return head[...].astype(self.dtype)
+
+
+def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
+    value = _INIT_SCALE * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
+    return nnx.Param(value, logical_axes=tuple(axes))
+
+
+def _mask(segment_ids_BT: jax.Array, window: int | None) -> jax.Array:
+    """Which keys a query sees: its own segment's, not later ones, and within the window.
+
+    Segments are contiguous, so the distance in the row is the distance in the segment.
+    """
+    place_T = jnp.arange(segment_ids_BT.shape[1])
+    distance_TS = place_T[:, None] - place_T[None, :]
+    seen_TS = distance_TS >= 0
+    if window is not None:
+        seen_TS &= distance_TS < window
+    return (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & seen_TS[None]
+
+
+def _rope(positions_BT: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, [B, T, 1, H/2], float32."""
+    half = config.head_dim // 2
+    frequency_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling is not None:
+        rope = config.rope_scaling
+        turns_H = rope.original_length * frequency_H / (2.0 * jnp.pi)
+        # 0 where a frequency turns rarely in the original length (stretched), 1 where often.
+        keep_H = (turns_H - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep_H = jnp.clip(keep_H, 0.0, 1.0)
+        frequency_H = frequency_H * (keep_H + (1.0 - keep_H) / rope.factor)
+    angle_BTH = positions_BT[:, :, None].astype(jnp.float32) * frequency_H[None, None, :]
+    return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
+
+
+def _rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding, halves paired (Hugging Face's order), in float32."""
+    cos, sin = rope
+    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def _capped_attention(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float
+) -> jax.Array:
+    """Grouped-query attention with a soft cap on its logits, softmax in float32."""
+    batch, length, heads, head_dim = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    q_BTKNH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    logits_BKNTS = jnp.einsum(
+        "btknh,bskh->bknts", q_BTKNH, k_BSKH, preferred_element_type=jnp.float32
+    )
+    logits_BKNTS = cap * jnp.tanh(logits_BKNTS / cap)
+    logits_BKNTS = jnp.where(mask_BTS[:, None, None], logits_BKNTS, jnp.finfo(jnp.float32).min)
+    share_BKNTS = jax.nn.softmax(logits_BKNTS, axis=-1).astype(v_BSKH.dtype)
+    y_BTKNH = jnp.einsum("bknts,bskh->btknh", share_BKNTS, v_BSKH)
+    return y_BTKNH.reshape(q_BTNH.shape)

@@ -1,0 +1,186 @@
+"""The shape of a decoder-only transformer, read from a Hugging Face `config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from easy_jax.config import ConfigError
+
+# Fields that do not change what the model computes when it is trained or scored.
+_IGNORED = {
+    "_name_or_path", "architectures", "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
+    "is_encoder_decoder", "is_llama_config", "label2id", "max_position_embeddings",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "return_dict", "rope_interleaved", "torch_dtype", "transformers.js_config",
+    "transformers_version", "unk_token_id", "use_cache",
+}  # fmt: skip
+_USED = {
+    "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping",
+    "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size",
+    "layer_types", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
+    "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps", "rope_parameters",
+    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
+    "use_bidirectional_attention", "vocab_size",
+}  # fmt: skip
+_REQUIRED = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+_ACTIVATIONS = {"llama": ("silu",), "gemma2": ("gelu_pytorch_tanh", "gelu_tanh")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3's stretching of low rotary frequencies: `rope_scaling` of type `llama3`."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and constants of a Llama or a Gemma 2.
+
+    Attributes:
+      family: `llama` (SwiGLU, RMS norm before attention and MLP; also SmolLM2) or `gemma2`
+        (GeGLU, norms before and after with scale 1 + w, embeddings times sqrt(embed)).
+      embed, mlp, layers, heads, kv_heads, head_dim, vocab: sizes.
+      windows: sliding window per layer of a period, None for full attention; the pattern
+        repeats over the layers. Gemma 2 has (4096, None).
+      query_scale: what queries are multiplied by before the softmax.
+      attention_cap, final_cap: soft caps of attention logits and of the head's logits.
+      tied: the head is the embedding.
+    """
+
+    family: Literal["llama", "gemma2"]
+    vocab: int
+    embed: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_scaling: Llama3Rope | None = None
+    query_scale: float = 1.0
+    attention_cap: float | None = None
+    final_cap: float | None = None
+    windows: tuple[int | None, ...] = (None,)
+    tied: bool = True
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration that a checkpoint's `config.json` describes.
+
+    Raises:
+      ConfigError: an architecture that is not supported, a field that is not known, a
+        missing one, or a value that this implementation cannot honour; each by name.
+
+    Example:
+      >>> from_hugging_face({"model_type": "llama", "vocab_size": 8, "hidden_size": 4,
+      ...     "intermediate_size": 6, "num_hidden_layers": 2, "num_attention_heads": 2}).head_dim
+      2
+    """
+    family = config.get("model_type")
+    if family not in _ACTIVATIONS:
+        raise ConfigError(
+            f"config.json: model_type is {family!r}; supported are {sorted(_ACTIVATIONS)}"
+        )
+    unknown = sorted(config.keys() - _IGNORED - _USED)
+    if unknown:
+        raise ConfigError(
+            f"config.json: the fields {unknown} are not supported; the model would not be the "
+            "one that was trained"
+        )
+    missing = [name for name in _REQUIRED if name not in config]
+    if missing:
+        raise ConfigError(f"config.json: the fields {missing} are missing")
+    activation = config.get("hidden_activation", config.get("hidden_act"))
+    if activation is None:
+        activation = _ACTIVATIONS[family][0]
+    _honour("hidden_act", activation, *_ACTIVATIONS[family])
+    for name in ("attention_bias", "mlp_bias", "use_bidirectional_attention"):
+        _honour(name, config.get(name), None, False)
+    _honour("attention_dropout", config.get("attention_dropout"), None, 0, 0.0)
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    shared = {
+        "vocab": config["vocab_size"],
+        "embed": config["hidden_size"],
+        "mlp": config["intermediate_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        **_rope(config),
+    }
+    if shared["heads"] % shared["kv_heads"]:
+        raise ConfigError(
+            f"config.json: num_attention_heads is {heads}; it must be a multiple of "
+            f"num_key_value_heads = {shared['kv_heads']}"
+        )
+    if family == "llama":
+        if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+            raise ConfigError("config.json: layer_types of a llama must all be full_attention")
+        for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
+            _honour(name, config.get(name), None)
+        return TransformerConfig(
+            "llama", **shared, query_scale=head_dim**-0.5,
+            tied=config.get("tie_word_embeddings", False),
+        )  # fmt: skip
+    return TransformerConfig(
+        "gemma2", **shared, query_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
+        attention_cap=config.get("attn_logit_softcapping", 50.0),
+        final_cap=config.get("final_logit_softcapping", 30.0),
+        windows=_windows(config), tied=config.get("tie_word_embeddings", True),
+    )  # fmt: skip
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Gemma 2's alternation of sliding and full attention, as its shortest period."""
+    window = config.get("sliding_window", 4096)
+    layers = config["num_hidden_layers"]
+    types = config.get("layer_types") or [
+        "full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)
+    ]
+    by_type = {"sliding_attention": window, "full_attention": None}
+    if len(types) != layers or not set(types) <= by_type.keys():
+        raise ConfigError(
+            f"config.json: layer_types is {types}; it must have {layers} entries out of "
+            f"{sorted(by_type)}"
+        )
+    windows = [by_type[kind] for kind in types]
+    periods = [p for p in range(1, layers + 1) if layers % p == 0]
+    period = next(p for p in periods if windows == windows[:p] * (layers // p))
+    return tuple(windows[:period])
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings, in the form of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`)."""
+    rope = {"rope_theta": config.get("rope_theta", 10_000.0)}
+    rope |= config.get("rope_scaling") or {}
+    rope |= config.get("rope_parameters") or {}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta")
+    if kind == "default":
+        if rope:
+            raise ConfigError(f"config.json: the rope fields {sorted(rope)} are not supported")
+        return {"rope_theta": theta}
+    _honour("rope_scaling.rope_type", kind, "llama3")
+    names = (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    )  # fmt: skip
+    if rope.keys() != set(names):
+        raise ConfigError(
+            f"config.json: rope_scaling has the fields {sorted(rope)}; llama3 has {sorted(names)}"
+        )
+    return {"rope_theta": theta, "rope_scaling": Llama3Rope(*(rope[name] for name in names))}
+
+
+def _honour(name: str, value: object, *allowed: object) -> None:
+    if value not in allowed:
+        raise ConfigError(f"config.json: {name} is {value!r}; supported: {list(allowed)}")
