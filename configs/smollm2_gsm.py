@@ -35,9 +35,12 @@ METHODS = (
 )
 
 
+ARGUMENTS = ("",)
+
+
 def get_config(arg: str = "") -> LanguageConfig:
     """The configuration; it has no variants."""
-    if arg:
+    if arg not in ARGUMENTS:
         raise ConfigError(f"smollm2_gsm.py:{arg} is unknown; it takes no argument")
     return LanguageConfig(
         name="smollm2-gsm",

@@ -36,29 +36,3 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def root() -> Path:
     """The top folder of the repository."""
     return _ROOT
-
-
-def devices_mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:
-    """A mesh over the first devices: `count / fsdp` on data, `fsdp` on fsdp."""
-    from easy_jax import sharding
-
-    devices = jax.devices()[:count]
-    return jax.make_mesh(
-        (count // fsdp, fsdp, 1),
-        sharding.AXES,
-        devices=devices,
-        axis_types=(jax.sharding.AxisType.Auto,) * 3,
-    )
-
-
-class Records:
-    """A source of the records it is given, unchecked and without a fingerprint of its own."""
-
-    def __init__(self, records):
-        self.records = records
-
-    def __len__(self):
-        return len(self.records)
-
-    def __getitem__(self, position):
-        return self.records[position]

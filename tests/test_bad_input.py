@@ -14,8 +14,8 @@ import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Records
 from flax import nnx
+from helpers import Records
 
 from configs import quickstart
 from easy_jax import loss_table, sharding, step, train, weighting

@@ -2,8 +2,8 @@
 
 import jax
 import numpy as np
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 
 from easy_jax import evaluate
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig

@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Records
 from flax import nnx
+from helpers import Records
 
 from easy_jax import fingerprint as fingerprints
 from easy_jax import sharding

@@ -4,8 +4,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 
 from easy_jax import metrics
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

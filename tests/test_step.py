@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 
 from easy_jax import sharding
 from easy_jax.losses import classification_loss

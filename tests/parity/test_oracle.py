@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 
 from easy_jax import losses, scoring
 from easy_jax.data import PackedSource, Ragged, text, training_loader

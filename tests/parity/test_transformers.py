@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import devices_mesh
 from flax import nnx
+from helpers import devices_mesh
 from safetensors.numpy import load_file
 
 from easy_jax import sharding

@@ -1,0 +1,29 @@
+"""What several test modules need."""
+
+import jax
+
+from easy_jax import sharding
+
+
+def devices_mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:
+    """A mesh over the first devices: `count / fsdp` on data, `fsdp` on fsdp."""
+    devices = jax.devices()[:count]
+    return jax.make_mesh(
+        (count // fsdp, fsdp, 1),
+        sharding.AXES,
+        devices=devices,
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )
+
+
+class Records:
+    """A source of the records it is given, unchecked and without a fingerprint of its own."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, position):
+        return self.records[position]

@@ -1,0 +1,206 @@
+"""A language experiment on a tiny random model, from its folder to the report."""
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from easy_jax import language_report, train
+from easy_jax.config import (
+    ConfigError,
+    InstructionsConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
+    LanguageModelConfig,
+    OptimizerConfig,
+    ScoringConfig,
+    StageConfig,
+    TextConfig,
+)
+from easy_jax.data import DataError
+from easy_jax.loss_table import LossTable
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["what", "is", "one", "two", "three", "and", "or", "more", "less", "give", "it"]
+METHODS = (
+    LanguageMethodConfig("standard"),
+    LanguageMethodConfig("flow", weighting="flow"),
+    LanguageMethodConfig("wise_ft_0", averaging="wise_ft", alpha=0.0),
+    LanguageMethodConfig("wise_ft_1", averaging="wise_ft", alpha=1.0),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder, training and held-out data, and a general text."""
+    folder = tmp_path_factory.mktemp("language")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "->", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    embed, mlp, vocab = 8, 16, len(vocabulary)
+    config = {
+        "model_type": "llama", "vocab_size": vocab, "hidden_size": embed,
+        "intermediate_size": mlp, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {
+        "self_attn.q_proj": (8, embed), "self_attn.k_proj": (4, embed),
+        "self_attn.v_proj": (4, embed), "self_attn.o_proj": (embed, 8),
+        "mlp.gate_proj": (mlp, embed), "mlp.up_proj": (mlp, embed), "mlp.down_proj": (embed, mlp),
+        "input_layernorm": (embed,), "post_attention_layernorm": (embed,),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    tensors = {"model.embed_tokens.weight": (vocab, embed), "model.norm.weight": (embed,)}
+    tensors |= {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in shapes.items()}
+    values = {name: rng.normal(size=shape).astype("f") for name, shape in tensors.items()}
+    save_file(values, folder / "model.safetensors")
+    draw = random.Random(0)
+
+    def text(words):
+        return " ".join(draw.choices(WORDS, k=words))
+
+    for name, size in (("train", 24), ("heldout", 8)):
+        lines = [{"q": text(4), "a": " " + text(draw.randint(1, 6)) + " "} for _ in range(size)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "prose.txt").write_text(text(200))
+    return folder
+
+
+def _config(folder, **changes):
+    def data(name):
+        return InstructionsConfig(
+            path=str(folder / f"{name}.jsonl"), instruction_field="q", response_field="a"
+        )
+
+    config = LanguageConfig(
+        name="tiny",
+        model=LanguageModelConfig(path=str(folder), dtype="float32", remat="none", lora_rank=2),
+        train=data("train"),
+        heldout=(data("heldout"),),
+        general=(str(folder / "prose.txt"),),
+        text=TextConfig(
+            template="{instruction} ->", eos_token="<eos>", max_length=17, row_length=16
+        ),
+        scoring=ScoringConfig(batch_size=8),
+        finetune=StageConfig(
+            epochs=1, batch_size=8, reduction="token_mean",
+            optimizer=OptimizerConfig(name="adamw", learning_rate=0.01),
+        ),
+        methods=METHODS,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def done(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train.run(_config(folder), workdir)
+
+
+def _row(results, method):
+    (row,) = [row for row in results["language"] if row["method"] == method]
+    return {key: value for key, value in row.items() if key not in ("method", "seconds")}
+
+
+def test_it_learns_and_the_averages_are_between(done):
+    results = done[1]
+    base, standard = _row(results, "base"), _row(results, "standard")
+    assert standard["heldout_nll"] < base["heldout_nll"] - 0.1
+    assert _row(results, "wise_ft_0") == base
+    assert _row(results, "wise_ft_1") == standard
+    assert _row(results, "flow")["heldout_nll"] not in (
+        base["heldout_nll"], standard["heldout_nll"],
+    )  # fmt: skip
+    np.testing.assert_allclose(base["prose_perplexity"], np.exp(base["prose_nll"]))
+
+
+def test_what_is_written(done):
+    workdir, results = done
+    assert json.loads((workdir / "results.json").read_text()) == results
+    table = LossTable.open(workdir / "loss_table")
+    assert table.num_examples == 24
+    ids = np.concatenate([ids for ids, _, _ in table.rows()])
+    np.testing.assert_array_equal(ids, np.arange(24))
+    assert np.median(table.token_losses().values) == pytest.approx(table.token_temperature)
+    header, lines = language_report.lines(results["language"])
+    markdown = (workdir / "results.md").read_text()
+    assert markdown.splitlines()[0] == "| " + " | ".join(header) + " |"
+    assert [line[0] for line in lines] == ["base", *(m.name for m in METHODS)]
+    page = (workdir / "report.html").read_text()
+    assert all(line[1] in page for line in lines)
+
+
+def test_the_same_again_finds_all_done(done, folder):
+    workdir, results = done
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.run(_config(folder), workdir) == results
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_another_configuration_is_refused(done, folder):
+    with pytest.raises(ConfigError, match=r"config\.seed: 7 now, 42 there"):
+        train.run(_config(folder, seed=7), done[0])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LanguageMethodConfig("flow_token", weighting="flow_token"),
+        LanguageMethodConfig("head", trainable="head", weighting="flow"),
+        LanguageMethodConfig("lora", trainable="lora"),
+        LanguageMethodConfig("l2", anchor="l2", anchor_strength=1e-3),
+        LanguageMethodConfig("sfa", averaging="sfa"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_every_method_runs(method, folder, tmp_path):
+    results = train.run(_config(folder, methods=(method,)), tmp_path)
+    base, row = _row(results, "base"), _row(results, method.name)
+    assert np.isfinite(row["heldout_nll"])
+    assert row["heldout_nll"] != base["heldout_nll"]
+
+
+def test_only_scoring(folder, tmp_path):
+    assert train.run(_config(folder), tmp_path, until="score") == {}
+    assert LossTable.open(tmp_path / "loss_table").num_examples == 24
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_too_few_records(folder, tmp_path):
+    config = _config(folder)
+    config.train.size = 25
+    with pytest.raises(DataError, match="has 24 records; start=0 and size=25 ask for more"):
+        train.run(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": TextConfig(row_length=8)}, r"config\.text\.row_length is 8"),
+        ({"text": TextConfig(template="no place")}, r"config\.text\.template"),
+        ({"model": LanguageModelConfig()}, r"config\.model\.path"),
+        ({"train": InstructionsConfig()}, r"config\.train\.path"),
+        (
+            {
+                "methods": (LanguageMethodConfig("t", weighting="flow_token"),),
+                "finetune": StageConfig(reduction="weight_mean"),
+            },
+            r"config\.finetune\.reduction is 'weight_mean'",
+        ),
+        (
+            {"methods": (LanguageMethodConfig("x", trainable="lora", anchor="l2"),)},
+            r"methods\[x\]: adapters",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_named(change, message, folder):
+    with pytest.raises(ConfigError, match=message):
+        _config(folder, **change).validate()
