@@ -45,8 +45,8 @@ def get_config(arg: str = "") -> LanguageConfig:
     return LanguageConfig(
         name="smollm2-gsm",
         model=LanguageModelConfig(path="models/smollm2", dtype="float32", remat="none"),
-        train=InstructionsConfig(format="gsm_symbolic", seed=42, size=128),
-        heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=128, size=64),),
+        train=InstructionsConfig(format="gsm_symbolic", seed=42, size=96),
+        heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=96, size=48),),
         general=("verne", "docstrings"),
         general_characters=12_288,
         text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=384),

@@ -19,6 +19,11 @@ _HOOK = install_import_hook(
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run: what fails here fails everywhere.
+settings.register_profile("easy_jax", derandomize=True, deadline=None)
+settings.load_profile("easy_jax")
 
 _ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(_ROOT))  # configs/ is no part of the package

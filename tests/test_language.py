@@ -1,8 +1,10 @@
 """A language experiment on a tiny random model, from its folder to the report."""
 
 import dataclasses
+import importlib.util
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,3 +206,35 @@ def test_too_few_records(folder, tmp_path):
 def test_a_bad_configuration_is_named(change, message, folder):
     with pytest.raises(ConfigError, match=message):
         _config(folder, **change).validate()
+
+
+def _shipped():
+    """Every language configuration in `configs/`, by file and argument."""
+    for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if isinstance(module.get_config(), LanguageConfig):
+            for argument in module.ARGUMENTS:
+                yield pytest.param(module, argument, id=f"{path.stem}:{argument}")
+
+
+@pytest.mark.parametrize(("module", "argument"), list(_shipped()))
+def test_every_shipped_config_is_valid_and_runs_one_step(module, argument, folder, tmp_path):
+    config = module.get_config(argument)
+    config.validate()
+    assert not argument or f":{argument}" in module.__doc__
+    tiny = _config(folder)
+    config.model.path = str(folder)
+    config.model.lora_rank = 2
+    config.mesh.data, config.mesh.fsdp = 8, 1
+    config.train, config.heldout, config.general = tiny.train, tiny.heldout, ()
+    config.text = dataclasses.replace(tiny.text, max_segments=config.text.max_segments)
+    config.finetune.epochs = 1
+    config.finetune.batch_size = 8 * config.finetune.micro_batches
+    config.scoring.batch_size = config.eval_batch_size = 8
+    only = config.methods[:3] if not argument else config.methods
+    config.methods = only
+    results = train.run(config, tmp_path)
+    assert [row["method"] for row in results["language"]] == ["base", *(m.name for m in only)]
+    assert all(np.isfinite(row["heldout_nll"]) for row in results["language"])

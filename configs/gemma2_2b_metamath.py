@@ -1,0 +1,73 @@
+"""The paper's language experiment: Gemma 2 2B on MetaMathQA.
+
+395,000 grade-school problems with worked answers; the paper's hyper-parameters. The data are a
+JSON-lines file with the fields `query` and `response`, the weights a folder in Hugging Face's
+format or a hub name:
+
+  easy-jax run --config=configs/gemma2_2b_metamath.py --config.train.path=MetaMathQA.jsonl
+  easy-jax run --config=configs/gemma2_2b_metamath.py:standard    unweighted
+  easy-jax run --config=configs/gemma2_2b_metamath.py:flow_token  a weight per token
+  easy-jax run --config=configs/gemma2_2b_metamath.py:lora        adapters alone, rank 64
+  easy-jax run --config=configs/gemma2_2b_metamath.py:flow_lora   adapters alone, FLOW's weights
+  easy-jax run --config=configs/gemma2_2b_metamath.py:l2          pulled to the pre-trained weights
+  easy-jax run --config=configs/gemma2_2b_metamath.py:flow_l2     the same with FLOW's weights
+
+Without an argument it is FLOW by sequence, `gemma2_2b_metamath.py:flow`.
+
+Hardware: a TPU slice or a GPU node with 60 GB of memory in all, for weights and optimiser.
+"""
+
+from easy_jax.config import (
+    ConfigError,
+    InstructionsConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
+    LanguageModelConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ScoringConfig,
+    StageConfig,
+    TextConfig,
+)
+
+ARGUMENTS = ("flow", "standard", "flow_token", "lora", "flow_lora", "l2", "flow_l2")
+METHODS = {
+    "standard": LanguageMethodConfig("standard"),
+    "flow": LanguageMethodConfig("flow", weighting="flow"),
+    "flow_token": LanguageMethodConfig("flow_token", weighting="flow_token"),
+    "lora": LanguageMethodConfig("lora", trainable="lora"),
+    "flow_lora": LanguageMethodConfig("flow_lora", weighting="flow", trainable="lora"),
+    "l2": LanguageMethodConfig("l2", anchor="l2", anchor_strength=1e-3),
+    "flow_l2": LanguageMethodConfig("flow_l2", weighting="flow", anchor="l2", anchor_strength=1e-3),
+}
+
+
+def get_config(arg: str = "") -> LanguageConfig:
+    """The configuration of one method."""
+    method = arg or "flow"
+    if method not in ARGUMENTS:
+        raise ConfigError(f"gemma2_2b_metamath.py:{arg} is unknown; use one of {list(ARGUMENTS)}")
+    return LanguageConfig(
+        name=f"gemma2-2b-metamath-{method.replace('_', '-')}",
+        seed=42,
+        mesh=MeshConfig(data=1, fsdp=-1),
+        model=LanguageModelConfig(
+            path="google/gemma-2-2b", dtype="bfloat16", param_dtype="float32", remat="full",
+            lora_rank=64, lora_alpha=64.0,
+        ),
+        train=InstructionsConfig(format="jsonl", path="MetaMathQA.jsonl"),
+        text=TextConfig(
+            bos_token="<bos>", eos_token="<eos>",
+            max_length=1024, row_length=1024, max_segments=1,
+        ),
+        scoring=ScoringConfig(batch_size=128),
+        finetune=StageConfig(
+            epochs=2,
+            batch_size=128,
+            micro_batches=4,
+            reduction="token_mean",
+            optimizer=OptimizerConfig(name="adamw", learning_rate=1e-5, warmup_ratio=0.03),
+        ),
+        methods=(METHODS[method],),
+        eval_batch_size=128,
+    )  # fmt: skip
