@@ -20,16 +20,19 @@ class Seconds(NamedTuple):
     cpu: list[float]
 
 
-def interleave(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Seconds]:
+def interleave(
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, Seconds]:
     """Times functions in turn: A B C, B C A, C A B, ...
 
     Args:
-      functions: name -> a call that returns when its work is done. Each is called once
-        before, untimed, so that compilation is not in the times.
+      functions: name -> a call that returns when its work is done.
       rounds: how often.
+      warm_up: call each once before, untimed, so that compilation is not in the times.
     """
-    for function in functions.values():
-        function()
+    if warm_up:
+        for function in functions.values():
+            function()
     seconds = {name: Seconds([], []) for name in functions}
     names = list(functions)
     for number in range(rounds):

@@ -12,20 +12,40 @@ weights, fine-tune with the weighted loss, and show what was learnt against what
 
 from easy_jax.config import (
     ExperimentConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
     MeshConfig,
     MethodConfig,
     OptimizerConfig,
     ResNetConfig,
     StageConfig,
 )
-from easy_jax.data import ArraySource, TfdsSource, scoring_loader, training_loader
+from easy_jax.data import (
+    ArraySource,
+    PackedSource,
+    Ragged,
+    TfdsSource,
+    TokenSource,
+    scoring_loader,
+    text,
+    training_loader,
+)
 from easy_jax.evaluate import classification, with_task_parts
 from easy_jax.fitting import Fit, fit
+from easy_jax.lm_head import linear_cross_entropy
 from easy_jax.loss_table import LossTable
-from easy_jax.losses import classification_loss, softmax_cross_entropy, squared_error
+from easy_jax.losses import (
+    causal_lm_loss,
+    causal_lm_token_losses,
+    classification_loss,
+    softmax_cross_entropy,
+    squared_error,
+)
 from easy_jax.merge import interpolate, wise_ft
-from easy_jax.models import eval_view, train_view
+from easy_jax.models import eval_view, hugging_face, lora, train_view
 from easy_jax.models.resnet import ResNet
+from easy_jax.models.transformer import Transformer
+from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.optim import make_optimizer
 from easy_jax.scoring import score
 from easy_jax.sharding import make_mesh, shard_batch
@@ -44,15 +64,24 @@ __all__ = [
     "ArraySource",
     "ExperimentConfig",
     "Fit",
+    "LanguageConfig",
+    "LanguageMethodConfig",
     "LossTable",
     "MeshConfig",
     "MethodConfig",
     "OptimizerConfig",
+    "PackedSource",
+    "Ragged",
     "ResNet",
     "ResNetConfig",
     "StageConfig",
     "TfdsSource",
+    "TokenSource",
     "TrainState",
+    "Transformer",
+    "TransformerConfig",
+    "causal_lm_loss",
+    "causal_lm_token_losses",
     "classification",
     "classification_loss",
     "control_weights",
@@ -61,9 +90,12 @@ __all__ = [
     "fit",
     "flow_weights",
     "flow_weights_token",
+    "hugging_face",
     "init_train_state",
     "interpolate",
     "kl_dro_weights",
+    "linear_cross_entropy",
+    "lora",
     "make_mesh",
     "make_optimizer",
     "make_train_step",
@@ -74,6 +106,7 @@ __all__ = [
     "softmax_cross_entropy",
     "squared_error",
     "temperature",
+    "text",
     "train_view",
     "training_loader",
     "wise_ft",

@@ -123,6 +123,7 @@ def fit(
             "seed": seed,
             "sfa_beta": sfa_beta,
             "weights": weights_fingerprint(weight_N, token_weight),
+            **_packing(source),
             "steps": total,
         },
     )
@@ -176,6 +177,13 @@ def fit(
     if log is not None:
         log.flush()
     return Fit(state.model_state(), total, seconds, resumed_from)
+
+
+def _packing(source: data.AnySource) -> dict[str, Any]:
+    """How examples are put into rows: batches and their order depend on it, losses do not."""
+    if isinstance(source, data.PackedSource):
+        return {"rows": [source.row_length, source.max_segments]}
+    return {}
 
 
 def weights_fingerprint(

@@ -25,7 +25,7 @@ from easy_jax.models import hugging_face, lora
 from easy_jax.models.transformer import Transformer
 from easy_jax.terminal import Terminal
 
-Until = Literal["score", "train", "evaluate", "report"]
+Until = Literal["score", "train", "export", "evaluate", "report"]
 BASE = "base"
 
 
@@ -48,7 +48,7 @@ class LanguageExperiment:
         terminal.print(f"training data: {self.train.examples.describe()}")
 
     def run(self, until: Until) -> dict[str, Any]:
-        """Does what is left; returns the results, empty before `evaluate`."""
+        """Does what is left; returns the results, empty before `evaluate` and for `export`."""
         if until == "score":
             self.loss_table()
             return {}
@@ -60,19 +60,23 @@ class LanguageExperiment:
 
     def _run(self, until: Until, log: metrics.MetricsLog) -> dict[str, Any]:
         methods = self.config.selected_methods()
+        measured = until in ("evaluate", "report")
         path = self.workdir / "cells.jsonl"
         rows = {row["method"]: row for row in metrics.read_lines(path)}
         if any(method.weighting != "none" for method in methods):
             self._table()
         with metrics.open_lines(path) as file:
-            if until != "train" and BASE not in rows:
+            if measured and BASE not in rows:
                 rows[BASE] = {"method": BASE, **self._measure(self.model)}
                 file.write(json.dumps(rows[BASE]) + "\n")
+                file.flush()
             for method in methods:
-                if method.name in rows and until != "train":
+                if measured and method.name in rows:
                     continue
                 model, seconds = self.fit(method, log)
-                if until == "train":
+                if until == "export":
+                    self._export(method, model)
+                if not measured:
                     continue
                 self.terminal.describe(f"evaluate {method.name}")
                 rows[method.name] = {
@@ -80,7 +84,7 @@ class LanguageExperiment:
                 }  # fmt: skip
                 file.write(json.dumps(rows[method.name]) + "\n")
                 file.flush()
-        if until == "train":
+        if not measured:
             return {}
         results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
         temporary = self.workdir / "results.json.tmp"
@@ -133,7 +137,6 @@ class LanguageExperiment:
             identity={
                 "start": fingerprints.of_state(nnx.state(self.model)),
                 "data": self.train.fingerprint(),
-                "text": [config.text.row_length, config.text.max_segments],
                 "trainable": method.trainable,
             },
             log=log, log_every_steps=config.log_every_steps,
@@ -147,6 +150,13 @@ class LanguageExperiment:
         if method.averaging == "wise_ft":
             state = merge.wise_ft(nnx.state(self.model), state, method.alpha)
         return nnx.merge(nnx.graphdef(model), state), result.seconds
+
+    def _export(self, method: LanguageMethodConfig, model: Transformer) -> None:
+        """A folder for `transformers`; one that is there is complete, and is this model's."""
+        folder = self.workdir / "exported" / method.name
+        if not folder.exists():
+            hugging_face.export(model, folder, base=self.config.model.path)
+        self.terminal.print(f"{method.name}: exported to {folder}")
 
     def _weights(
         self, method: LanguageMethodConfig

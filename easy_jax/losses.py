@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easy_jax.linear_cross_entropy import NO_TARGET, linear_cross_entropy
+from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
 
 PerExampleLoss = tuple[jax.Array, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]

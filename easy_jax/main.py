@@ -16,6 +16,7 @@ COMMANDS: dict[str, train.Until] = {
     "run": "report",
     "score": "score",
     "train": "train",
+    "export": "export",
     "evaluate": "evaluate",
     "report": "report",
 }

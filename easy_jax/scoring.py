@@ -61,6 +61,7 @@ def score(
       LossTableError: the directory has a table of another model, data set or loss.
       ScoringError: bad examples, by id.
       ConfigError: a batch size that does not divide over the mesh.
+      ValueError: a loss function with token losses where none are asked for, or without.
 
     Example:
       >>> import tempfile
@@ -103,6 +104,11 @@ def score(
         writer = _PartWriter(directory, rows_per_part, todo)
         state = sharding.shard_tree(state, mesh)
         for ids, nll_sum, count, *tokens in per_example(graphdef, state, loss_fn, loader, mesh):
+            if bool(tokens) != token_losses:
+                raise ValueError(
+                    f"token_losses is {token_losses}, but {loss_name(loss_fn)} returns "
+                    f"{2 + len(tokens)} arrays; token losses are the third"
+                )
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
             usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives

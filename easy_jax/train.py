@@ -29,7 +29,7 @@ from easy_jax import fingerprint as fingerprints
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.data import glyphs
 from easy_jax.fitting import Fit, fit
-from easy_jax.language import LanguageExperiment
+from easy_jax.language import LanguageExperiment, Until
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
 from easy_jax.models import resnet, train_view
@@ -46,7 +46,6 @@ from easy_jax.plan import (
 )
 from easy_jax.terminal import Terminal
 
-Until = Literal["score", "train", "evaluate", "report"]
 TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.task_params}
 
 
@@ -61,7 +60,8 @@ def run(
       config: validated here.
       workdir: for all outputs: `config.json`, `checkpoints/`, `loss_table/`,
         `metrics.jsonl`, `tensorboard/`, `cells.jsonl`, `results.json`, `report.html`.
-      until: stop after scoring, training, evaluation or the report.
+      until: stop after scoring, training, evaluation or the report; `export` writes the
+        trained language models as folders for `transformers`.
 
     Returns:
       The content of `results.json`; empty before `evaluate`.
@@ -71,6 +71,8 @@ def run(
         written.
     """
     config.validate()
+    if until == "export" and isinstance(config, ExperimentConfig):
+        raise ConfigError("export is for language models; an image model is in `checkpoints/`")
     workdir = open_workdir(config, workdir)
     view: Any = report if isinstance(config, ExperimentConfig) else language_report
     with Terminal() as terminal:

@@ -1,8 +1,18 @@
 """What several test modules need."""
 
+import importlib.util
+
 import jax
 
 from easy_jax import sharding
+
+
+def load_config(path):
+    """The module of a file in `configs/`."""
+    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def devices_mesh(count: int, fsdp: int = 1) -> jax.sharding.Mesh:

@@ -1,22 +1,15 @@
 """Whole experiments in miniature: every shipped config, shared stages, one compilation each."""
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import load_config
 
 from easy_jax import config, plan, report, train
 from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
-
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
@@ -37,7 +30,7 @@ def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
 
 def _arguments():
     for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")):
-        module = _load(path)
+        module = load_config(path)
         if not isinstance(module.get_config(), ExperimentConfig):
             continue  # tests/test_language.py has these
         for argument in module.ARGUMENTS:
@@ -46,7 +39,7 @@ def _arguments():
 
 @pytest.mark.parametrize(("path", "argument"), list(_arguments()))
 def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_path):
-    module = _load(path)
+    module = load_config(path)
     config = module.get_config(argument)
     config.validate()
     assert f":{argument}" in module.__doc__ or argument == module.ARGUMENTS[0]
@@ -67,7 +60,7 @@ def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "make_train_step", recording)
     module._compiled.cache_clear()
-    config = _shrunken(_load(root / "configs" / "quickstart.py").get_config("full"))
+    config = _shrunken(load_config(root / "configs" / "quickstart.py").get_config("full"))
     config.learning_rates = (0.01, 0.1)
     results = train.run(config, tmp_path / "run", "report")
     module._compiled.cache_clear()
@@ -127,7 +120,7 @@ def test_selection_rules_use_validation_only():
 
 
 def test_methods_share_their_stages(root):
-    config = _load(root / "configs" / "quickstart.py").get_config("full")
+    config = load_config(root / "configs" / "quickstart.py").get_config("full")
     config.validate()
     stages = plan.plan(config)
     # 3 pre-trainings; per seed and setting a probe; per learning rate 9 fine-tunings, which

@@ -1,17 +1,18 @@
 """A language experiment on a tiny random model, from its folder to the report."""
 
 import dataclasses
-import importlib.util
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from helpers import load_config
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from easy_jax import language_report, train
+from easy_jax import language_report, losses, scoring, train
 from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
@@ -23,8 +24,9 @@ from easy_jax.config import (
     StageConfig,
     TextConfig,
 )
-from easy_jax.data import DataError
-from easy_jax.loss_table import LossTable
+from easy_jax.data import DataError, instructions, text
+from easy_jax.loss_table import LossTable, LossTableError
+from easy_jax.models import hugging_face
 
 pytestmark = pytest.mark.slow
 
@@ -176,6 +178,78 @@ def test_only_scoring(folder, tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
+def test_export(done, folder):
+    """Each method's folder loads as the model that was measured."""
+    workdir, results = done
+    assert train.run(_config(folder), workdir, until="export") == {}
+    config = _config(folder)
+    for name in ("standard", "wise_ft_0"):
+        config.model.path = str(workdir / "exported" / name)
+        found = train.run(
+            dataclasses.replace(config, methods=METHODS[:1]), workdir / f"again-{name}", "evaluate"
+        )
+        base, row = _row(found, "base"), _row(results, name)
+        np.testing.assert_allclose(base["heldout_nll"], row["heldout_nll"], rtol=1e-5)
+    before = (workdir / "exported" / "standard" / "model.safetensors").stat().st_mtime_ns
+    train.run(_config(folder), workdir, until="export")
+    after = (workdir / "exported" / "standard" / "model.safetensors").stat().st_mtime_ns
+    assert after == before
+
+
+def test_export_is_for_language_models(root, tmp_path):
+    config = load_config(root / "configs" / "quickstart.py").get_config()
+    with pytest.raises(ConfigError, match="export is for language models"):
+        train.run(config, tmp_path, until="export")
+
+
+def _change_embedding(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _change_data(folder):
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [(_change_embedding, "model"), (_change_data, "data")]
+)
+def test_a_loss_table_of_another_model_or_data_set(change, named, folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    train.run(_config(copy), tmp_path / "run", until="score")
+    change(copy)
+    with pytest.raises(LossTableError, match=f"is of something else: {named} is"):
+        train.run(_config(copy), tmp_path / "run", until="score")
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["vocab"]["it"] = 99
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"token id 99, the model a vocabulary of 14"):
+        train.run(_config(copy), tmp_path / "run", until="score")
+
+
+def test_token_losses_that_are_not_returned(folder, tmp_path):
+    config = _config(folder)
+    tokenizer = text.load_tokenizer(folder)
+    source = instructions.load(config.train, config.text, tokenizer)
+    model = hugging_face.load(folder)
+    for loss_fn, kept, arrays in (
+        (losses.causal_lm_loss, True, 2), (losses.causal_lm_token_losses, False, 3),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"token_losses is {kept}, .* returns {arrays} "):
+            scoring.score(
+                model, source, tmp_path / str(kept), loss_fn=loss_fn, token_losses=kept,
+                batch_size=8,
+            )  # fmt: skip
+
+
 def test_too_few_records(folder, tmp_path):
     config = _config(folder)
     config.train.size = 25
@@ -211,9 +285,7 @@ def test_a_bad_configuration_is_named(change, message, folder):
 def _shipped():
     """Every language configuration in `configs/`, by file and argument."""
     for path in sorted((Path(__file__).parent.parent / "configs").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"configs.{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_config(path)
         if isinstance(module.get_config(), LanguageConfig):
             for argument in module.ARGUMENTS:
                 yield pytest.param(module, argument, id=f"{path.stem}:{argument}")

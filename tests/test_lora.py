@@ -10,7 +10,7 @@ from helpers import devices_mesh
 
 from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.linear_cross_entropy import linear_cross_entropy
+from easy_jax.lm_head import linear_cross_entropy
 from easy_jax.models.lora import TARGETS, add_adapters, merged_kernel
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig

@@ -235,6 +235,10 @@ def test_bad_weights_are_refused():
     source = _three_examples()
     offsets = np.array([0, 2, 4, 6])
     good = np.ones(6, np.float32)
+    with pytest.raises(DataError, match="offsets must go up from 0 to 6"):
+        Ragged(good, offsets[:3])
+    with pytest.raises(DataError, match="offsets must go up from 0 to 6"):
+        Ragged(good, np.array([0, 4, 2, 6]))
     with pytest.raises(DataError, match="token weights for 2 of 3 examples"):
         _load(source, token_weight=Ragged(good[:4], offsets[:3]))
     with pytest.raises(DataError, match=r"differs .* in 2 examples, ids \[0, 1\]"):

@@ -28,10 +28,20 @@ _BINS = 64  # rows that are open at a time: 97 % full at MetaMathQA's lengths
 
 @dataclasses.dataclass(frozen=True)
 class Ragged:
-    """A float32 vector per example: `values[offsets[i]:offsets[i + 1]]` belongs to example i."""
+    """A float32 vector per example: `values[offsets[i]:offsets[i + 1]]` belongs to example i.
+
+    Raises:
+      DataError: offsets that do not go up from 0 to the number of values.
+    """
 
     values: np.ndarray
     offsets: np.ndarray
+
+    def __post_init__(self) -> None:
+        offsets = np.asarray(self.offsets)
+        ok = offsets.ndim == 1 and offsets.size > 0 and (np.diff(offsets) >= 0).all()
+        if not ok or offsets[0] != 0 or offsets[-1] != len(self.values):
+            raise DataError(f"offsets must go up from 0 to {len(self.values)}, the values given")
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

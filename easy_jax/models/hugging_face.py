@@ -329,7 +329,10 @@ def _get(path: Path, name: str) -> np.ndarray:
 def _dtype(path: Path, name: str) -> np.dtype:
     names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     with _open(path) as file:
-        return jnp.dtype(names[file.get_slice(name).get_dtype()])
+        found = file.get_slice(name).get_dtype()
+    if found not in names:
+        raise WeightsError(f"{path}: {name} has dtype {found}; supported: {sorted(names)}")
+    return jnp.dtype(names[found])
 
 
 def _read_tensors(files: Mapping[str, Path], names: Any) -> Iterator[tuple[str, np.ndarray]]:

@@ -26,6 +26,7 @@ _USED = {
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
+_SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim")
 _ACTIVATIONS = {"llama": ("silu",), "gemma2": ("gelu_pytorch_tanh", "gelu_tanh")}
 
 
@@ -98,6 +99,10 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
     missing = [name for name in _REQUIRED if name not in config]
     if missing:
         raise ConfigError(f"config.json: the fields {missing} are missing")
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"config.json: {name} is {value!r}; it must be a positive integer")
     activation = config.get("hidden_activation", config.get("hidden_act"))
     if activation is None:
         activation = _ACTIVATIONS[family][0]
@@ -118,6 +123,10 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         **_rope(config),
     }
+    if head_dim % 2 or head_dim < 2:
+        raise ConfigError(
+            f"config.json: head_dim is {head_dim}; rotary positions need an even number"
+        )
     if shared["heads"] % shared["kv_heads"]:
         raise ConfigError(
             f"config.json: num_attention_heads is {heads}; it must be a multiple of "

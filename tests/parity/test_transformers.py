@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.linear_cross_entropy import NO_TARGET, linear_cross_entropy
+from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
 from easy_jax.models import hugging_face
 from easy_jax.models.lora import TARGETS, add_adapters
 

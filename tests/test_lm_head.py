@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.linear_cross_entropy import NO_TARGET, linear_cross_entropy
+from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
 
 FEATURES = 6
 # Vocabulary, block and positions of a chunk.

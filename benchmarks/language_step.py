@@ -1,0 +1,114 @@
+"""The weighted training step of SmolLM2 against PyTorch's, and against no weights. See README.md.
+
+python benchmarks/language_step.py models/smollm2
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import smollm2
+import torch
+from flax import nnx
+from timing import exit_unless, interleave, median_ratio
+
+import easy_jax as ej
+
+ROWS = 2
+LEARNING_RATE = 1e-6
+ROUNDS = 9
+TORCH_BOUND = 1.0
+PLAIN_BOUND = 1.02
+
+
+def make_plain_step(
+    graphdef: nnx.GraphDef[Any], optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """The unweighted step on the same packed rows: the mean over all target tokens."""
+
+    def loss_fn(params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        model = nnx.merge(graphdef, params, copy=True)
+        hidden_RTD = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
+        nll_RT = ej.linear_cross_entropy(hidden_RTD, model.head_VD(), batch["targets"])
+        return nll_RT.sum() / (batch["targets"] >= 0).sum()
+
+    def step(state: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
+        params, opt_state = state
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def main() -> None:
+    folder = smollm2.folder()
+    mesh = ej.make_mesh()
+    examples = smollm2.examples(folder, 8)
+    weight_N = np.random.default_rng(0).random(8).astype(np.float32)
+    source = ej.PackedSource(examples, smollm2.ROW_LENGTH)
+    batch = next(iter(ej.training_loader(source, ROWS, epochs=1, seed=0, weight_N=weight_N)))
+    ids = batch.pop("example_id")
+    ids = ids[batch["mask"]]
+    placed = ej.shard_batch(batch, mesh)
+    first_loss: dict[str, float] = {}
+
+    model = ej.hugging_face.load(folder, mesh=mesh)
+    optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.0)
+    weighted_step = ej.make_train_step(
+        nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean"
+    )
+    state = ej.init_train_state(model, optimizer, mesh=mesh)
+
+    def weighted() -> None:
+        nonlocal state
+        state, metrics = weighted_step(state, placed)
+        first_loss.setdefault("weighted", float(jax.block_until_ready((state, metrics))[1]["loss"]))
+
+    plain_step = make_plain_step(nnx.graphdef(model), optimizer)
+    params = jax.tree.map(jnp.copy, nnx.state(model))
+    plain_state = (params, optimizer.init(params))
+
+    def plain() -> None:
+        nonlocal plain_state
+        plain_state, loss = plain_step(plain_state, placed)
+        jax.block_until_ready((plain_state, loss))
+
+    reference = smollm2.torch_model(folder).train()
+    torch_optimizer = torch.optim.AdamW(reference.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    torch_batch = smollm2.torch_batch(examples, ids)
+    torch_weight_B = torch.from_numpy(weight_N[ids])
+
+    def pytorch() -> None:
+        nll_BT = smollm2.torch_nll(reference, torch_batch)
+        count = (torch_batch["labels"] != -100).sum()
+        loss = (torch_weight_B * nll_BT.sum(1)).sum() / count
+        loss.backward()
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+        first_loss.setdefault("torch", loss.item())
+
+    seconds = interleave({"weighted": weighted, "plain": plain, "torch": pytorch}, ROUNDS)
+    np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
+    median = {name: np.median(times.wall) for name, times in seconds.items()}
+    faster = median_ratio(seconds["torch"].wall, seconds["weighted"].wall)
+    faster_cpu = median_ratio(seconds["torch"].cpu, seconds["weighted"].cpu)
+    slower = median_ratio(seconds["weighted"].wall, seconds["plain"].wall)
+    slower_cpu = median_ratio(seconds["weighted"].cpu, seconds["plain"].cpu)
+    print(
+        f"language_step: {len(ids)} examples in {ROWS} rows: weighted {median['weighted']:.2f} s, "
+        f"PyTorch {median['torch']:.2f} s a step, SPEED RATIO {faster:.3f} (bound {TORCH_BOUND}; "
+        f"of CPU time {faster_cpu:.3f}); unweighted {median['plain']:.2f} s, TIME RATIO "
+        f"{slower:.3f} (bound {PLAIN_BOUND}; of CPU time {slower_cpu:.3f})"
+    )
+    exit_unless(
+        faster >= TORCH_BOUND and slower <= PLAIN_BOUND,
+        f"PyTorch / weighted >= {TORCH_BOUND}, weighted / unweighted <= {PLAIN_BOUND}",
+    )
+
+
+if __name__ == "__main__":
+    main()

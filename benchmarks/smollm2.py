@@ -1,0 +1,64 @@
+"""SmolLM2 in easy_jax and in PyTorch: what the two language benchmarks share."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import easy_jax as ej
+
+PROBLEMS = Path(__file__).parent.parent / "tests" / "oracle" / "problems.jsonl"
+EOS = "<|im_end|>"
+ROW_LENGTH = 384
+
+
+def folder() -> Path:
+    """The model's folder, as given on the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, help="made by scripts/fetch_smollm2.py")
+    return parser.parse_args().folder
+
+
+def examples(model: Path, count: int) -> ej.TokenSource:
+    """The first problems of the tests' JSON-lines file, tokenised."""
+    columns = ej.text.read_jsonl(PROBLEMS, ["query", "response"])
+    texts = (column[:count] for column in columns.values())
+    return ej.text.tokenize(*texts, ej.text.load_tokenizer(model), eos_token=EOS)
+
+
+def torch_model(model: Path) -> torch.nn.Module:
+    """In float32, as the library's; attention is PyTorch's fused one."""
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+def torch_batch(source: ej.TokenSource, ids: np.ndarray) -> dict[str, torch.Tensor]:
+    """Padded to the longest of the batch; -100 where there is no target."""
+    length = int(source.lengths[ids].max())
+    tokens = np.zeros((len(ids), length), np.int64)
+    labels = np.full((len(ids), length), -100, np.int64)
+    mask = np.zeros((len(ids), length), np.int64)
+    for row, i in enumerate(ids):
+        record = source[int(i)]
+        size, start = len(record["tokens"]), int(record["target_start"])
+        tokens[row, :size] = record["tokens"]
+        labels[row, start:size] = record["tokens"][start:]
+        mask[row, :size] = 1
+    arrays = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def torch_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """nll_BT in nats from all logits in float32; 0 where there is no target."""
+    logits_BTV = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+    ).logits.float()
+    labels_BT = batch["labels"][:, 1:]
+    nll_N = torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]),
+        labels_BT.reshape(-1),
+        reduction="none",
+        ignore_index=-100,
+    )
+    return nll_N.reshape(labels_BT.shape)
