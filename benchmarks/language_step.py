@@ -66,7 +66,8 @@ def main() -> None:
     def weighted() -> None:
         nonlocal state
         state, metrics = weighted_step(state, placed)
-        first_loss.setdefault("weighted", float(jax.block_until_ready((state, metrics))[1]["loss"]))
+        jax.block_until_ready((state, metrics))
+        first_loss.setdefault("weighted", float(metrics["loss"]))
 
     plain_step = make_plain_step(nnx.graphdef(model), optimizer)
     params = jax.tree.map(jnp.copy, nnx.state(model))

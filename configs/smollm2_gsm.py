@@ -9,7 +9,7 @@ it must not forget: the cross-entropy on a story by Jules Verne and on Python's 
   easy-jax score --config=configs/smollm2_gsm.py \
       --config.train.format=jsonl --config.train.path=FILE.jsonl   the loss table of any file
 
-Hardware: 2 CPU cores, 12 GB of memory.
+Hardware: 2 CPU cores.
 """
 
 from easy_jax.config import (

@@ -226,6 +226,11 @@ def test_integer_tensor(folder, dtype):
     _assert_refused(folder, rf"{K} has dtype {np.dtype(dtype)}, not a float's")
 
 
+def test_float8_tensor(folder):
+    _change(folder, lambda t: t.update({K: t[K].astype(jnp.float8_e4m3fn)}))
+    _assert_refused(folder, rf"{K} cannot be read: .*float8")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_file(folder, keep):
     path = folder / "model.safetensors"

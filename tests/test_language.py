@@ -202,7 +202,7 @@ def test_export_is_for_language_models(root, tmp_path):
         train.run(config, tmp_path, until="export")
 
 
-def _change_embedding(folder):
+def _change_weights(folder):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] *= 2
     save_file(tensors, folder / "model.safetensors")
@@ -213,9 +213,7 @@ def _change_data(folder):
     (folder / "train.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"), [(_change_embedding, "model"), (_change_data, "data")]
-)
+@pytest.mark.parametrize(("change", "named"), [(_change_weights, "model"), (_change_data, "data")])
 def test_a_loss_table_of_another_model_or_data_set(change, named, folder, tmp_path):
     copy = tmp_path / "model"
     shutil.copytree(folder, copy)
@@ -248,6 +246,21 @@ def test_token_losses_that_are_not_returned(folder, tmp_path):
                 model, source, tmp_path / str(kept), loss_fn=loss_fn, token_losses=kept,
                 batch_size=8,
             )  # fmt: skip
+
+
+def test_the_example_of_the_readme(root, folder, tmp_path, monkeypatch):
+    """Word by word, but for files, the fields' names and the token that ends a text."""
+    blocks = (root / "README.md").read_text().split("```python\n")[1:]
+    (code,) = [block.split("```")[0] for block in blocks if "hugging_face" in block]
+    for theirs, ours in (
+        ("models/smollm2", str(folder)), ("problems.jsonl", str(folder / "train.jsonl")),
+        ('"query", "response"', '"q", "a"'), ("<|im_end|>", "<eos>"),
+    ):  # fmt: skip
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert (tmp_path / "fine-tuned" / "model.safetensors").is_file()
 
 
 def test_too_few_records(folder, tmp_path):

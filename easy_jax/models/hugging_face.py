@@ -345,7 +345,8 @@ def _read_tensors(files: Mapping[str, Path], names: Any) -> Iterator[tuple[str, 
                     raise WeightsError(f"{path} has no tensor {name}, which the index places there")
                 try:
                     tensor = file.get_tensor(name)
-                except (safetensors.SafetensorError, OSError) as error:
+                # AttributeError: a dtype that NumPy does not have, such as float8.
+                except (safetensors.SafetensorError, OSError, AttributeError) as error:
                     raise WeightsError(f"{path}: {name} cannot be read: {error}") from error
                 if not jnp.issubdtype(tensor.dtype, jnp.floating):
                     raise WeightsError(f"{path}: {name} has dtype {tensor.dtype}, not a float's")
