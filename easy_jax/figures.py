@@ -114,7 +114,7 @@ def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -
         axis.hist(shown, bins, color=_RIGHT, alpha=0.75, label="examples")
     axis.axvline(tau, color=_ACCENT, linestyle="--", label=f"τ = median = {tau:.3g}")
     axis.set_xscale("log")
-    axis.set_xlabel("loss of the frozen, linear-probed model (nats)")
+    axis.set_xlabel("loss of the frozen model (nats)")
     axis.set_ylabel("examples")
     right = axis.twinx()
     grid = np.geomspace(bins[0], bins[-1], 300)
