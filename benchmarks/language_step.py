@@ -17,6 +17,7 @@ from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
 
+PROBLEMS = 64
 ROWS = 2
 LEARNING_RATE = 1e-6
 ROUNDS = 9
@@ -47,8 +48,8 @@ def make_plain_step(
 def main() -> None:
     folder = smollm2.folder()
     mesh = ej.make_mesh()
-    examples = smollm2.examples(folder, 8)
-    weight_N = np.random.default_rng(0).random(8).astype(np.float32)
+    examples = smollm2.examples(folder, PROBLEMS)
+    weight_N = np.random.default_rng(0).random(PROBLEMS).astype(np.float32)
     source = ej.PackedSource(examples, smollm2.ROW_LENGTH)
     batch = next(iter(ej.training_loader(source, ROWS, epochs=1, seed=0, weight_N=weight_N)))
     ids = batch.pop("example_id")
@@ -56,7 +57,7 @@ def main() -> None:
     placed = ej.shard_batch(batch, mesh)
     first_loss: dict[str, float] = {}
 
-    model = ej.hugging_face.load(folder, mesh=mesh)
+    model = ej.hugging_face.load(folder, remat="dots", mesh=mesh)
     optimizer = optax.adamw(LEARNING_RATE, weight_decay=0.0)
     weighted_step = ej.make_train_step(
         nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean"

@@ -11,7 +11,7 @@ import easy_jax as ej
 
 PROBLEMS = Path(__file__).parent.parent / "tests" / "oracle" / "problems.jsonl"
 EOS = "<|im_end|>"
-ROW_LENGTH = 384
+ROW_LENGTH = 512
 
 
 def folder() -> Path:
@@ -49,11 +49,16 @@ def torch_batch(source: ej.TokenSource, ids: np.ndarray) -> dict[str, torch.Tens
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def torch_nll(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """nll_BT in nats from all logits in float32; 0 where there is no target."""
-    logits_BTV = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).logits.float()
+def torch_nll(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], *, with_labels: bool = False
+) -> torch.Tensor:
+    """nll_BT in nats from all logits in float32; 0 where there is no target.
+
+    `with_labels` hands the labels to the model too, as the paper's authors do when they score:
+    it then also computes the mean loss, which is not used.
+    """
+    inputs = batch if with_labels else {n: x for n, x in batch.items() if n != "labels"}
+    logits_BTV = model(**inputs).logits.float()
     labels_BT = batch["labels"][:, 1:]
     nll_N = torch.nn.functional.cross_entropy(
         logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]),

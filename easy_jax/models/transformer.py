@@ -1,13 +1,14 @@
 """A decoder-only transformer in Flax NNX: Llama 3, SmolLM2 and Gemma 2.
 
-Shape suffixes: B rows, T positions (S: of the keys), D embed, N heads, K key-value heads,
-H head_dim, F mlp, V vocabulary, R rank of an adapter, G groups of layers (scanned over).
+Shape suffixes: B rows, T positions, P rows times positions, D embed, N heads, K key-value
+heads, H head_dim, F mlp, V vocabulary, R rank of an adapter, G groups of layers (scanned over).
 
 Layers are scanned, so that compile time does not grow with depth. A group is one period of
 the attention pattern (two layers in Gemma 2: sliding, full), and every parameter of a layer
 has a leading axis over the groups. Parameters carry `logical_axes`, as in `resnet.py`.
 """
 
+import math
 from typing import Any, Literal
 
 import chex
@@ -15,9 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from easy_jax.models.attention import causal_attention, rotate
 from easy_jax.models.transformer_config import TransformerConfig
 
 Remat = Literal["none", "full", "dots"]
+Rope = tuple[jax.Array, jax.Array]  # cosines and sines
 _INIT_SCALE = 0.02  # of random kernels and embeddings; Llama's and Gemma's initializer_range
 
 
@@ -51,12 +54,13 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one map of the stack, inside the scan: `x[..., inputs] -> [..., outputs]`."""
-        contracted = len(self.inputs)
-        y = jnp.tensordot(x, self.kernel.astype(x.dtype), contracted)
-        if self.lora_a is None or self.lora_b is None:
-            return y
-        low_R = jnp.tensordot(x, self.lora_a.astype(x.dtype), contracted)
-        return y + self.lora_scale * jnp.tensordot(low_R, self.lora_b.astype(x.dtype), 1)
+        lead = x.shape[: x.ndim - len(self.inputs)]
+        x_PI = x.reshape(math.prod(lead), -1)
+        y_PO = x_PI @ _matrix(self.kernel, x_PI.shape[1], x.dtype)
+        if self.lora_a is not None and self.lora_b is not None:
+            low_PR = x_PI @ _matrix(self.lora_a, x_PI.shape[1], x.dtype)
+            y_PO += self.lora_scale * (low_PR @ _matrix(self.lora_b, low_PR.shape[1], x.dtype))
+        return y_PO.reshape(*lead, *(size for _, size in self.outputs))
 
 
 class RMSNorm(nnx.Module):
@@ -104,23 +108,22 @@ class Block(nnx.Module):
             self.attention_post_norm = RMSNorm(norm, config, param_dtype)
             self.mlp_post_norm = RMSNorm(norm, config, param_dtype)
 
-    def __call__(self, x_BTD: jax.Array, rope: Any, mask_BTS: jax.Array) -> jax.Array:
-        y_BTD = self.attention(self.attention_norm(x_BTD), rope, mask_BTS)
+    def __call__(
+        self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
+    ) -> jax.Array:
+        y_BTD = self.attention(self.attention_norm(x_BTD), rope, segment_ids_BT, window)
         x_BTD = x_BTD + (self.attention_post_norm(y_BTD) if self.has_post_norms else y_BTD)
         y_BTD = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + (self.mlp_post_norm(y_BTD) if self.has_post_norms else y_BTD)
 
-    def attention(self, x_BTD: jax.Array, rope: Any, mask_BTS: jax.Array) -> jax.Array:
-        q_BTNH = _rotate(self.q(x_BTD), rope)
-        k_BSKH = _rotate(self.k(x_BTD), rope)
-        v_BSKH = self.v(x_BTD)
-        scale, cap = self.config.query_scale, self.config.attention_cap
-        if cap is None:
-            y_BTNH = jax.nn.dot_product_attention(
-                q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None], scale=scale
-            )
-        else:
-            y_BTNH = _capped_attention(q_BTNH * scale, k_BSKH, v_BSKH, mask_BTS, cap)
+    def attention(
+        self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
+    ) -> jax.Array:
+        y_BTNH = causal_attention(
+            rotate(self.q(x_BTD), *rope), rotate(self.k(x_BTD), *rope), self.v(x_BTD),
+            segment_ids_BT, scale=self.config.query_scale, window=window,
+            cap=self.config.attention_cap,
+        )  # fmt: skip
         return self.o(y_BTNH)
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
@@ -210,13 +213,12 @@ class Transformer(nnx.Module):
         if self.config.family == "gemma2":
             x_BTD = x_BTD * jnp.asarray(self.config.embed**0.5, self.dtype)
         rope = _rope(positions_BT, self.config)
-        masks = {w: _mask(segment_ids_BT, w) for w in set(self.config.windows)}
         graphdef, state = nnx.split(self.blocks)
 
         def group(x_BTD: jax.Array, group_state: Any) -> tuple[jax.Array, None]:
             blocks = nnx.merge(graphdef, group_state)
             for block, window in zip(blocks, self.config.windows, strict=True):
-                x_BTD = block(x_BTD, rope, masks[window])
+                x_BTD = block(x_BTD, rope, segment_ids_BT, window)
             return x_BTD, None
 
         if self.remat != "none":
@@ -238,20 +240,12 @@ def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
     return nnx.Param(value, logical_axes=tuple(axes))
 
 
-def _mask(segment_ids_BT: jax.Array, window: int | None) -> jax.Array:
-    """Which keys a query sees: its own segment's, not later ones, and within the window.
-
-    Segments are contiguous, so the distance in the row is the distance in the segment.
-    """
-    place_T = jnp.arange(segment_ids_BT.shape[1])
-    distance_TS = place_T[:, None] - place_T[None, :]
-    seen_TS = distance_TS >= 0
-    if window is not None:
-        seen_TS &= distance_TS < window
-    return (segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]) & seen_TS[None]
+def _matrix(kernel: nnx.Variable[jax.Array], rows: int, dtype: Any) -> jax.Array:
+    """A kernel as a matrix: with one axis to contract, the gradients need no transposed copies."""
+    return kernel[...].astype(dtype).reshape(rows, -1)
 
 
-def _rope(positions_BT: jax.Array, config: TransformerConfig) -> tuple[jax.Array, jax.Array]:
+def _rope(positions_BT: jax.Array, config: TransformerConfig) -> Rope:
     """Cosines and sines of the rotary angles, [B, T, 1, H/2], float32."""
     half = config.head_dim // 2
     frequency_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -264,27 +258,3 @@ def _rope(positions_BT: jax.Array, config: TransformerConfig) -> tuple[jax.Array
         frequency_H = frequency_H * (keep_H + (1.0 - keep_H) / rope.factor)
     angle_BTH = positions_BT[:, :, None].astype(jnp.float32) * frequency_H[None, None, :]
     return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
-
-
-def _rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary position embedding, halves paired (Hugging Face's order), in float32."""
-    cos, sin = rope
-    a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def _capped_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, cap: float
-) -> jax.Array:
-    """Grouped-query attention with a soft cap on its logits, softmax in float32."""
-    batch, length, heads, head_dim = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_BTKNH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits_BKNTS = jnp.einsum(
-        "btknh,bskh->bknts", q_BTKNH, k_BSKH, preferred_element_type=jnp.float32
-    )
-    logits_BKNTS = cap * jnp.tanh(logits_BKNTS / cap)
-    logits_BKNTS = jnp.where(mask_BTS[:, None, None], logits_BKNTS, jnp.finfo(jnp.float32).min)
-    share_BKNTS = jax.nn.softmax(logits_BKNTS, axis=-1).astype(v_BSKH.dtype)
-    y_BTKNH = jnp.einsum("bknts,bskh->btknh", share_BKNTS, v_BSKH)
-    return y_BTKNH.reshape(q_BTNH.shape)
