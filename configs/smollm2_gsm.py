@@ -44,12 +44,12 @@ def get_config(arg: str = "") -> LanguageConfig:
         raise ConfigError(f"smollm2_gsm.py:{arg} is unknown; it takes no argument")
     return LanguageConfig(
         name="smollm2-gsm",
-        model=LanguageModelConfig(path="models/smollm2", dtype="float32", remat="none"),
+        model=LanguageModelConfig(path="models/smollm2", dtype="float32", remat="dots"),
         train=InstructionsConfig(format="gsm_symbolic", seed=42, size=96),
         heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=96, size=48),),
         general=("verne", "docstrings"),
         general_characters=12_288,
-        text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=384),
+        text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=512),
         scoring=ScoringConfig(batch_size=8),
         finetune=StageConfig(
             epochs=2,

@@ -13,6 +13,7 @@ Row = Mapping[str, Any]
 
 # One colour per family, one marker per member.
 _STYLES = {
+    "base": ("#888888", "s"),
     "standard": ("#000000", "o"),
     "probe_standard": ("#000000", "s"),
     "linear_probe": ("#888888", "v"),
@@ -20,6 +21,7 @@ _STYLES = {
     "l2": ("#CC79A7", "D"),
     "wise_ft": ("#009E73", "P"),
     "flow": ("#D55E00", "o"),
+    "flow_token": ("#D55E00", "X"),
     "flow_weighted_head": ("#D55E00", "s"),
     "flow_no_head_stage": ("#D55E00", "*"),
     "flow_wise_ft": ("#E69F00", "P"),
@@ -32,8 +34,15 @@ _RIGHT, _WRONG, _ACCENT = "#0072B2", "#D55E00", "#000000"
 
 
 def style(method: str) -> tuple[str, str]:
-    """Colour and marker of a method; the same in every figure."""
-    return _STYLES.get(method) or _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
+    """Colour and marker of a method; the same in every figure.
+
+    A variant such as `wise_ft_0.3` has the colour of its family.
+    """
+    if method in _STYLES:
+        return _STYLES[method]
+    colour, marker = _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
+    family = max((name for name in _STYLES if method.startswith(name)), key=len, default=None)
+    return colour if family is None else _STYLES[family][0], marker
 
 
 def to_svg(figure: Figure) -> str:
@@ -96,6 +105,30 @@ def scatter(rows: Sequence[Row]) -> Figure:
 def _area(rate: float, rates: Sequence[float]) -> float:
     """A marker's area in points squared: larger for larger learning rates."""
     return 60.0 if len(rates) == 1 else 36.0 + 34.0 * rates.index(rate)
+
+
+def trade_off(
+    points: Mapping[str, tuple[float, float]], paths: Sequence[Sequence[str]] = ()
+) -> Figure:
+    """What every method learnt against what it forgot, in nats; `paths` join methods by a line."""
+    figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+    axis = figure.subplots()
+    for path in paths:
+        learnt, forgotten = zip(*(points[name] for name in path), strict=True)
+        axis.plot(learnt, forgotten, color="#555555", linewidth=0.8, alpha=0.6, zorder=1)
+    for name, (x, y) in points.items():
+        colour, marker = style(name)
+        axis.scatter([x], [y], s=60, color=colour, marker=marker, linewidths=0, zorder=2)
+    axis.axhline(0.0, color="#aaaaaa", linewidth=0.8, zorder=0)
+    axis.set_xlabel("learnt: cross-entropy taken off held-out problems (nats per token)")
+    axis.set_ylabel("forgotten: added to general text (nats per token)")
+    axis.grid(alpha=0.3)
+    handles = [
+        Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
+        for m in points
+    ]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    return figure
 
 
 def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -> Figure:

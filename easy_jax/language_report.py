@@ -1,19 +1,24 @@
 """What a language experiment found: one table in the terminal, as Markdown and as a page."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from easy_jax import figures, page
 from easy_jax.config import LanguageConfig
 from easy_jax.loss_table import LossTable
 
-_CAPTION = (
-    "Cross-entropy in nats per target token on held-out problems and on general text; "
-    "forgotten: what fine-tuning added to the cross-entropy on general text (lower is better)"
+_CAPTION = "Cross-entropy in nats per target token"
+_EXPLANATION = (
+    "Learnt: what fine-tuning took off the cross-entropy on held-out problems of the kind trained "
+    "on (higher is better). Forgotten: what it added to the cross-entropy on general text (lower "
+    "is better). The first row is the pre-trained model."
 )
+_FORGOTTEN = ("NLL", "perplexity", "forgotten")
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -21,30 +26,68 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
     Example:
       >>> lines([{"method": "base", "prose_nll": 2.0, "prose_perplexity": 7.389}])
-      (['method', 'prose', 'perplexity', 'forgotten'], [['base', '2.0000', '7.39', '+0.0000']])
+      (['method', 'prose NLL', 'prose perplexity', 'prose forgotten'],
+       [['base', '2.0000', '7.39', '+0.0000']])
     """
     base = rows[0]
-    names = [key.removesuffix("_nll") for key in base if key.endswith("_nll")]
+    heldout, general = _measured(base)
     header = ["method"]
-    for name in names:
-        header += [name] if name.startswith("heldout") else [name, "perplexity", "forgotten"]
+    for name in heldout:
+        header += [f"{name} NLL", f"{name} learnt"]
+    for name in general:
+        header += [f"{name} {what}" for what in _FORGOTTEN]
     table = []
     for row in rows:
         line = [row["method"]]
-        for name in names:
+        for name in heldout:
             nll = row[f"{name}_nll"]
-            line.append(f"{nll:.4f}")
-            if not name.startswith("heldout"):
-                forgotten = nll - base[f"{name}_nll"]
-                line += [f"{row[f'{name}_perplexity']:.2f}", f"{forgotten:+.4f}"]
+            line += [f"{nll:.4f}", f"{base[f'{name}_nll'] - nll:+.4f}"]
+        for name in general:
+            nll, perplexity = row[f"{name}_nll"], row[f"{name}_perplexity"]
+            line += [f"{nll:.4f}", f"{perplexity:.2f}", f"{nll - base[f'{name}_nll']:+.4f}"]
         table.append(line)
     return header, table
+
+
+def _measured(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the held-out sets, and of the general texts."""
+    names = [key.removesuffix("_nll") for key in row if key.endswith("_nll")]
+    heldout = [name for name in names if name.startswith("heldout")]
+    return heldout, [name for name in names if name not in heldout]
+
+
+def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Learnt against forgotten, means over the sets; None where one of the two is not measured."""
+    heldout, general = _measured(rows[0])
+    if not heldout or not general:
+        return None
+
+    def change(row: Mapping[str, Any], names: Sequence[str]) -> float:
+        return float(np.mean([row[f"{name}_nll"] - rows[0][f"{name}_nll"] for name in names]))
+
+    points = {row["method"]: (-change(row, heldout), change(row, general)) for row in rows}
+    # WiSE-FT's averages of one fine-tuned model lie on a curve that starts at the base.
+    curves: dict[Any, list[tuple[float, str]]] = {}
+    for method in config.selected_methods():
+        if method.averaging in ("none", "wise_ft"):
+            alpha = method.alpha if method.averaging == "wise_ft" else 1.0
+            plain = dataclasses.replace(method, name="", averaging="none", alpha=1.0)
+            key = str(plain)
+            curves.setdefault(key, [(0.0, rows[0]["method"])]).append((alpha, method.name))
+    paths = [[name for _, name in sorted(curve)] for curve in curves.values() if len(curve) > 2]
+    figure = figures.trade_off(points, paths)
+    return page.figure(
+        figures.to_svg(figure).encode(), "image/svg+xml",
+        "To the right is better learnt, down is less forgotten: means over the held-out sets and "
+        "over the general texts. The line joins the averages of the pre-trained and a fine-tuned "
+        "model (WiSE-FT).",
+    )  # fmt: skip
 
 
 def table(results: Mapping[str, Any]) -> Table:
     """For the terminal."""
     header, body = lines(results["language"])
-    view = Table(title=_CAPTION)
+    view = Table(title=_CAPTION, caption=_EXPLANATION, caption_justify="left")
     for number, column in enumerate(header):
         view.add_column(column, justify="right" if number else "left")
     for line in body:
@@ -58,7 +101,10 @@ def write(config: LanguageConfig, workdir: Path, results: Mapping[str, Any]) -> 
     rule = ["---", *["---:"] * (len(header) - 1)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body])
     (workdir / "results.md").write_text(text + "\n")
-    sections = [page.table(_CAPTION, header, body)]
+    sections = [page.paragraph(_EXPLANATION), page.table(_CAPTION, header, body, left=1)]
+    trade_off = _trade_off(config, results["language"])
+    if trade_off is not None:
+        sections.append(trade_off)
     directory = workdir / "loss_table"
     if directory.exists():
         losses = LossTable.open(directory)

@@ -3,11 +3,17 @@
 import base64
 import html
 from collections.abc import Sequence
+from typing import Literal
 
 
 def page(title: str, sections: Sequence[str]) -> str:
     """A whole page; `sections` are HTML already, the title is text."""
     return _TEMPLATE.format(title=html.escape(title), body="\n".join(sections))
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of text."""
+    return f"<p>{html.escape(text)}</p>"
 
 
 def figure(data: bytes, media_type: str, caption: str) -> str:
@@ -26,6 +32,7 @@ def table(
     lines: Sequence[Sequence[str]],
     bold: Sequence[Sequence[bool]] | None = None,
     kind: str = "numbers",
+    left: Literal[1, 2] = 2,
 ) -> str:
     """A table of texts.
 
@@ -34,7 +41,8 @@ def table(
       header: a text per column.
       lines: rows of texts.
       bold: which cells are bold; default: none.
-      kind: `numbers`, the first two columns left, the rest right, nothing wrapped; or `text`.
+      kind: `numbers`, aligned on the right, only the header wrapped; or `text`.
+      left: of a table of numbers, how many columns are aligned on the left all the same.
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in header)
     body = []
@@ -47,7 +55,7 @@ def table(
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<table class="{kind}"><caption>{html.escape(caption)}</caption>'
+        f'<table class="{kind} left-{left}"><caption>{html.escape(caption)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 
@@ -66,9 +74,10 @@ caption {{ text-align: left; white-space: nowrap; font-weight: 600; padding-bott
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd;
   font-weight: normal; vertical-align: top; }}
 thead th {{ border-bottom: 2px solid #222; }}
-.numbers th, .numbers td {{ text-align: right; white-space: nowrap; }}
-.numbers th:first-child, .numbers td:first-child, .numbers th:nth-child(2),
-.numbers td:nth-child(2) {{ text-align: left; }}
+.numbers th, .numbers td {{ text-align: right; vertical-align: bottom; }}
+.numbers td {{ white-space: nowrap; }}
+.numbers.left-1 :is(th, td):nth-child(1), .numbers.left-2 :is(th, td):nth-child(-n+2) {{
+  text-align: left; }}
 .text {{ font-size: .9rem; }}
 .text td:nth-last-child(-n+3) {{ white-space: nowrap; }}
 figure {{ margin: 2rem 0; }}

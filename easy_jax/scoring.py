@@ -94,8 +94,7 @@ def score(
     if metadata is not None and metadata["complete"] and done_N.all():
         return LossTable(directory, metadata)
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format_version": loss_table.FORMAT_VERSION, **identity, "complete": False}
-    loss_table.write_metadata(directory, metadata)
+    header = {"format_version": loss_table.FORMAT_VERSION, **identity}
 
     bad: dict[int, str] = {}
     todo = np.flatnonzero(~done_N)
@@ -103,12 +102,16 @@ def score(
         loader = data.scoring_loader(source, batch_size, ids=todo)
         writer = _PartWriter(directory, rows_per_part, todo)
         state = sharding.shard_tree(state, mesh)
-        for ids, nll_sum, count, *tokens in per_example(graphdef, state, loss_fn, loader, mesh):
-            if bool(tokens) != token_losses:
-                raise ValueError(
-                    f"token_losses is {token_losses}, but {loss_name(loss_fn)} returns "
-                    f"{2 + len(tokens)} arrays; token losses are the third"
-                )
+        results = per_example(graphdef, state, loss_fn, loader, mesh)
+        for number, (ids, nll_sum, count, *tokens) in enumerate(results):
+            if number == 0:
+                if bool(tokens) != token_losses:
+                    raise ValueError(
+                        f"token_losses is {token_losses}, but {loss_name(loss_fn)} returns "
+                        f"{2 + len(tokens)} arrays; token losses are the third"
+                    )
+                # Not earlier: a call with a mistake would leave a table that refuses the next.
+                loss_table.write_metadata(directory, {**header, "complete": False})
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
             usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
@@ -132,9 +135,9 @@ def score(
             f"{'; ...' if len(bad) > 10 else ''}. Mend the data, or set on_bad_example='drop' "
             "to leave them out of training"
         )
-    metadata |= loss_table.summarise(directory, token_losses)
-    metadata |= {"complete": True, "dropped_ids": sorted(dropped)}
-    loss_table.write_metadata(directory, metadata)
+    summary = loss_table.summarise(directory, token_losses)
+    complete = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
+    loss_table.write_metadata(directory, complete)
     return LossTable.open(directory)
 
 

@@ -139,7 +139,23 @@ def test_what_is_written(done):
     assert markdown.splitlines()[0] == "| " + " | ".join(header) + " |"
     assert [line[0] for line in lines] == ["base", *(m.name for m in METHODS)]
     page = (workdir / "report.html").read_text()
-    assert all(line[1] in page for line in lines)
+    assert all(text in page for line in lines for text in line)
+    assert page.count("<figure>") == 2  # learnt against forgotten, and the losses
+
+
+def test_learnt_and_forgotten_are_differences_from_the_first_row():
+    rows = [
+        {"method": "base", "heldout_nll": 1.5, "prose_nll": 2.0, "prose_perplexity": 7.389},
+        {"method": "x", "heldout_nll": 1.0, "prose_nll": 2.25, "prose_perplexity": 9.488},
+    ]
+    header, (base, line) = language_report.lines(rows)
+    assert dict(zip(header, line, strict=True)) == {
+        "method": "x", "heldout NLL": "1.0000", "heldout learnt": "+0.5000",
+        "prose NLL": "2.2500", "prose perplexity": "9.49", "prose forgotten": "+0.2500",
+    }  # fmt: skip
+    assert (
+        base[header.index("heldout learnt")] == base[header.index("prose forgotten")] == "+0.0000"
+    )
 
 
 def test_the_same_again_finds_all_done(done, folder):
@@ -246,6 +262,12 @@ def test_token_losses_that_are_not_returned(folder, tmp_path):
                 model, source, tmp_path / str(kept), loss_fn=loss_fn, token_losses=kept,
                 batch_size=8,
             )  # fmt: skip
+    # What the mistake left behind does not refuse the call without it.
+    table = scoring.score(
+        model, source, tmp_path / "True", loss_fn=losses.causal_lm_token_losses,
+        token_losses=True, batch_size=8,
+    )  # fmt: skip
+    assert table.num_examples == 24
 
 
 def test_the_example_of_the_readme(root, folder, tmp_path, monkeypatch):
