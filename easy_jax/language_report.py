@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 from easy_jax import figures, page
 from easy_jax.config import LanguageConfig
 from easy_jax.loss_table import LossTable
 
-_CAPTION = "Cross-entropy in nats per target token"
+_CAPTION = "What was learnt and what was forgotten"
 _EXPLANATION = (
-    "Learnt: what fine-tuning took off the cross-entropy on held-out problems of the kind trained "
-    "on (higher is better). Forgotten: what it added to the cross-entropy on general text (lower "
-    "is better). The first row is the pre-trained model."
+    "NLL: cross-entropy in nats per target token; perplexity (PPL): its exponential. Learnt: what "
+    "fine-tuning took off the cross-entropy on held-out problems of the kind trained on (higher "
+    "is better). Forgotten: what it added to the cross-entropy on general text (lower is better). "
+    "The first row is the pre-trained model."
 )
-_FORGOTTEN = ("NLL", "perplexity", "forgotten")
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -26,8 +27,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
     Example:
       >>> lines([{"method": "base", "prose_nll": 2.0, "prose_perplexity": 7.389}])
-      (['method', 'prose NLL', 'prose perplexity', 'prose forgotten'],
-       [['base', '2.0000', '7.39', '+0.0000']])
+      (['method', 'prose perplexity', 'prose forgotten'], [['base', '7.39', '+0.0000']])
     """
     base = rows[0]
     heldout, general = _measured(base)
@@ -35,7 +35,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     for name in heldout:
         header += [f"{name} NLL", f"{name} learnt"]
     for name in general:
-        header += [f"{name} {what}" for what in _FORGOTTEN]
+        header += [f"{name} perplexity", f"{name} forgotten"]
     table = []
     for row in rows:
         line = [row["method"]]
@@ -43,8 +43,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
             nll = row[f"{name}_nll"]
             line += [f"{nll:.4f}", f"{base[f'{name}_nll'] - nll:+.4f}"]
         for name in general:
-            nll, perplexity = row[f"{name}_nll"], row[f"{name}_perplexity"]
-            line += [f"{nll:.4f}", f"{perplexity:.2f}", f"{nll - base[f'{name}_nll']:+.4f}"]
+            forgotten = row[f"{name}_nll"] - base[f"{name}_nll"]
+            line += [f"{row[f'{name}_perplexity']:.2f}", f"{forgotten:+.4f}"]
         table.append(line)
     return header, table
 
@@ -87,9 +87,13 @@ def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str
 def table(results: Mapping[str, Any]) -> Table:
     """For the terminal."""
     header, body = lines(results["language"])
-    view = Table(title=_CAPTION, caption=_EXPLANATION, caption_justify="left")
+    view = Table(
+        title=_CAPTION, title_justify="left", caption=_EXPLANATION, caption_justify="left",
+        box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
     for number, column in enumerate(header):
-        view.add_column(column, justify="right" if number else "left")
+        words = column.replace("perplexity", "PPL").replace(" ", "\n")  # 80 columns are enough
+        view.add_column(words, justify="right" if number else "left", overflow="fold")
     for line in body:
         view.add_row(*line)
     return view
