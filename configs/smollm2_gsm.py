@@ -9,8 +9,9 @@ it must not forget: the cross-entropy on a story by Jules Verne and on Python's 
   easy-jax score --config=configs/smollm2_gsm.py \
       --config.train.format=jsonl --config.train.path=FILE.jsonl   the loss table of any file
 
-Hardware: 2 CPU cores, 19 minutes. Result: docs/results.md; at this learning rate plain
-fine-tuning forgets, FLOW as much, and WiSE-FT is the best remedy; at 1e-4 next to nothing is.
+Hardware: 2 CPU cores, 19 minutes. Result, in docs/results.md: plain fine-tuning forgets, FLOW
+forgets as much, WiSE-FT less than half of it or nothing. At a learning rate of 1e-4 plain
+fine-tuning learns as much and forgets next to nothing.
 """
 
 from easy_jax.config import (

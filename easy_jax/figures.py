@@ -30,6 +30,7 @@ _STYLES = {
     "control_mean_one": ("#0072B2", "X"),
 }
 _OTHERS = (("#332288", "h"), ("#88CCEE", "p"), ("#117733", "8"), ("#882255", "d"))
+_VARIANTS = ("p", "8", "d", "v", "^", "<", ">")
 _RIGHT, _WRONG, _ACCENT = "#0072B2", "#D55E00", "#000000"
 
 
@@ -40,9 +41,11 @@ def style(method: str) -> tuple[str, str]:
     """
     if method in _STYLES:
         return _STYLES[method]
-    colour, marker = _OTHERS[sum(map(ord, method)) % len(_OTHERS)]
-    family = max((name for name in _STYLES if method.startswith(name)), key=len, default=None)
-    return colour if family is None else _STYLES[family][0], marker
+    number = sum(map(ord, method))
+    families = [name for name in _STYLES if method.startswith(f"{name}_")]
+    if families:
+        return _STYLES[max(families, key=len)][0], _VARIANTS[number % len(_VARIANTS)]
+    return _OTHERS[number % len(_OTHERS)]
 
 
 def to_svg(figure: Figure) -> str:

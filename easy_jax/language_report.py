@@ -75,13 +75,14 @@ def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str
             key = str(plain)
             curves.setdefault(key, [(0.0, rows[0]["method"])]).append((alpha, method.name))
     paths = [[name for _, name in sorted(curve)] for curve in curves.values() if len(curve) > 2]
-    figure = figures.trade_off(points, paths)
-    return page.figure(
-        figures.to_svg(figure).encode(), "image/svg+xml",
+    caption = (
         "To the right is better learnt, down is less forgotten: means over the held-out sets and "
-        "over the general texts. The line joins the averages of the pre-trained and a fine-tuned "
-        "model (WiSE-FT).",
-    )  # fmt: skip
+        "over the general texts."
+    )
+    if paths:
+        caption += " A line joins the averages of the pre-trained and a fine-tuned model (WiSE-FT)."
+    figure = figures.trade_off(points, paths)
+    return page.figure(figures.to_svg(figure).encode(), "image/svg+xml", caption)
 
 
 def table(results: Mapping[str, Any]) -> Table:

@@ -90,11 +90,40 @@ def test_large_logits_do_not_overflow(cap):
     np.testing.assert_allclose(y, _numpy(100 * q, 100 * k, v, segments, cap=cap), atol=1e-3)
 
 
+def _operations(q, k, v, segments, **options):
+    """Matrix products and exponentials: name, shape and dtype of what they make."""
+
+    def inner(jaxpr):
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("dot_general", "exp"):
+                out = eqn.outvars[0].aval
+                yield eqn.primitive.name, out.shape, out.dtype.name
+            for value in eqn.params.values():
+                if hasattr(value, "jaxpr"):
+                    value = value.jaxpr
+                if hasattr(value, "eqns"):
+                    yield from inner(value)
+
+    attend = functools.partial(causal_attention, scale=SCALE, **options)
+    return list(inner(jax.make_jaxpr(attend)(q, k, v, segments).jaxpr))
+
+
+@pytest.mark.parametrize(
+    ("window", "keys"),
+    [(None, [128, 256, 384, 512]), (140, [128, 256, 384, 384]), (129, [128, 256, 256, 256])],
+)
+def test_only_keys_that_may_be_seen_are_looked_at(window, keys):
+    operations = _operations(*_case(length=512), window=window)
+    assert [shape[-1] for name, shape, _ in operations if name == "exp"] == keys
+
+
 def test_bfloat16_is_accumulated_in_float32():
     q, k, v, segments = _case(length=150)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
     y = causal_attention(q, k, v, segments, scale=SCALE)
     assert y.dtype == jnp.bfloat16
+    made = {(name, dtype) for name, _, dtype in _operations(q, k, v, segments)}
+    assert made == {("dot_general", "float32"), ("exp", "float32")}
     expected = _numpy(*(np.asarray(x, np.float32) for x in (q, k, v)), segments)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=0.03)
 
@@ -120,6 +149,8 @@ def test_the_probabilities_are_not_kept_for_the_backward_pass():
          ValueError, "6 heads cannot share 4 key-value heads evenly"),
         ({"v_BTKH": np.ones((2, 10, 2, 4), "f")}, AssertionError, "shape"),
         ({"segment_ids_BT": np.ones((2, 10), int)}, AssertionError, "shape"),
+        ({"window": 0}, ValueError, "window is 0; it must be at least 1"),
+        ({"block": 0}, ValueError, "block is 0; it must be at least 1"),
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit(change, error, message):

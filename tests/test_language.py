@@ -12,7 +12,7 @@ from helpers import load_config
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from easy_jax import language_report, losses, scoring, train
+from easy_jax import figures, language_report, losses, scoring, train
 from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
@@ -141,6 +141,14 @@ def test_what_is_written(done):
     page = (workdir / "report.html").read_text()
     assert all(text in page for line in lines for text in line)
     assert page.count("<figure>") == 2  # learnt against forgotten, and the losses
+
+
+def test_every_method_of_a_shipped_config_has_a_look_of_its_own(root):
+    config = load_config(root / "configs" / "smollm2_gsm.py").get_config()
+    names = ["base", *(method.name for method in config.methods)]
+    looks = {name: figures.style(name) for name in names}
+    assert len(set(looks.values())) == len(names)
+    assert {looks[name][0] for name in names if "wise_ft" in name} == {figures.style("wise_ft")[0]}
 
 
 def test_learnt_and_forgotten_are_differences_from_the_first_row():

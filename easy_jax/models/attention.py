@@ -1,8 +1,8 @@
 """Causal attention within segments, by blocks of queries; rotary position embedding.
 
 A block of queries looks at the keys before its own end only, and, in a sliding window, not at
-those before its window: about half of the products, and of the memory. The probabilities are
-never kept for the backward pass, which computes one block of them at a time again.
+those before its window: of eight blocks, 9/16 of the products. The probabilities are never kept
+for the backward pass, which computes them again, block by block.
 
 Shape suffixes: B rows, T positions, N heads, K key-value heads, M heads that share one of
 them, H head_dim, Q queries of a block, S keys that it looks at.
@@ -31,7 +31,7 @@ def causal_attention(
 ) -> jax.Array:
     """Softmax attention to the earlier positions of the same segment, and to the position itself.
 
-    Logits and softmax are float32, whatever the inputs' dtype.
+    Logits and softmax are float32, whatever the inputs' dtype; queries are scaled in theirs.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys, values; N is a multiple of K, and head n reads
@@ -45,6 +45,10 @@ def causal_attention(
 
     Returns:
       [B, T, N, H], in the dtype of the values.
+
+    Raises:
+      ValueError: N is not a multiple of K, or a window or block below 1.
+      AssertionError: shapes that do not fit.
 
     Example:
       >>> ones = jnp.ones((1, 3, 1, 2))
@@ -60,6 +64,9 @@ def causal_attention(
     chex.assert_shape(segment_ids_BT, (batch, length))
     if heads % kv_heads:
         raise ValueError(f"{heads} heads cannot share {kv_heads} key-value heads evenly")
+    for name, size in (("window", window), ("block", block)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}; it must be at least 1")
     if block is None:
         block = max(MIN_BLOCK, -(-length // MAX_BLOCKS))
     q_BKMTH = q_BTNH.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)

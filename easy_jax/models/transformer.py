@@ -54,6 +54,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one map of the stack, inside the scan: `x[..., inputs] -> [..., outputs]`."""
+        chex.assert_shape(x, (..., *(size for _, size in self.inputs)))
         lead = x.shape[: x.ndim - len(self.inputs)]
         x_PI = x.reshape(math.prod(lead), -1)
         y_PO = x_PI @ _matrix(self.kernel, x_PI.shape[1], x.dtype)
@@ -142,8 +143,9 @@ class Transformer(nnx.Module):
       config: sizes, from `transformer_config.from_hugging_face` or by hand.
       dtype: of the computation; softmax, norms, soft caps and the loss are float32.
       param_dtype: of the parameters.
-      remat: what the backward pass computes again instead of keeping it: nothing (`none`),
-        all but the input of each group of layers (`full`), all but matrix products (`dots`).
+      remat: what the backward pass computes again instead of keeping it: attention's
+        probabilities alone (`none`), all but the input of each group of layers (`full`), all
+        but the linear maps (`dots`, on a CPU the fastest).
       rngs: NNX random streams; `params` is used.
 
     Example:
