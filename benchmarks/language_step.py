@@ -101,7 +101,7 @@ def main() -> None:
         torch_optimizer.zero_grad()
         first_loss.setdefault("torch", loss.item())
 
-    # In pairs: after PyTorch the next one pays for the memory that it gave back.
+    # In pairs: after PyTorch the next one probably pays for memory that it gave back.
     against_plain = interleave({"weighted": weighted, "plain": plain}, ROUNDS)
     against_torch = interleave({"weighted": weighted, "torch": pytorch}, ROUNDS)
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)

@@ -1,7 +1,7 @@
 """The figures of the report, in colours that the colour-blind can tell apart."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -91,10 +91,7 @@ def scatter(rows: Sequence[Row]) -> Figure:
         axis.set_ylabel("pre-training kept: letters, test accuracy (%)")
         axis.set_title(setting_name(noise))
         axis.grid(alpha=0.3)
-    handles = [
-        Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
-        for m in methods
-    ]
+    handles = _markers(methods)
     if len(rates) > 1:
         handles += [
             Line2D([], [], color="#555555", marker="o", linestyle="",
@@ -103,6 +100,14 @@ def scatter(rows: Sequence[Row]) -> Figure:
         ]  # fmt: skip
     figure.legend(handles=handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _markers(methods: Iterable[str]) -> list[Line2D]:
+    """Legend handles."""
+    return [
+        Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
+        for m in methods
+    ]
 
 
 def _area(rate: float, rates: Sequence[float]) -> float:
@@ -126,11 +131,7 @@ def trade_off(
     axis.set_xlabel("learnt: cross-entropy taken off held-out problems (nats per token)")
     axis.set_ylabel("forgotten: added to general text (nats per token)")
     axis.grid(alpha=0.3)
-    handles = [
-        Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
-        for m in points
-    ]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False)
+    figure.legend(handles=_markers(points), loc="outside right upper", frameon=False)
     return figure
 
 
