@@ -1,52 +1,73 @@
 """Checkpoints of a training stage: state, position in the data, and what it belongs to."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
 
+from easy_jax import distributed
 from easy_jax.config import differences
 from easy_jax.step import TrainState
 
+FORMAT_VERSION = 2
+
 
 class CheckpointError(ValueError):
-    """A checkpoint belongs to another run; the message names what differs."""
+    """A checkpoint belongs to another run, or cannot be written; the message says which."""
 
 
 class Checkpointer:
-    """Saves and restores one stage with Orbax.
+    """Saves and restores one stage with Orbax, while training goes on.
 
     An interrupted save is never taken for a checkpoint (Orbax renames a finished one into
-    place). Holds the train state (model, optimiser, step), the position of the Grain
-    iterator, and `identity`: fingerprints of everything the stage's result depends on.
+    place). Holds the train state (model, optimiser, step), the position of the Grain iterator,
+    which is the same number in every process, and `identity`: fingerprints of everything the
+    stage's result depends on. Restores on any mesh and any number of processes.
 
     Args:
-      directory: of this stage alone.
+      directory: of this stage alone; shared by all processes.
       identity: JSON-serialisable; a checkpoint with another identity is refused.
       keep: how many checkpoints to keep, the latest.
+      keep_best: keep the one with the lowest loss as well.
 
     Example:
       >>> import tempfile
-      >>> checkpointer = Checkpointer(tempfile.mkdtemp(), {"weights": "none"})
-      >>> checkpointer.latest_step() is None
+      >>> with Checkpointer(tempfile.mkdtemp(), {"weights": "none"}) as checkpointer:
+      ...   checkpointer.latest_step() is None
       True
-      >>> checkpointer.close()
     """
 
-    def __init__(self, directory: str | os.PathLike[str], identity: dict[str, Any], keep: int = 1):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        identity: dict[str, Any],
+        keep: int = 1,
+        keep_best: bool = False,
+    ):
         self.directory = Path(directory).absolute()
+        identity = {"format": FORMAT_VERSION, **identity}
         self._identity = json.loads(json.dumps(identity))
-        # Sync on CPU: device buffers are host memory there, and the next step donates them.
-        asynchronous = jax.default_backend() != "cpu"
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_best:
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1
+                )
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=asynchronous
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=(lambda metrics: metrics["loss"]) if keep_best else None,
+                best_mode="min",
             ),
         )
 
@@ -54,22 +75,47 @@ class Checkpointer:
         """The step of the latest complete checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def save(
-        self, state: TrainState, batches: Iterator[Any], step: int, progress: dict[str, Any]
-    ) -> None:
-        """Saves state and position after `step` steps; returns when both may change again.
+    def best_step(self) -> int | None:
+        """The step of the checkpoint with the lowest loss; with `keep_best`."""
+        return self._manager.best_step()
 
-        `progress` is JSON-serialisable and comes back from `restore`: time spent so far.
+    def save(
+        self,
+        state: TrainState,
+        batches: Iterator[Any],
+        step: int,
+        progress: dict[str, Any],
+        loss: float,
+    ) -> None:
+        """Begins to save state and position after `step` steps; both may change on return.
+
+        Args:
+          state: after `step` steps.
+          batches: a Grain iterator.
+          step: taken so far.
+          progress: JSON-serialisable; comes back from `restore`: time spent so far.
+          loss: by which `keep_best` chooses.
+
+        Raises:
+          CheckpointError: this, or the save before, cannot be written.
         """
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                batches=grain.checkpoint.CheckpointSave(batches),
-                identity=ocp.args.JsonSave(self._identity),
-                progress=ocp.args.JsonSave(progress),
-            ),
-        )
+        if jax.default_backend() == "cpu":
+            # There, a buffer on the device is what Orbax reads, and the next step donates it.
+            state = _copied(state)
+        position: dict[str, Any] = batches.get_state()  # type: ignore[attr-defined]
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    batches=ocp.args.JsonSave(position),
+                    identity=ocp.args.JsonSave(self._identity),
+                    progress=ocp.args.JsonSave(progress),
+                ),
+                metrics={"loss": loss},
+            )
+        except Exception as error:
+            raise self._unsaved(error) from error
 
     def restore(
         self, state: TrainState, batches: Iterator[Any]
@@ -85,10 +131,11 @@ class Checkpointer:
             self.latest_step(),
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(_abstract(state)),
-                batches=grain.checkpoint.CheckpointRestore(batches),
+                batches=ocp.args.JsonRestore(),
                 progress=ocp.args.JsonRestore(),
             ),
         )
+        batches.set_state(restored.batches)  # type: ignore[attr-defined]
         return restored.state, restored.progress
 
     def check_identity(self) -> None:
@@ -106,9 +153,43 @@ class Checkpointer:
             )
 
     def close(self) -> None:
-        """Waits for a running save."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for a running save.
+
+        Raises:
+          CheckpointError: it cannot be written.
+        """
+        distributed.at("the end of a save")
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unsaved(error) from error
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # What went wrong first is what is told.
+        with contextlib.suppress(CheckpointError) if error else contextlib.nullcontext():
+            self.close()
+
+    def _unsaved(self, error: Exception) -> CheckpointError:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return CheckpointError(
+            f"a checkpoint cannot be written to {self.directory}: {reason}. Those before it are "
+            "kept; make room (or mend what is named) and run the same command again"
+        )
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _abstract(state: Any) -> Any:

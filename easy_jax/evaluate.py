@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, losses, scoring, sharding
+from easy_jax import data, distributed, losses, scoring, sharding
 from easy_jax.models import eval_view
 
 
@@ -52,7 +52,7 @@ def classification(
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
     graphdef, state = nnx.split(eval_view(model))
-    loader = data.scoring_loader(source, batch_size)
+    loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     state = sharding.shard_tree(state, mesh)
     nll, correct, count = 0.0, 0.0, 0
     for ids, nll_b, correct_b in scoring.per_example(
@@ -61,7 +61,11 @@ def classification(
         nll += float(nll_b.sum(dtype=np.float64))
         correct += float(correct_b.sum())
         count += len(ids)
-    return {"accuracy": 100.0 * correct / count, "loss": nll / count, "count": count}
+        _check_stop()
+    sums = distributed.total("evaluation", nll=nll, correct=correct, count=count)
+    count = int(sums["count"])
+    accuracy, loss = 100.0 * sums["correct"] / count, sums["nll"] / count
+    return {"accuracy": accuracy, "loss": loss, "count": count}
 
 
 def language(
@@ -88,7 +92,7 @@ def language(
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
     graphdef, state = nnx.split(eval_view(model))
-    loader = data.scoring_loader(source, batch_size)
+    loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     state = sharding.shard_tree(state, mesh)
     nll, tokens = 0.0, 0
     for _, nll_sum_b, count_b in scoring.per_example(
@@ -96,7 +100,15 @@ def language(
     ):
         nll += float(nll_sum_b.sum(dtype=np.float64))
         tokens += int(count_b.sum(dtype=np.float64))
-    return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "tokens": tokens}
+        _check_stop()
+    sums = distributed.total("evaluation", nll=nll, tokens=tokens)
+    tokens, mean = int(sums["tokens"]), sums["nll"] / sums["tokens"]
+    return {"nll": mean, "perplexity": math.exp(mean), "tokens": tokens}
+
+
+def _check_stop() -> None:
+    if distributed.should_stop("evaluation"):
+        raise distributed.Stopped("stopped while evaluating, before its result")
 
 
 def with_task_parts(

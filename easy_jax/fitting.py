@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, merge, optim, sharding
+from easy_jax import data, distributed, merge, optim, sharding
 from easy_jax import fingerprint as fingerprints
 from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, Reduction, StageConfig
@@ -65,6 +65,8 @@ def fit(
     log: MetricsLog | None = None,
     log_every_steps: int = 10,
     save_every_steps: int = 100,
+    keep: int = 1,
+    keep_best: bool = False,
     on_epoch: Callable[[int, nnx.State], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Fit:
@@ -90,12 +92,15 @@ def fit(
         (stage, seed, weights); a checkpoint with another identity is refused.
       log: where metrics go.
       log_every_steps, save_every_steps: intervals.
+      keep, keep_best: how many checkpoints to keep, the latest; and whether to keep the one
+        with the lowest mean loss since the checkpoint before it, too.
       on_epoch: called with the number of epochs done and the model's variables.
       progress: called with the number of steps done since the last call.
 
     Raises:
       TrainingError: the loss, or something that is about to be saved, is not finite.
-      CheckpointError: the directory has a checkpoint of another run.
+      CheckpointError: the directory has a checkpoint of another run, or cannot be written.
+      Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -103,6 +108,7 @@ def fit(
     loader = data.training_loader(
         source, stage.batch_size, epochs=stage.epochs, seed=seed,
         weight_N=weight_N, token_weight=token_weight,
+        rows=sharding.process_rows(stage.batch_size, mesh),
     )  # fmt: skip
     total = loader.steps
     graphdef = nnx.graphdef(model)
@@ -115,68 +121,64 @@ def fit(
     start_params = jax.tree.map(jnp.copy, state.params) if sfa_beta is not None else None
     average_at = merge.sfa_steps(total) if sfa_beta is not None else ()
 
-    checkpointer = Checkpointer(
-        directory,
-        {
-            **(identity or {}),
-            "stage": dataclasses.asdict(stage),
-            "seed": seed,
-            "sfa_beta": sfa_beta,
-            "weights": weights_fingerprint(weight_N, token_weight),
-            **_packing(source),
-            "steps": total,
-        },
-    )
+    identity = {
+        **(identity or {}),
+        "stage": dataclasses.asdict(stage),
+        "seed": seed,
+        "sfa_beta": sfa_beta,
+        "weights": weights_fingerprint(weight_N, token_weight),
+        **_packing(source),
+        "steps": total,
+    }
     batches = iter(loader)
     first, seconds = 0, 0.0
-    if checkpointer.latest_step() is not None:
-        state, saved = checkpointer.restore(state, batches)
-        first, seconds = int(jax.device_get(state.step)), saved["seconds"]
-    resumed_from = first
-
     steps_per_epoch = total / stage.epochs
     epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
     pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
-    clock = time.perf_counter()
-    with jax.transfer_guard("disallow"):
-        for step in range(first + 1, total + 1):
-            batch = next(batches)
-            example_id = batch.pop("example_id")
-            state, metrics = train_step(state, sharding.shard_batch(batch, mesh))
-            if step in average_at:
-                state = dataclasses.replace(
-                    state, params=_average(state.params, start_params, sfa_beta)
-                )
-            if pending is not None:  # one step late: the device is busy with the next one
-                _record(name, pending, log, log_every_steps)
-            pending = (step, example_id, metrics)
-            if progress is not None:
-                progress(1)
-            if step in epoch_ends and on_epoch is not None:
-                seconds += time.perf_counter() - clock
-                with jax.transfer_guard("allow"):
-                    on_epoch(epoch_ends[step], state.model_state())
-                clock = time.perf_counter()
-            if step % save_every_steps == 0 and step < total:
-                _record(name, pending, log, log_every_steps)
-                pending = None
-                if log is not None:
-                    log.flush()  # steps before a checkpoint are not logged again
-                with jax.transfer_guard("allow"):
-                    _check_finite(name, step, state)
+    losses: list[float] = []  # since the last checkpoint
+    stopped = False
+    with Checkpointer(directory, identity, keep, keep_best) as checkpointer:
+        if checkpointer.latest_step() is not None:
+            state, saved = checkpointer.restore(state, batches)
+            first, seconds = int(jax.device_get(state.step)), saved["seconds"]
+        elapsed = seconds
+        clock = time.perf_counter()
+        with jax.transfer_guard("disallow"):
+            for step in range(first + 1, total + 1):
+                batch = next(batches)
+                example_id = batch.pop("example_id")
+                state, metrics = train_step(state, sharding.shard_batch(batch, mesh))
+                if step in average_at:
+                    state = dataclasses.replace(
+                        state, params=_average(state.params, start_params, sfa_beta)
+                    )
+                if pending is not None:  # one step late: the device is busy with the next one
+                    losses.append(_record(name, pending, log, log_every_steps))
+                pending = (step, example_id, metrics)
+                if progress is not None:
+                    progress(1)
+                if step in epoch_ends and on_epoch is not None:
+                    seconds += time.perf_counter() - clock
+                    with jax.transfer_guard("allow"):
+                        on_epoch(epoch_ends[step], state.model_state())
+                    clock = time.perf_counter()
+                stopped = distributed.should_stop(f"{name}, step {step}")
+                if stopped or step % save_every_steps == 0 or step == total:
+                    losses.append(_record(name, pending, log, log_every_steps))
+                    pending = None
+                    if log is not None:
+                        log.flush()  # steps before a checkpoint are not logged again
                     elapsed = seconds + time.perf_counter() - clock
-                    checkpointer.save(state, batches, step, {"seconds": elapsed})
-        if pending is not None:
-            _record(name, pending, log, log_every_steps)
-    if first < total:
-        jax.block_until_ready(state)
-        seconds += time.perf_counter() - clock
-        _check_finite(name, total, state)
-        checkpointer.save(state, batches, total, {"seconds": seconds})
-    checkpointer.close()
-    if log is not None:
-        log.flush()
-    return Fit(state.model_state(), total, seconds, resumed_from)
+                    with jax.transfer_guard("allow"):
+                        _check_finite(name, step, state)
+                        mean = sum(losses) / len(losses)
+                        checkpointer.save(state, batches, step, {"seconds": elapsed}, mean)
+                    losses = []
+                if stopped:
+                    break
+    if stopped:
+        raise distributed.Stopped(f"{name}: stopped after step {step} of {total}, which is saved")
+    return Fit(state.model_state(), total, elapsed, first)
 
 
 def _packing(source: data.AnySource) -> dict[str, Any]:
@@ -237,7 +239,8 @@ def _record(
     pending: tuple[int, np.ndarray, dict[str, jax.Array]],
     log: MetricsLog | None,
     log_every_steps: int,
-) -> None:
+) -> float:
+    """Logs a step's metrics; returns its loss."""
     step, example_id, metrics = pending
     values = {key: float(value) for key, value in jax.device_get(metrics).items()}
     if not np.isfinite(values["loss"]):
@@ -249,6 +252,7 @@ def _record(
         )
     if log is not None and (step % log_every_steps == 0 or step == 1):
         log.write(name, "train", step, values)
+    return values["loss"]
 
 
 def _check_finite(name: str, step: int, state: TrainState) -> None:

@@ -5,7 +5,6 @@ Every stage leaves an artefact in the workdir and is skipped where that is compl
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax import data, evaluate, losses, merge, metrics, scoring, sharding
+from easy_jax import data, distributed, evaluate, losses, merge, metrics, scoring, sharding
 from easy_jax import fingerprint as fingerprints
 from easy_jax.config import LanguageConfig, LanguageMethodConfig, StageConfig
 from easy_jax.data import instructions, text
@@ -65,31 +64,27 @@ class LanguageExperiment:
         rows = {row["method"]: row for row in metrics.read_lines(path)}
         if any(method.weighting != "none" for method in methods):
             self._table()
-        with metrics.open_lines(path) as file:
-            if measured and BASE not in rows:
-                rows[BASE] = {"method": BASE, **self._measure(self.model)}
-                file.write(json.dumps(rows[BASE]) + "\n")
-                file.flush()
-            for method in methods:
-                if measured and method.name in rows:
-                    continue
-                model, seconds = self.fit(method, log)
-                if until == "export":
-                    self._export(method, model)
-                if not measured:
-                    continue
-                self.terminal.describe(f"evaluate {method.name}")
-                rows[method.name] = {
-                    "method": method.name, **self._measure(model), "seconds": seconds,
-                }  # fmt: skip
-                file.write(json.dumps(rows[method.name]) + "\n")
-                file.flush()
+        distributed.barrier("reading the results")  # before one process adds to them
+        if measured and BASE not in rows:
+            rows[BASE] = {"method": BASE, **self._measure(self.model)}
+            metrics.append_line(path, rows[BASE])
+        for method in methods:
+            if measured and method.name in rows:
+                continue
+            model, seconds = self.fit(method, log)
+            if until == "export":
+                self._export(method, model)
+            if not measured:
+                continue
+            self.terminal.describe(f"evaluate {method.name}")
+            rows[method.name] = {
+                "method": method.name, **self._measure(model), "seconds": seconds,
+            }  # fmt: skip
+            metrics.append_line(path, rows[method.name])
         if not measured:
             return {}
         results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
-        temporary = self.workdir / "results.json.tmp"
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.replace(self.workdir / "results.json")
+        metrics.write_json(self.workdir / "results.json", results)
         return results
 
     # Stages.
@@ -140,7 +135,8 @@ class LanguageExperiment:
                 "trainable": method.trainable,
             },
             log=log, log_every_steps=config.log_every_steps,
-            save_every_steps=config.save_every_steps, progress=self.terminal.advance,
+            save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
+            keep_best=config.keep_best, progress=self.terminal.advance,
         )  # fmt: skip
         if 0 < result.resumed_from < result.steps:
             self.terminal.print(f"{name}: continued from step {result.resumed_from}")

@@ -2,13 +2,14 @@
 
 import logging
 import sys
+import traceback
 from typing import Literal
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from easy_jax import theory_report, train
+from easy_jax import distributed, theory_report, train
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.errors import USER_ERRORS
 
@@ -24,6 +25,12 @@ COMMANDS: dict[str, train.Until] = {
 config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, with :argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Output folder; default: runs/<name>.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where no cluster tells."
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+_TIMEOUT = flags.DEFINE_float("peer_timeout", 300.0, "Seconds to wait for the other processes.")
 _USAGE = (
     f"usage: easy-jax {{{','.join(COMMANDS)}}} --config=configs/FILE.py[:ARG] [--workdir=DIR]\n"
     "       easy-jax theory [--workdir=DIR]"
@@ -40,13 +47,25 @@ def main(argv: list[str]) -> None:
         return
     if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
         raise app.UsageError(_USAGE)
+    distributed.initialize(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, timeout=_TIMEOUT.value
+    )
+    distributed.stop_on_sigterm()
     config = _CONFIG.value
     if not isinstance(
         config, ExperimentConfig | LanguageConfig
     ):  # also what absl gives for a missing file
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ConfigError(f"there is no experiment's configuration in the file {name}")
-    train.run(config, _WORKDIR.value or f"runs/{config.name}", COMMANDS[argv[1]])
+    stopped = False
+    try:
+        train.run(config, _WORKDIR.value or f"runs/{config.name}", COMMANDS[argv[1]])
+    except distributed.Stopped as stop:
+        stopped = True
+        print(f"easy-jax: {stop}; the same command again continues", file=sys.stderr)
+    distributed.shutdown()
+    if stopped:
+        sys.exit(distributed.EXIT_STOPPED)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -62,9 +81,15 @@ def cli() -> None:
     """The `easy-jax` console script: errors that a user can mend are one line, exit code 2."""
     try:
         app.run(main, flags_parser=_parse)
+    except distributed.PeersError as error:
+        print(f"easy-jax: {error}", file=sys.stderr)
+        sys.exit(distributed.EXIT_PEERS)
     except USER_ERRORS as error:
         print(f"easy-jax: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.abort(2, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        distributed.abort(1, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

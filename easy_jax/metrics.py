@@ -7,9 +7,11 @@ from typing import Any, TextIO
 
 from tensorboardX import SummaryWriter
 
+from easy_jax import distributed
+
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a workdir.
+    """Appends to `metrics.jsonl` and `tensorboard/` in a workdir; one process of several does.
 
     After a resume, steps since the last checkpoint are logged again; `read` keeps the
     last entry of every (stage, kind, step).
@@ -17,11 +19,13 @@ class MetricsLog:
 
     def __init__(self, workdir: str | os.PathLike[str]):
         self._workdir = Path(workdir)
-        self._file = open_lines(self._workdir / "metrics.jsonl")
+        self._file = _open_lines(self._workdir / "metrics.jsonl") if distributed.leads() else None
         self._writers: dict[str, SummaryWriter] = {}
 
     def write(self, stage: str, kind: str, step: int, values: dict[str, float]) -> None:
         """Logs values of a stage after `step` steps; `kind` is `train` or `validation`."""
+        if self._file is None:
+            return
         entry = {"stage": stage, "kind": kind, "step": step, **values}
         self._file.write(json.dumps(entry) + "\n")
         if stage not in self._writers:
@@ -33,13 +37,15 @@ class MetricsLog:
 
     def flush(self) -> None:
         """Writes out what is buffered."""
-        self._file.flush()
+        if self._file is not None:
+            self._file.flush()
         for writer in self._writers.values():
             writer.flush()
 
     def close(self) -> None:
         self._close_writers()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def _close_writers(self) -> None:
         for writer in self._writers.values():
@@ -47,7 +53,22 @@ class MetricsLog:
         self._writers = {}
 
 
-def open_lines(path: Path) -> TextIO:
+def append_line(path: Path, entry: dict[str, Any]) -> None:
+    """Appends to a JSON-lines file; one process of several does."""
+    if distributed.leads():
+        with _open_lines(path) as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all; one process of several does."""
+    if distributed.leads():
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(path)
+
+
+def _open_lines(path: Path) -> TextIO:
     """Opens a JSON-lines file for appending; a last line cut short by a kill is removed."""
     if path.exists():
         content = path.read_bytes()

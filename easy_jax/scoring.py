@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, loss_table, sharding
+from easy_jax import data, distributed, loss_table, sharding
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
@@ -77,6 +77,7 @@ def score(
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
     graphdef, state = nnx.split(eval_view(model))
+    state = sharding.shard_tree(state, mesh)
     identity = {
         "model": fingerprints.of_state(state),
         "data": data.fingerprint(source),
@@ -91,17 +92,20 @@ def score(
     # Examples dropped before are looked at again where they are to be errors now.
     dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
     done_N[list(dropped)] = True
+    distributed.barrier("reading the loss table")  # before anybody writes
     if metadata is not None and metadata["complete"] and done_N.all():
         return LossTable(directory, metadata)
     directory.mkdir(parents=True, exist_ok=True)
     header = {"format_version": loss_table.FORMAT_VERSION, **identity}
 
     bad: dict[int, str] = {}
+    stopped = False
     todo = np.flatnonzero(~done_N)
     if todo.size:
-        loader = data.scoring_loader(source, batch_size, ids=todo)
-        writer = _PartWriter(directory, rows_per_part, todo)
-        state = sharding.shard_tree(state, mesh)
+        rows = sharding.process_rows(batch_size, mesh)
+        loader = data.scoring_loader(source, batch_size, ids=todo, rows=rows)
+        owned = rows[sharding.owned_rows(batch_size, mesh)]
+        writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
         results = per_example(graphdef, state, loss_fn, loader, mesh)
         for number, (ids, nll_sum, count, *tokens) in enumerate(results):
             if number == 0:
@@ -111,7 +115,8 @@ def score(
                         f"{2 + len(tokens)} arrays; token losses are the third"
                     )
                 # Not earlier: a call with a mistake would leave a table that refuses the next.
-                loss_table.write_metadata(directory, {**header, "complete": False})
+                if distributed.leads():
+                    loss_table.write_metadata(directory, {**header, "complete": False})
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
             usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
@@ -124,21 +129,39 @@ def score(
             writer.add(ids, good, loss, count, *tokens)
             if progress is not None:
                 progress(len(ids))
+            if distributed.should_stop(f"scoring batch {number + 1}"):
+                stopped = True
+                break
         if bad and on_bad_example == "drop":
-            dropped |= set(bad)
-            _write_dropped(directory, dropped)
+            _write_dropped(directory, dropped | set(bad))
         writer.flush(last=True)
-    if bad and on_bad_example == "error":
-        some = "; ".join(f"id {i} {why}" for i, why in sorted(bad.items())[:10])
+    if stopped:
+        raise distributed.Stopped(f"stopped while scoring; what is done is in {directory}")
+    if on_bad_example == "error":
+        _raise_bad(bad, len(source))
+    distributed.barrier("the end of scoring")
+    if distributed.leads():
+        dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
+        summary = loss_table.summarise(directory, token_losses)
+        complete = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
+        loss_table.write_metadata(directory, complete)
+    distributed.barrier("the loss table's summary")
+    return LossTable.open(directory)
+
+
+def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
+    """Raises ScoringError in every process if one of them has met a bad example."""
+    first = sorted(bad.items())[:10]
+    parts = distributed.gather("bad examples", {"count": len(bad), "first": first})
+    count = sum(part["count"] for part in parts)
+    if count:
+        worst = sorted(tuple(item) for part in parts for item in part["first"])[:10]
+        some = "; ".join(f"id {i} {why}" for i, why in worst)
         raise ScoringError(
-            f"{len(bad)} of {len(source)} examples cannot be scored: {some}"
-            f"{'; ...' if len(bad) > 10 else ''}. Mend the data, or set on_bad_example='drop' "
+            f"{count} of {num_examples} examples cannot be scored: {some}"
+            f"{'; ...' if count > 10 else ''}. Mend the data, or set on_bad_example='drop' "
             "to leave them out of training"
         )
-    summary = loss_table.summarise(directory, token_losses)
-    complete = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
-    loss_table.write_metadata(directory, complete)
-    return LossTable.open(directory)
 
 
 def loss_name(loss_fn: Callable[..., Any]) -> str:
@@ -150,7 +173,7 @@ def loss_name(loss_fn: Callable[..., Any]) -> str:
 
 @functools.lru_cache(maxsize=32)
 def make_score_step(
-    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]]
+    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]], mesh: Mesh
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
     every pass with the same model structure, loss and shapes shares one compilation."""
@@ -158,7 +181,7 @@ def make_score_step(
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
-    return jax.jit(score_step)
+    return jax.jit(score_step, out_shardings=sharding.batch_sharding(mesh))
 
 
 def per_example(
@@ -173,32 +196,37 @@ def per_example(
     Where it returns a third array, of values per token of packed rows, a list of arrays
     follows: each example's values at its target tokens.
 
-    Padding is removed, every example comes once, and results are read one batch late, so
-    that the devices stay busy. Scoring and evaluation both run on this.
+    Padding is removed, every example comes once, in one of the processes, and results are
+    read one batch late, so that the devices stay busy. Scoring and evaluation both run on this.
 
     Args:
       graphdef, state: the model, in eval mode; the state on the mesh.
       loss_fn: `(model, batch) -> (first_B, second_B)`.
-      loader: a scoring loader.
+      loader: a scoring loader of `sharding.process_rows`.
       mesh: where the batches go.
     """
-    score_step = make_score_step(graphdef, loss_fn)
+    score_step = make_score_step(graphdef, loss_fn, mesh)
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     for batch in loader:
         arrays = {name: array for name, array in batch.items() if name != "example_id"}
         result = score_step(state, sharding.shard_batch(arrays, mesh))
         if pending is not None:
-            yield _collect(*pending)
+            yield _collect(*pending, mesh)
         pending = (batch, result)
     if pending is not None:
-        yield _collect(*pending)
+        yield _collect(*pending, mesh)
 
 
-def _collect(batch: Mapping[str, np.ndarray], result: tuple[jax.Array, ...]) -> tuple[Any, ...]:
+def _collect(
+    batch: Mapping[str, np.ndarray], result: tuple[jax.Array, ...], mesh: Mesh
+) -> tuple[Any, ...]:
     first, second, *tokens = (sharding.local_rows(array) for array in result)
     mask = batch["mask"]
+    if jax.process_count() > 1:  # other processes may hold some of the rows, too
+        owned_b = sharding.owned_rows(result[0].shape[0], mesh)
+        mask = mask & owned_b.reshape(-1, *[1] * (mask.ndim - 1))
     rows = (batch["example_id"][mask], first[mask], second[mask])
-    return (*rows, *(split_tokens(batch, values) for values in tokens))
+    return (*rows, *(split_tokens({**batch, "mask": mask}, values) for values in tokens))
 
 
 class _PartWriter:
@@ -241,11 +269,12 @@ class _PartWriter:
 
 
 def _read_dropped(directory: Path) -> set[int]:
-    path = directory / "dropped.json"
-    return set(json.loads(path.read_text())) if path.exists() else set()
+    paths = directory.glob("dropped-*.json")
+    return {i for path in paths for i in json.loads(path.read_text())}
 
 
 def _write_dropped(directory: Path, dropped: set[int]) -> None:
-    temporary = directory / "dropped.json.tmp"
+    path = directory / f"dropped-{jax.process_index():05d}.json"
+    temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(sorted(dropped)))
-    temporary.replace(directory / "dropped.json")
+    temporary.replace(path)

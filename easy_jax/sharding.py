@@ -1,12 +1,13 @@
 """One mesh, `(data, fsdp, tensor)`: logical-axis rules, and placing states and batches."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easy_jax.config import ConfigError, MeshConfig
@@ -41,7 +42,8 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
       config: axis sizes, one of which may be -1. Default: all devices on `data`.
 
     Returns:
-      A mesh over all devices of all processes.
+      A mesh over all devices of all processes. Of several TPU slices, the outermost part of
+      `data` is the slices.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -62,7 +64,27 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
             f"mesh sizes {dict(zip(AXES, sizes, strict=True))} do not multiply to the "
             f"{count} devices there are; set one axis to -1"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
+    if slices == 1 or jax.default_backend() != "tpu":
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types)
+    devices = mesh_utils.create_hybrid_device_mesh(*hybrid_shape(sizes, slices), jax.devices())
+    return Mesh(devices, AXES, axis_types=axis_types)
+
+
+def hybrid_shape(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axis sizes within a slice and over slices: only `data` crosses the slower network.
+
+    Raises:
+      ConfigError: the data axis does not divide over the slices.
+    """
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise ConfigError(
+            f"mesh.data is {data}; it must be a multiple of the {slices} slices, between which "
+            "only gradients should travel"
+        )
+    return (data // slices, fsdp, tensor), (slices, 1, 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -85,15 +107,63 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str = "batch_size") -> 
         )
 
 
+def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """The rows of a global batch that this process's devices need, in order.
+
+    Not always a block of their own: a mesh follows the wires between the devices, and
+    processes along `tensor` need the same rows.
+
+    Raises:
+      ConfigError: a batch size that does not divide over the mesh.
+    """
+    check_batch_size(batch_size, mesh)
+    shares, size = _shares(mesh), batch_size // len(_holders(mesh))
+    return (shares[:, None] * size + np.arange(size)[None, :]).reshape(-1)
+
+
+def owned_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Of `process_rows`, bool: those that this process reports, so that one does for each row."""
+    holders = _holders(mesh)
+    owned = holders.min(axis=1)[_shares(mesh)] == jax.process_index()
+    return np.repeat(owned, batch_size // len(holders))
+
+
+def _holders(mesh: Mesh) -> np.ndarray:
+    """The process of every device, [shares of a batch, devices with the same share]."""
+    process = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    return process.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+
+
+def _shares(mesh: Mesh) -> np.ndarray:
+    """The shares of a batch that this process's devices hold."""
+    return np.flatnonzero((_holders(mesh) == jax.process_index()).any(axis=1))
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows of a global batch on its devices; nothing is gathered."""
+    """Places this process's rows of a global batch (`process_rows`) on its devices.
+
+    Raises:
+      ValueError: a number of rows that does not divide over this process's shares.
+    """
     sharding = batch_sharding(mesh)
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)  # all fields in one call
-    return {
-        name: jax.make_array_from_process_local_data(sharding, array)
-        for name, array in batch.items()
-    }
+    shares = _shares(mesh)
+    devices = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    placed: dict[str, jax.Array] = {}
+    for name, array in batch.items():
+        if len(array) % len(shares):
+            raise ValueError(f"{name}: {len(array)} rows do not divide into {len(shares)} shares")
+        size = len(array) // len(shares)
+        parts = [
+            jax.device_put(rows, device)
+            for rows, share in zip(np.split(array, len(shares)), shares, strict=True)
+            for device in devices[share]
+            if device.process_index == jax.process_index()
+        ]
+        shape = (size * len(devices), *array.shape[1:])
+        placed[name] = jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return placed
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
@@ -138,18 +208,40 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULE
 
 
 def shard_tree(tree: Any, mesh: Mesh) -> Any:
-    """Copies a tree to the devices in the layout of `tree_shardings`."""
-    return jax.device_put(tree, tree_shardings(tree, mesh))
+    """Copies a tree to the devices in the layout of `tree_shardings`.
+
+    Every process gives the same values, or arrays that are on the mesh already.
+    """
+    shardings = tree_shardings(tree, mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(_place, tree, shardings)
+
+
+def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    value = np.asarray(leaf)
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def jit_init(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jits a function that makes a tree, every leaf born in its shards on the mesh."""
+    """Jits a function that makes a tree, every leaf born in its shards on the mesh.
+
+    Its arguments may be on the mesh, or the same in every process.
+    """
 
     def init(*args: Any) -> Any:
         tree = make(*args)
         return jax.lax.with_sharding_constraint(tree, tree_shardings(tree, mesh))
 
-    return jax.jit(init)
+    jitted = jax.jit(init)
+    if jax.process_count() == 1:
+        return jitted
+    return lambda *args: jitted(*shard_tree(args, mesh))
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
@@ -158,3 +250,11 @@ def local_rows(array: jax.Array) -> np.ndarray:
         return jax.device_get(array)
     rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([jax.device_get(rows[start]) for start in sorted(rows)])
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array on the host of every process, wherever its shards are."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        assert isinstance(array.sharding, NamedSharding)
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+    return np.asarray(jax.device_get(array))

@@ -10,11 +10,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Terminal:
     """A progress bar over all training steps of an experiment.
 
-    Outside of a terminal (CI, a log file, a pod) only the messages are printed.
+    Outside of a terminal (CI, a log file, a pod) only the messages are printed; by one process
+    of several: the others are quiet.
     """
 
-    def __init__(self, console: Console | None = None):
-        self._console = console if console is not None else Console()
+    def __init__(self, console: Console | None = None, quiet: bool = False):
+        self._console = console if console is not None else Console(quiet=quiet)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

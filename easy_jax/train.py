@@ -16,6 +16,7 @@ from flax import nnx
 
 from easy_jax import config as config_lib
 from easy_jax import (
+    distributed,
     evaluate,
     language_report,
     merge,
@@ -75,14 +76,14 @@ def run(
         raise ConfigError("export is for language models; an image model is in `checkpoints/`")
     workdir = open_workdir(config, workdir)
     view: Any = report if isinstance(config, ExperimentConfig) else language_report
-    with Terminal() as terminal:
+    with Terminal(quiet=not distributed.leads()) as terminal:
         experiment: Experiment | LanguageExperiment
         if isinstance(config, ExperimentConfig):
             experiment = Experiment(config, workdir, terminal)
         else:
             experiment = LanguageExperiment(config, workdir, terminal)
         results = experiment.run(until)
-    if until == "report":
+    if until == "report" and distributed.leads():
         view.write(config, workdir, results)
     if results:
         terminal.print(view.table(results))
@@ -107,9 +108,8 @@ def open_workdir(
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(text + "\n")
-            temporary.replace(path)
+            metrics.write_json(path, json.loads(text))
+        distributed.barrier("opening the workdir")
         found = json.loads(path.read_text())
         (workdir / "checkpoints").mkdir(exist_ok=True)
         if not os.access(workdir, os.W_OK):
@@ -171,18 +171,17 @@ class Experiment:
                     )
             return {}
         rows = {row_key(row): row for row in metrics.read_lines(self._cells_path)}
-        with metrics.open_lines(self._cells_path) as cells_file:
-            for cell in cells(config):
-                last = cell_stages(config, cell)[-1].name
-                if until == "train" or cell.key not in rows:
-                    self.fit(last)
-                if until != "train" and cell.key not in rows:
-                    rows[cell.key] = self.evaluate(cell)
-                    self._did_work = True
-                    cells_file.write(json.dumps(rows[cell.key]) + "\n")
-                    cells_file.flush()
-                else:
-                    self._count_as_done(last)
+        distributed.barrier("reading the results")  # before one process adds to them
+        for cell in cells(config):
+            last = cell_stages(config, cell)[-1].name
+            if until == "train" or cell.key not in rows:
+                self.fit(last)
+            if until != "train" and cell.key not in rows:
+                rows[cell.key] = self.evaluate(cell)
+                self._did_work = True
+                metrics.append_line(self._cells_path, rows[cell.key])
+            else:
+                self._count_as_done(last)
         if until == "train":
             self.terminal.print(
                 f"trained: {len(self.stages)} stages, in {self.workdir / 'checkpoints'}"
@@ -194,10 +193,7 @@ class Experiment:
                 f"{self.workdir / 'checkpoints'} (use another --workdir to start anew)"
             )
         results = report.select(config, [rows[cell.key] for cell in cells(config)])
-        path = self.workdir / "results.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-        temporary.replace(path)
+        metrics.write_json(self.workdir / "results.json", results)
         return results
 
     # Stages.
@@ -234,7 +230,8 @@ class Experiment:
                 "trainable": stage.trainable,
             },
             log=self._log, log_every_steps=config.log_every_steps,
-            save_every_steps=config.save_every_steps, on_epoch=on_epoch,
+            save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
+            keep_best=config.keep_best, on_epoch=on_epoch,
             progress=self.terminal.advance,
         )  # fmt: skip
         if name in self._trained:

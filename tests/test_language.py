@@ -2,15 +2,14 @@
 
 import dataclasses
 import json
-import random
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_language
 from helpers import load_config
 from safetensors.numpy import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from easy_jax import figures, language_report, losses, scoring, train
 from easy_jax.config import (
@@ -30,7 +29,6 @@ from easy_jax.models import hugging_face
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["what", "is", "one", "two", "three", "and", "or", "more", "less", "give", "it"]
 METHODS = (
     LanguageMethodConfig("standard"),
     LanguageMethodConfig("flow", weighting="flow"),
@@ -41,41 +39,7 @@ METHODS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model's folder, training and held-out data, and a general text."""
-    folder = tmp_path_factory.mktemp("language")
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "->", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(["<eos>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    embed, mlp, vocab = 8, 16, len(vocabulary)
-    config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": embed,
-        "intermediate_size": mlp, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 4, "tie_word_embeddings": True,
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    shapes = {
-        "self_attn.q_proj": (8, embed), "self_attn.k_proj": (4, embed),
-        "self_attn.v_proj": (4, embed), "self_attn.o_proj": (embed, 8),
-        "mlp.gate_proj": (mlp, embed), "mlp.up_proj": (mlp, embed), "mlp.down_proj": (embed, mlp),
-        "input_layernorm": (embed,), "post_attention_layernorm": (embed,),
-    }  # fmt: skip
-    rng = np.random.default_rng(0)
-    tensors = {"model.embed_tokens.weight": (vocab, embed), "model.norm.weight": (embed,)}
-    tensors |= {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in shapes.items()}
-    values = {name: rng.normal(size=shape).astype("f") for name, shape in tensors.items()}
-    save_file(values, folder / "model.safetensors")
-    draw = random.Random(0)
-
-    def text(words):
-        return " ".join(draw.choices(WORDS, k=words))
-
-    for name, size in (("train", 24), ("heldout", 8)):
-        lines = [{"q": text(4), "a": " " + text(draw.randint(1, 6)) + " "} for _ in range(size)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (folder / "prose.txt").write_text(text(200))
-    return folder
+    return tiny_language.write_folder(tmp_path_factory.mktemp("language"))
 
 
 def _config(folder, **changes):

@@ -18,9 +18,9 @@ def squares(size):
     return ArraySource({"x": np.arange(size, dtype=np.float32) ** 2})
 
 
-def global_batches(make, processes):
+def global_batches(make, processes, batch_size):
     """The batches of all processes, their rows joined in the order of the processes."""
-    loaders = [make(process_index=i, process_count=processes) for i in range(processes)]
+    loaders = [make(rows=rows) for rows in np.split(np.arange(batch_size), processes)]
     assert len({loader.steps for loader in loaders}) == 1
     rounds = list(zip(*map(iter, loaders), strict=True))
     assert len(rounds) == loaders[0].steps
@@ -48,7 +48,9 @@ def assert_same_batches(ours, theirs):
 @pytest.mark.parametrize("processes", PROCESS_COUNTS)
 @pytest.mark.parametrize(("size", "batch_size"), GRID)
 def test_scoring_order_has_every_example_once(size, batch_size, processes):
-    batches = global_batches(lambda **p: scoring_loader(squares(size), batch_size, **p), processes)
+    batches = global_batches(
+        lambda **p: scoring_loader(squares(size), batch_size, **p), processes, batch_size
+    )
     ids = np.concatenate([batch["example_id"] for batch in batches])
     mask = np.concatenate([batch["mask"] for batch in batches])
     x = np.concatenate([batch["x"] for batch in batches])
@@ -82,6 +84,7 @@ def test_training_sees_every_example_once_an_epoch(size, batch_size, processes):
     batches = global_batches(
         lambda **p: training_loader(squares(size), batch_size, epochs=epochs, seed=5, **p),
         processes,
+        batch_size,
     )
     ids = real_ids(batches)
     # Epochs follow one another without a gap, so each is a slice of the whole order.
@@ -104,6 +107,7 @@ def test_global_batches_do_not_depend_on_the_number_of_processes(size, batch_siz
         return global_batches(
             lambda **p: training_loader(squares(size), batch_size, epochs=2, seed=1, **p),
             processes,
+            batch_size,
         )
 
     alone = batches(1)
@@ -162,6 +166,7 @@ def test_weights_are_joined_by_id(processes):
     batches = global_batches(
         lambda **p: training_loader(squares(65), 16, epochs=2, seed=0, weight_N=weight_N, **p),
         processes,
+        16,
     )
     for batch in batches:
         expected = [weight_N[i] if i >= 0 else 0.0 for i in batch["example_id"]]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from easy_jax import loss_table, scoring
+from easy_jax import loss_table, scoring, sharding
 from easy_jax.data import ArraySource, training_loader
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import squared_error
@@ -453,5 +453,6 @@ def test_one_compilation(tmp_path):
             source = ArraySource(make_arrays(size))
             score(make_model(seed), source, tmp_path / f"{seed}-{size}", **options)
     graphdef = nnx.graphdef(eval_view(make_model()))
-    assert scoring.make_score_step(graphdef, traced)._cache_size() == 1
+    step = scoring.make_score_step(graphdef, traced, sharding.make_mesh())
+    assert step._cache_size() == 1
     assert traces == [(8, FEATURES)]

@@ -205,8 +205,8 @@ def test_processes_share_the_global_batches():
     options = {"epochs": 2, "seed": 3, "weight_N": _weights()}
     whole = list(training_loader(_packed(), 4, **options))
     parts = [
-        list(training_loader(_packed(), 4, process_index=i, process_count=2, **options))
-        for i in range(2)
+        list(training_loader(_packed(), 4, rows=rows, **options))
+        for rows in np.split(np.arange(4), 2)
     ]
     for batch, *shares in zip(whole, *parts, strict=True):
         for name, array in batch.items():

@@ -174,6 +174,9 @@ class LanguageConfig:
       general_characters: how much of each, at most.
       only: names of methods to run; empty means all.
       eval_batch_size: rows.
+      save_every_steps: how often a running stage is saved.
+      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest; and
+        whether to keep the one with the lowest training loss, too.
     """
 
     name: str = "language"
@@ -191,6 +194,8 @@ class LanguageConfig:
     only: tuple[str, ...] = ()
     eval_batch_size: int = 8
     save_every_steps: int = 500
+    keep_checkpoints: int = 1
+    keep_best: bool = False
     log_every_steps: int = 10
 
     def validate(self) -> "LanguageConfig":
@@ -224,7 +229,8 @@ class LanguageConfig:
         for name in self._only():
             require(name in names, "config.only", name, f"one of {names}")
         for name in (
-            "general_characters", "eval_batch_size", "save_every_steps", "log_every_steps",
+            "general_characters", "eval_batch_size", "save_every_steps", "keep_checkpoints",
+            "log_every_steps",
         ):  # fmt: skip
             require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
         return self

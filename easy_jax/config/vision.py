@@ -115,6 +115,8 @@ class ExperimentConfig:
       only: names of methods to run; empty means all.
       eval_every_epochs: points of the learning curves.
       save_every_steps: how often a running stage is saved.
+      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest; and
+        whether to keep the one with the lowest training loss, too.
     """
 
     name: str = "experiment"
@@ -133,6 +135,8 @@ class ExperimentConfig:
     eval_batch_size: int = 256
     eval_every_epochs: int = 1
     save_every_steps: int = 100
+    keep_checkpoints: int = 1
+    keep_best: bool = False
     log_every_steps: int = 10
 
     def validate(self) -> "ExperimentConfig":
@@ -165,7 +169,13 @@ class ExperimentConfig:
             method.validate(f"config.methods[{method.name}]")
         for name in self._only():
             require(name in names, "config.only", name, f"one of {names}")
-        for name in ("eval_batch_size", "eval_every_epochs", "save_every_steps", "log_every_steps"):
+        for name in (
+            "eval_batch_size",
+            "eval_every_epochs",
+            "save_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
             require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
         return self
 

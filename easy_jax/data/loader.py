@@ -1,7 +1,7 @@
 """Grain loaders: every example once for scoring, shuffled epochs for training.
 
 Order is decided on positions alone: positions are shuffled, repeated and cut into *global*
-batches, each process takes its contiguous share of a batch, and only then are records read.
+batches, each process takes its rows of a batch, and only then are records read.
 So the global batch at a step does not depend on the number of processes, shuffling costs
 nothing, and the state of an iterator is one integer.
 
@@ -21,6 +21,7 @@ import grain
 import jax
 import numpy as np
 
+from easy_jax import sharding
 from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
 from easy_jax.data.sources import DataError, Source
 
@@ -37,13 +38,28 @@ class Loader:
     `steps` is the number of batches, the same in every process.
     """
 
-    def __init__(self, dataset: grain.MapDataset[Batch], threads: int, prefetch: int):
+    def __init__(
+        self,
+        dataset: grain.MapDataset[Batch],
+        threads: int,
+        prefetch: int,
+        order: np.ndarray | list[np.ndarray] | None = None,
+    ):
         self._dataset = dataset
+        self._order = order
         self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
 
     @property
     def steps(self) -> int:
         return len(self._dataset)
+
+    def ids_in(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
+        """The ids of all examples in these rows of the global batches, sorted; when scoring."""
+        assert self._order is not None
+        chosen = np.isin(np.arange(batch_size), rows)
+        order = self._order
+        mine = [order[i] for i in np.flatnonzero(np.resize(chosen, len(order)))]
+        return np.sort(np.hstack(mine)) if mine else np.zeros(0, np.int64)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._dataset.to_iter_dataset(self._options))
@@ -54,8 +70,7 @@ def scoring_loader(
     batch_size: int,
     *,
     ids: np.ndarray | None = None,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: np.ndarray | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
@@ -65,12 +80,13 @@ def scoring_loader(
       source: the data.
       batch_size: global, over all processes.
       ids: the examples to read; default: all.
-      process_index, process_count: this process's share; default: JAX's.
+      rows: of every global batch, those that this process reads; default: what its devices
+        need on a mesh with all devices on the data axis (`sharding.process_rows`).
       threads, prefetch: reader threads and batches read ahead.
 
     Raises:
       DataError: an empty source, ids out of range or given twice.
-      ValueError: a batch size that does not divide over the processes.
+      ConfigError: without `rows`, a batch size that does not divide over the devices.
 
     Example:
       >>> from easy_jax.data import ArraySource
@@ -79,13 +95,15 @@ def scoring_loader(
       [[True, True], [True, False]]
     """
     ids = _checked_ids(source, ids)
-    share = _share(batch_size, process_index, process_count)
+    share = _share(batch_size, rows)
     if isinstance(source, PackedSource):
-        return Loader(_packed(source, source.rows(ids), batch_size, share), threads, prefetch)
+        packed = source.rows(ids)
+        dataset = _packed(source, packed, batch_size, share)
+        return Loader(dataset, threads, prefetch, packed)
     read = _Reader(source, batch_size, share, weight_N=None)
     starts = grain.MapDataset.range(0, len(ids), batch_size)
     dataset = starts.map(lambda start: read(ids[start : start + batch_size]))
-    return Loader(dataset, threads, prefetch)
+    return Loader(dataset, threads, prefetch, ids)
 
 
 def training_loader(
@@ -96,8 +114,7 @@ def training_loader(
     seed: int,
     weight_N: np.ndarray | None = None,
     token_weight: Ragged | None = None,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: np.ndarray | None = None,
     threads: int = 2,
     prefetch: int = 4,
 ) -> Loader:
@@ -115,11 +132,11 @@ def training_loader(
         that is NaN is an example dropped while scoring: it is left out of training.
       token_weight: weights of the target tokens, of packed sources only. An example that has
         none was dropped while scoring, and is left out.
-      process_index, process_count, threads, prefetch: as in `scoring_loader`.
+      rows, threads, prefetch: as in `scoring_loader`.
 
     Raises:
       DataError: an empty source; weights of another length, negative or infinite.
-      ValueError: a batch size that does not divide over the processes.
+      ConfigError: without `rows`, a batch size that does not divide over the devices.
 
     Example:
       >>> from easy_jax.data import ArraySource
@@ -148,10 +165,10 @@ def training_loader(
     ids = _checked_ids(source, ids)
     order = _ShuffledEpochs(ids, seed, epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
-    share = _share(batch_size, process_index, process_count)
+    share = _share(batch_size, rows)
     if isinstance(source, PackedSource):
-        rows = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
-        dataset = _packed(source, rows, batch_size, share, weight_N, token_weight)
+        packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
+        dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
         return Loader(dataset, threads, prefetch)
     read = _Reader(source, batch_size, share, weight_N)
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
@@ -189,20 +206,20 @@ class _ShuffledEpochs:
         )
 
 
-def _share(batch_size: int, index: int | None, count: int | None) -> slice:
-    """This process's part of a global batch; default: JAX's process index and count."""
-    count = jax.process_count() if count is None else count
-    index = jax.process_index() if index is None else index
-    if batch_size % count:
-        raise ValueError(f"batch_size {batch_size} does not divide over {count} processes")
-    return slice(index * (batch_size // count), (index + 1) * (batch_size // count))
+def _share(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The rows of a global batch that this process reads."""
+    if rows is not None:
+        return np.asarray(rows)
+    if jax.process_count() == 1:
+        return np.arange(batch_size)
+    return sharding.process_rows(batch_size, sharding.make_mesh())
 
 
 def _packed(
     source: PackedSource,
     rows: list[np.ndarray],
     batch_size: int,
-    share: slice,
+    share: np.ndarray,
     weight_N: np.ndarray | None = None,
     token_weight: Ragged | None = None,
 ) -> grain.MapDataset[Batch]:
@@ -212,8 +229,8 @@ def _packed(
 
     def read(start: int) -> Batch:
         part = rows[start : start + batch_size]
-        part = [*part, *[nothing] * (batch_size - len(part))][share]
-        batch = reader.read(part)
+        part = [*part, *[nothing] * (batch_size - len(part))]
+        batch = reader.read([part[row] for row in share])
         mask_rs = batch["mask"] = batch["example_id"] != PADDING_ID
         if weight_N is not None:
             batch["weight"] = np.where(mask_rs, weight_N[batch["example_id"]], 0.0)
@@ -226,7 +243,9 @@ def _packed(
 class _Reader:
     """Global batch of ids -> this process's rows, read, stacked, padded and checked."""
 
-    def __init__(self, source: Source, batch_size: int, share: slice, weight_N: np.ndarray | None):
+    def __init__(
+        self, source: Source, batch_size: int, share: np.ndarray, weight_N: np.ndarray | None
+    ):
         self._rows = share
         self._source = source
         self._batch_size = batch_size

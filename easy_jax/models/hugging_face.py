@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from easy_jax import sharding
+from easy_jax import distributed, sharding
 from easy_jax.config import ConfigError
 from easy_jax.models import transformer_config
 from easy_jax.models.lora import merged_kernel
@@ -125,7 +125,7 @@ def export(
 ) -> None:
     """Writes a folder that `transformers` loads: adapters merged, dtypes as in the base model.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all. All processes call it, one writes.
 
     Args:
       model: what `load` made of the base model, trained or not.
@@ -148,11 +148,13 @@ def export(
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     shapes = {name: _checkpoint_shape(flat[place.path].get_value(), place)
               for name, place in places.items()}  # fmt: skip
-    shards = _shards({n: dtypes[n].itemsize * int(np.prod(shapes[n])) for n in places},
-                     max_shard_bytes)  # fmt: skip
+    sizes = {name: dtypes[name].itemsize * int(np.prod(shapes[name])) for name in places}
+    shards = _shards(sizes, max_shard_bytes)
+    distributed.barrier("the start of an export")
     temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if distributed.leads():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
@@ -164,10 +166,24 @@ def export(
             value = kernels.get(place.path, flat[place.path].get_value)
             tensors[name] = _read_out(value(), place, shapes[name]).astype(dtypes[name])
             weight_map[name] = file
-        save_file(tensors, temporary / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        total = sum(dtypes[n].itemsize * int(np.prod(shapes[n])) for n in places)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        if distributed.leads():
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
+    if distributed.leads():
+        _finish(folder, temporary, base, len(shards), weight_map, sizes)
+    distributed.barrier("the end of an export")
+
+
+def _finish(
+    folder: Path,
+    temporary: Path,
+    base: Path,
+    num_shards: int,
+    weight_map: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> None:
+    """Adds what is beside the tensors, and gives the folder its name."""
+    if num_shards > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for file in ("config.json", *_TOKENIZER_FILES):
         if (base / file).exists():
@@ -405,7 +421,8 @@ def _checkpoint_shape(variable: Any, place: _Place) -> tuple[int, ...]:
 
 
 def _read_out(value: jax.Array, place: _Place, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(jax.device_get(value if place.group is None else value[place.group]))
+    value = value if place.group is None else value[place.group]
+    array = sharding.whole(value)  # one tensor at a time comes together
     if place.outputs:
         array = array.reshape(shape[::-1]).T
     return np.ascontiguousarray(array)

@@ -1,0 +1,205 @@
+"""Several processes, one run: starting them, agreeing among them, stopping them in good order."""
+
+import contextlib
+import importlib.metadata
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import clusters  # not public, but what `jax.distributed.initialize` goes by
+from jax.experimental import multihost_utils
+
+from easy_jax.config import ConfigError
+from easy_jax.peers import EXIT_PEERS, Peers, PeersError
+
+EXIT_STOPPED = 75  # saved after a SIGTERM: the same command again continues
+
+_peers: Peers | None = None
+_asked_to_stop = False
+_calls = itertools.count()
+
+
+class Stopped(Exception):  # noqa: N818, no error
+    """The run was asked to stop (SIGTERM), and has saved where it is."""
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 300.0,
+) -> None:
+    """Joins the processes of a run; call it before any other use of JAX.
+
+    Arguments that are not given come from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`, or from the cluster: TPU slices (also on GKE), SLURM, Kubernetes, Open MPI.
+    One process alone is not a cluster: nothing happens. A process that is lost later ends all.
+
+    Args:
+      coordinator_address: `host:port` of process 0; the port must be free there.
+      num_processes, process_id: how many there are, and which this one is, from 0.
+      timeout: seconds to wait for the others at the start, and to bear their silence later.
+
+    Raises:
+      ConfigError: some of the three are given and others cannot be found, or are wrong.
+      PeersError: processes did not come in time (named), or are of another run.
+    """
+    global _peers
+    values: dict[str, Any] = {
+        "coordinator_address": coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _number("num_processes", num_processes),
+        "process_id": _number("process_id", process_id),
+    }
+    if not timeout > 0:
+        raise ConfigError(f"peer_timeout is {timeout}; it must be a positive number of seconds")
+    devices = None
+    if None in values.values():
+        *found, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            values["coordinator_address"], values["num_processes"], values["process_id"],
+            None, None, int(timeout),
+        )  # fmt: skip
+        values = dict(zip(values, found, strict=True))
+    address, count, index = values.values()
+    missing = [name for name, value in values.items() if value is None]
+    if len(missing) == len(values):
+        return  # no cluster
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not given, and no cluster to find out from; give all of "
+            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+        )
+    if not 0 <= index < count:
+        raise ConfigError(f"process_id is {index}; it must be from 0 to num_processes - 1")
+    if count == 1:
+        return
+    version = importlib.metadata.version("easy-jax")
+    run = [version, *(arg for arg in sys.argv[1:] if not arg.startswith("--process_id"))]
+    peers = Peers(
+        address, count, index, timeout=timeout, run=run, jax_address=lambda: _free(address)
+    )
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        peers.jax_address, count, index, devices,
+        initialization_timeout=int(timeout) + 1,
+        heartbeat_timeout_seconds=2 * int(timeout) + 10,  # ours come first, and name the process
+    )  # fmt: skip
+    _peers = peers
+
+
+def shutdown() -> None:
+    """Leaves the run, when all processes have come to its end."""
+    global _peers
+    if _peers is not None:
+        barrier("end")
+        jax.distributed.shutdown()
+        _peers.close()
+        _peers = None
+
+
+def abort(code: int, message: str) -> None:
+    """Ends this process and, of a run of several, the others with the same exit code."""
+    if _peers is not None:
+        _peers.fail(code, message)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # not sys.exit: JAX would wait for the others
+    sys.exit(code)
+
+
+def leads() -> bool:
+    """Whether this process writes what is written once: reports, metadata, messages."""
+    return jax.process_index() == 0
+
+
+def gather(what: str, value: Any) -> list[Any]:
+    """A JSON-serialisable value of every process, in their order; all processes must call it.
+
+    Args:
+      what: is gathered; named if a process does not come.
+      value: this process's.
+    """
+    at(what)
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
+    # A power of two: every other size would be another compilation.
+    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
+    padded[: text.size] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def total(what: str, **values: float) -> dict[str, float]:
+    """Sums over all processes, added in their order."""
+    parts = gather(what, values)
+    return {name: sum(part[name] for part in parts) for name in values}
+
+
+def barrier(what: str) -> None:
+    """Waits until every process has come here."""
+    gather(what, None)
+
+
+def at(place: str) -> None:
+    """Notes where this process is; printed, by process, if a run stops moving."""
+    if _peers is not None:
+        _peers.at(place)
+
+
+def stop_on_sigterm() -> None:
+    """From here on, SIGTERM asks the run to save and stop (see `should_stop`).
+
+    Several processes need no handler: JAX's preemption service has one, and carries the
+    notice of any of them to all.
+    """
+    if jax.process_count() == 1:
+        signal.signal(signal.SIGTERM, _note_sigterm)
+
+
+def should_stop(place: str) -> bool:
+    """Whether to save now and raise `Stopped`; all processes agree on the answer.
+
+    Call it once for every batch, in every process.
+
+    Args:
+      place: what has just been done, such as `training step 7`.
+    """
+    at(place)
+    if jax.process_count() == 1:
+        return _asked_to_stop
+    return multihost_utils.reached_preemption_sync_point(next(_calls))
+
+
+def _note_sigterm(*_: Any) -> None:
+    global _asked_to_stop
+    _asked_to_stop = True
+
+
+def _number(name: str, value: int | None) -> int | None:
+    """A number that is given, or is in the environment."""
+    text = os.environ.get(f"JAX_{name.upper()}")
+    if value is not None or text is None:
+        return value
+    with contextlib.suppress(ValueError):
+        return int(text)
+    raise ConfigError(f"JAX_{name.upper()} is {text!r}; it must be a number")
+
+
+def _free(address: str) -> str:
+    """The same host with a port that nobody uses, for JAX's own coordinator."""
+    with socket.create_server(("", 0)) as server:
+        return f"{address.rpartition(':')[0]}:{server.getsockname()[1]}"
+
+
+__all__ = [
+    "EXIT_PEERS", "EXIT_STOPPED", "PeersError", "Stopped", "abort", "at", "barrier", "gather",
+    "initialize", "leads", "should_stop", "shutdown", "stop_on_sigterm", "total",
+]  # fmt: skip

@@ -1,0 +1,242 @@
+"""The roll call and the watch, between threads: who is missing, doubled, lost, silent, stuck."""
+
+import json
+import queue
+import re
+import socket
+import threading
+import time
+
+import pytest
+from processes import free_port
+
+from easy_jax.peers import EXIT_PEERS, Peers, PeersError
+
+TIMEOUT = 2.0
+
+
+class Run:
+    """The processes of a run as threads; whatever would end one goes into `ended`."""
+
+    def __init__(self, count, timeout=TIMEOUT):
+        self.address = f"127.0.0.1:{free_port()}"
+        self.count = count
+        self.timeout = timeout
+        self.ended = queue.Queue()
+
+    def peer(self, index, count=None, run="same", timeout=None):
+        return Peers(
+            self.address, count or self.count, index, timeout=timeout or self.timeout, run=run,
+            jax_address=lambda: "here:1", end=lambda *why: self.ended.put((index, *why)),
+        )  # fmt: skip
+
+    def together(self, *makers):
+        """What each maker gives or raises, all started at the same time."""
+        results = [None] * len(makers)
+
+        def go(place, make):
+            try:
+                results[place] = make()
+            except PeersError as error:
+                results[place] = error
+
+        threads = [threading.Thread(target=go, args=item) for item in enumerate(makers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    def all(self):
+        return self.together(*(lambda i=i: self.peer(i) for i in range(self.count)))
+
+    def ends(self, count):
+        found = [self.ended.get(timeout=3 * self.timeout) for _ in range(count)]
+        return {index: (code, why) for index, code, why in found}
+
+
+def leave(peers):
+    for peer in reversed(peers):  # process 0 waits for the others' farewell
+        peer.close()
+
+
+def test_all_come_and_all_leave():
+    run = Run(3)
+    peers = run.all()
+    assert [peer.jax_address for peer in peers] == ["here:1"] * 3
+    time.sleep(1.5 * TIMEOUT)  # beats keep them together
+    leave(peers)
+    time.sleep(0.5)
+    assert run.ended.empty()
+
+
+def test_the_missing_are_named_to_all_that_came():
+    run = Run(5)
+    start = time.monotonic()
+    errors = run.together(lambda: run.peer(0), lambda: run.peer(2), lambda: run.peer(4))
+    assert time.monotonic() - start < 2 * TIMEOUT
+    for error in errors:
+        assert "processes 1, 3 of 5 did not come within 2 s" in str(error)
+
+
+def test_no_process_0():
+    run = Run(2)
+    with pytest.raises(PeersError, match=rf"process 1 found no process 0 at {run.address} within"):
+        run.peer(1)
+
+
+def test_a_late_process_0_has_its_time():
+    run = Run(2)
+
+    def late():
+        time.sleep(0.8 * TIMEOUT)
+        return run.peer(0)
+
+    peers = run.together(late, lambda: run.peer(1))
+    leave(peers)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"index": 1}, "process 1 .* and process 1 .* have the same process id"),
+        ({"index": 0}, "process 0 .* and process 0 .* have the same process id"),
+        ({"index": 2, "count": 4}, "process 2 .* is one of 4 processes, process 0 one of 3"),
+        ({"index": 2, "run": "other"}, "process 2 .* runs another command or version, other"),
+    ],
+)
+def test_a_wrong_process_is_refused(other, message):
+    run = Run(3)
+
+    def wrong():
+        time.sleep(0.3)
+        if other["index"] == 0:  # it says so itself, whatever it listens to
+            with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+                line.sendall(json.dumps({"hello": 0, "count": 3, "run": "same"}).encode() + b"\n")
+                return PeersError(json.loads(line.recv(10_000))["reason"])
+        return run.peer(**other)
+
+    for error in run.together(lambda: run.peer(0), lambda: run.peer(1), wrong):
+        assert isinstance(error, PeersError)
+        assert re.search(message, str(error)), error
+
+
+def test_strangers_at_the_port_are_ignored():
+    run = Run(2)
+
+    def stranger():
+        time.sleep(0.3)
+        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hello": "you"}\n', b""):
+            with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+                line.sendall(text)
+        return run.peer(1)
+
+    leave(run.together(lambda: run.peer(0), stranger))
+
+
+def test_a_process_that_starts_again_before_all_are_there():
+    run = Run(2)
+    port = int(run.address.split(":")[1])
+
+    def again():
+        time.sleep(0.3)
+        hello = {"hello": 2, "count": 3, "run": "same"}
+        with socket.create_connection(("127.0.0.1", port)) as line:
+            line.sendall(json.dumps(hello).encode() + b"\n")
+            time.sleep(0.2)
+        return run.peer(2)
+
+    run.count = 3
+
+    def last():
+        time.sleep(1.0)
+        return run.peer(1)
+
+    leave(run.together(lambda: run.peer(0), again, last))
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_killed_process_ends_the_others_at_once(lost):
+    run = Run(4, timeout=60)
+    peers = run.all()
+    start = time.monotonic()
+    peers[lost]._closing = True  # its thread says nothing more
+    for line in peers[lost]._lines.values():
+        line.connection.shutdown(socket.SHUT_RDWR)  # what the kernel does for a killed process
+    ended = run.ends(3)
+    peers[lost].close()
+    assert time.monotonic() - start < 30
+    assert ended.keys() == {0, 1, 2, 3} - {lost}
+    for code, why in ended.values():
+        assert code == EXIT_PEERS
+        assert f"process {lost} (" in why
+        assert why.endswith("is gone; the same command again continues")
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_silent_process_ends_the_others_in_time(silent):
+    run = Run(3)
+    port = int(run.address.split(":")[1])
+    lines = []
+
+    def mute_leader():
+        with socket.create_server(("", port)) as server:
+            lines.extend(server.accept()[0] for _ in range(2))
+        for line in lines:
+            line.recv(10_000)
+            line.sendall(b'{"go": ""}\n')
+
+    def mute_follower():
+        time.sleep(0.3)
+        lines.append(socket.create_connection(("127.0.0.1", port)))
+        lines[0].sendall(json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n")
+
+    expected = {0, 1, 2} - {silent}
+    mute = mute_follower if silent else mute_leader
+    run.together(mute, *(lambda i=i: run.peer(i) for i in expected))
+    start = time.monotonic()
+    ended = run.ends(2)
+    for line in lines:
+        line.close()
+    assert time.monotonic() - start < 2 * TIMEOUT
+    assert ended.keys() == expected
+    for code, why in ended.values():
+        assert code == EXIT_PEERS
+        assert f"no sign of process {silent} (" in why
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_process_that_fails_says_why_to_all(failed):
+    run = Run(3)
+    peers = run.all()
+    peers[failed].fail(2, "config.seed is -1")
+    ended = run.ends(2)
+    peers[failed].close()
+    for index in {0, 1, 2} - {failed}:
+        assert ended[index] == (2, f"process {failed} ended: config.seed is -1")
+
+
+def test_a_run_that_does_not_move_is_told_by_place(capsys):
+    run = Run(3, timeout=1.0)
+    peers = run.all()
+    for index, peer in enumerate(peers):
+        peer.at("step 8" if index != 1 else "step 7")
+    time.sleep(2.5)
+    leave(peers)
+    told = capsys.readouterr().err
+    assert "nothing has moved for" in told
+    assert "processes 0, 2 at step 8; process 1 at step 7" in told
+    assert run.ended.empty()
+
+
+@pytest.mark.parametrize("address", ["host", "host:", ":123", "host:port", "host:99999"])
+def test_bad_address(address):
+    with pytest.raises(PeersError, match=r"it must be HOST:PORT"):
+        Peers(address, 2, 0, timeout=1.0, run="", jax_address=str)
+
+
+def test_port_in_use():
+    with socket.create_server(("", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(PeersError, match=r"cannot listen on port \d+: .*--coordinator_address"):
+            Peers(address, 2, 0, timeout=1.0, run="", jax_address=str)

@@ -1,0 +1,89 @@
+"""One run in 1, 2 and 4 real processes: the same loss table, temperature, parameters, results."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_language
+from processes import run
+from safetensors.numpy import load_file
+
+from easy_jax import train
+from easy_jax.config import MeshConfig
+from easy_jax.loss_table import LossTable
+
+pytestmark = pytest.mark.slow
+
+COUNTS = (1, 2, 4)
+STEPS = 20
+# With `tensor` over two processes of four, two of them read the same rows.
+MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.tensor=4")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    words = [*tiny_language.WORDS, "now", "then"]  # and three special tokens: 16
+    return tiny_language.write_folder(
+        tmp_path_factory.mktemp("model"), train=8 * STEPS, heads=4, kv_heads=4, words=words
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(root, folder, tmp_path_factory):
+    """By number of processes: workdir and what was printed."""
+    runs = {}
+    for count in COUNTS:
+        workdir = tmp_path_factory.mktemp(f"run{count}")
+        runs[count] = workdir, run(root, _arguments("run", folder, workdir), count)
+    return runs
+
+
+def _arguments(command, folder, workdir):
+    return [command, f"--config=tests/tiny_language.py:{folder}", f"--workdir={workdir}", *MESH]
+
+
+def _parameters(workdir):
+    return load_file(workdir / "exported" / "flow" / "model.safetensors")
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_same_loss_table_and_temperature(runs, count):
+    alone, ours = (LossTable.open(runs[n][0] / "loss_table") for n in (1, count))
+    ids = np.concatenate([ids for ids, _, _ in ours.rows()])
+    assert sorted(ids) == list(range(8 * STEPS))
+    np.testing.assert_allclose(ours.loss_N(), alone.loss_N(), rtol=1e-6)
+    assert ours.temperature == pytest.approx(alone.temperature, rel=1e-6)
+    assert ours.temperature == np.median(ours.loss_N())
+    writers = {path.name.split("-")[1] for path in ours.directory.glob("part-*.parquet")}
+    assert len(writers) == 2  # of four processes, two hold copies
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_same_parameters(runs, root, folder, count):
+    """Their checkpoints are read, and exported, by two processes and by one."""
+    run(root, _arguments("export", folder, runs[count][0]), 2)
+    if not (runs[1][0] / "exported").exists():
+        config = tiny_language.get_config(str(folder))
+        config.mesh = MeshConfig(data=1, fsdp=2, tensor=4)
+        train.run(config, runs[1][0], "export")
+    alone, ours = (_parameters(runs[n][0]) for n in (1, count))
+    start = load_file(folder / "model.safetensors")
+    assert alone.keys() == ours.keys() == start.keys()
+    for name, value in alone.items():
+        np.testing.assert_allclose(ours[name], value, atol=1e-5, err_msg=name)
+    assert max(np.abs(alone[name] - start[name]).max() for name in alone) > 0.01
+
+
+@pytest.mark.parametrize("count", COUNTS[1:])
+def test_same_results_written_once(runs, count):
+    (alone, _), (ours, printed) = runs[1], runs[count]
+    ours_rows, alone_rows = (
+        json.loads((path / "results.json").read_text())["language"] for path in (ours, alone)
+    )
+    for row, expected in zip(ours_rows, alone_rows, strict=True):
+        for key in expected.keys() - {"method", "seconds"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert len((ours / "cells.jsonl").read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in (ours / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert ["loss table:" in text for text in printed] == [True] + [False] * (count - 1)
