@@ -24,11 +24,18 @@ class Processes:
       devices: in all.
       timeout: their `--peer_timeout`, seconds.
       only: start these alone of them.
-      changes: by process, arguments of it alone.
+      preexec_fn: called in each before it starts.
     """
 
     def __init__(
-        self, root, arguments, count=1, devices=DEVICES, timeout=60, only=None, changes=None
+        self,
+        root,
+        arguments,
+        count=1,
+        devices=DEVICES,
+        timeout=60,
+        only=None,
+        preexec_fn=None,
     ):
         env = {
             **os.environ, "PYTHONPATH": str(root), "COLUMNS": "200",
@@ -47,9 +54,9 @@ class Processes:
                 [
                     sys.executable, "-m", "easy_jax.main", *arguments, *cluster,
                     *([f"--process_id={index}"] if count > 1 else []),
-                    *(changes or {}).get(index, []),
                 ],
                 cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                preexec_fn=preexec_fn,
             )
             for index in (range(count) if only is None else only)
         ]  # fmt: skip
