@@ -146,8 +146,8 @@ ask() {
   return 1
 }
 
-# Three tries of what needs a connection; a pre-empted resource is told from a bad one. A
-# worker's exit code 2 is final.
+# Three tries of what needs a connection; a pre-empted resource is told from a bad one. Exit code 2
+# is gcloud's for a wrong flag, 3 worker.sh's for a worker that another run is using.
 persist() {
   local try code
   for try in 1 2 3; do
@@ -155,6 +155,10 @@ persist() {
     "$@" || code=$?
     ((code == 0)) && return
     ((code == 2)) && exit 2
+    if ((code == 3)); then
+      created='' # not this run's to delete
+      exit 2
+    fi
     still_active || exit "$INTERRUPTED"
     note "try $try failed (exit code $code): $(quote "$@")"
     pause "$poll"

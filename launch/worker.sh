@@ -9,10 +9,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 # One line for every worker, for tpu_vm.sh to count.
 answer() { echo "easy_jax $(hostname) $*"; }
 
-job_runs() { [[ -e pid ]] && kill -0 "$(<pid)" 2>/dev/null; }
+job_runs() { [[ -e pid && ! -e exit_code ]] && kill -0 "$(<pid)" 2>/dev/null; }
+
+conflict() {
+  echo "$(hostname) runs another command or version under this run id: choose another --run-id" >&2
+  exit 3
+}
 
 install() {
-  if [[ ! -e installed ]] || ! cmp -s installed version; then
+  if ! cmp -s installed version; then
+    job_runs && conflict
     rm -rf source installed
     mkdir source
     tar -xzf source.tar.gz -C source
@@ -34,11 +40,7 @@ start() {
     printf '%q ' "$@"
   )
   if job_runs; then
-    if [[ $(<job) != "$job" ]]; then
-      echo "$(hostname) runs another command under this run id; choose another --run-id," \
-        "or delete the queued resource first" >&2
-      exit 2
-    fi
+    [[ $(<job) == "$job" ]] || conflict
   else
     rm -f exit_code
     printf '%s' "$job" >job
@@ -61,6 +63,13 @@ job() {
   local code=0
   (cd source && exec ../venv/bin/easy-jax "$@") || code=$?
   echo "$code" >exit_code
+}
+
+follow() {
+  tail -n 200 -f log &
+  while job_runs; do sleep 1; done
+  sleep 1 # for the last lines
+  kill $! || true
 }
 
 status() {
@@ -86,8 +95,7 @@ stop() {
 }
 
 case ${1:-} in
-  install | start | job | status | stop) "$@" ;;
-  follow) exec tail -n 200 --pid="$(<pid)" -f log ;;
+  install | start | job | follow | status | stop) "$@" ;;
   logs) tail -n 40 log | sed "s/^/$(hostname): /" ;;
   *)
     echo "worker.sh: unknown command ${1:-}" >&2

@@ -5,6 +5,7 @@ is what shall happen, `calls.jsonl` what was called, `runs.jsonl` how easy-jax w
 is a folder, its home, where `gcloud ... ssh` runs its command in a real shell.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,16 @@ import time
 from pathlib import Path
 
 CLIENTS = ("gcloud", "kubectl", "xpk", "srun", "scontrol")
-ON_WORKERS = ("python3", "uv", "easy-jax")
+ON_WORKERS = {
+    "hostname": "echo worker-$FAKE_WORKER",
+    "sleep": "exec /usr/bin/sleep 0.05",
+    # python3 -m pip install --quiet --upgrade --target uv uv
+    "python3": 'mkdir -p uv/bin && cp "${0%/*}/uv" uv/bin',
+    # uv venv ... venv; uv pip install ... ./source 'jax[tpu]' gcsfs
+    "uv": """mkdir -p venv/bin
+[[ $1 == venv || " $* " == *" ./source jax[tpu] "* && -e source/pyproject.toml ]] || exit 1
+cp "$(command -v easy-jax)" venv/bin""",
+}
 
 
 def install(folder: Path, names: tuple[str, ...], cloud: Path) -> None:
@@ -23,9 +33,11 @@ def install(folder: Path, names: tuple[str, ...], cloud: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).read_text()
     for name in names:
-        file = folder / name
-        file.write_text(f"#!{sys.executable} -SE\nFAKE_CLOUD = {str(cloud)!r}\n{source}")
-        file.chmod(0o755)
+        text = f"#!{sys.executable} -SE\nFAKE_CLOUD = {str(cloud)!r}\n{source}"
+        if name in ON_WORKERS:
+            text = f"#!/bin/bash\n{ON_WORKERS[name]}\n"
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
 
 
 def planned(cloud: Path, key: str, default: object) -> object:
@@ -101,10 +113,8 @@ def gcloud(cloud: Path, argv: list[str]) -> int:
 
 
 def kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def easy_jax(cloud: Path, argv: list[str]) -> int:
@@ -123,7 +133,7 @@ def easy_jax(cloud: Path, argv: list[str]) -> int:
             "attempt": attempt(cloud),
             "argv": argv,
             "token": os.environ.get("HF_TOKEN"),
-            "files": sorted(os.listdir()),
+            "files": sorted(file.name for file in Path().iterdir()),
         },
     )
     print(f"worker {worker} trains", flush=True)
@@ -150,10 +160,9 @@ def srun(cloud: Path, argv: list[str]) -> int:
 
 
 def main(name: str, cloud: Path, argv: list[str]) -> int:
-    if name not in ON_WORKERS:
+    if name != "easy-jax":
         given = "" if sys.stdin is None or name != "kubectl" else sys.stdin.read()
         append(cloud / "calls.jsonl", {"command": [name, *argv], "stdin": given})
-    here = Path(__file__).parent
     if name == "gcloud":
         # The copied folder's secrets are read by their owner alone.
         for file in Path(argv[5]).glob("secrets") if argv[3] == "scp" else ():
@@ -163,17 +172,6 @@ def main(name: str, cloud: Path, argv: list[str]) -> int:
         return srun(cloud, argv)
     if name == "easy-jax":
         return easy_jax(cloud, argv)
-    if name == "python3":  # python3 -m pip install ... --target uv uv
-        Path("uv/bin").mkdir(parents=True, exist_ok=True)
-        Path("uv/bin/uv").write_bytes((here / "uv").read_bytes())
-        Path("uv/bin/uv").chmod(0o755)
-    if name == "uv" and argv[0] == "venv":
-        Path("venv/bin").mkdir(parents=True, exist_ok=True)
-    if name == "uv" and argv[0] == "pip":
-        assert {"./source", "jax[tpu]"} <= set(argv) and Path("source/pyproject.toml").exists()
-        target = Path("venv/bin/easy-jax")
-        target.write_bytes((cloud / "worker_bin" / "easy-jax").read_bytes())
-        target.chmod(0o755)
     return 0
 
 
