@@ -73,6 +73,8 @@ need_easy_jax "$@"
 slice_chips=$((${topology//x/*}))
 ((slice_chips % chips == 0)) ||
   die "--topology=$topology has $slice_chips chips, no multiple of --chips-per-host=$chips"
+((slices == 1 || slice_chips > chips)) ||
+  die "--slices=$slices: GKE joins slices of several hosts only, --topology=$topology is one host"
 
 # A string of JSON, which YAML reads as well.
 json() {

@@ -229,6 +229,7 @@ BAD_OPTIONS = [
     ("babysit.sh", SLICE, "--attempts=0", "a positive number"),
     ("gke.sh", GKE, "--topology=16", "a topology like 4x4"),
     ("gke.sh", GKE, "--topology=1x3", "no multiple of --chips-per-host=4"),
+    ("gke.sh", [*GKE, "--topology=2x2"], "--slices=2", "slices of several hosts only"),
     ("gke.sh", GKE, "--image=a b", "an image's name"),
     ("xpk.sh", XPK, "--tpu-type=v5", "a type like v5litepod-16"),
 ]
