@@ -15,6 +15,8 @@
 #   --runtime-version=V       default: the one for the accelerator
 #   --commit=REVISION         install this git revision; default: the local tree as it is, with
 #                             new files, without ignored ones
+#   --setup=COMMAND           a shell command, run on every worker in the project's folder before
+#                             easy-jax, as 'gcloud storage cp gs://BUCKET/DATA.jsonl .'
 #   --secret=NAME             give the workers this environment variable, as HF_TOKEN; repeatable
 #   --create-flag=FLAG        for `queued-resources create`, as --service-account=...; repeatable
 #   --connect-flag=FLAG       for gcloud's `ssh` and `scp`, as --tunnel-through-iap; repeatable
@@ -32,7 +34,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly NO_CAPACITY=69 INTERRUPTED=75 PEERS_LOST=76
 
-run_id='' zone='' accelerator='' runs='' nodes=1 runtime='' commit='' wait_seconds=0 poll=30 keep=''
+run_id='' zone='' accelerator='' runs='' nodes=1 runtime='' commit='' setup=''
+wait_seconds=0 poll=30 keep=''
 tier=() common=() create_flags=() connect_flags=() secrets=()
 while (($#)); do
   case $1 in
@@ -48,6 +51,7 @@ while (($#)); do
       ;;
     --runtime-version=*) runtime=${1#*=} ;;
     --commit=*) commit=${1#*=} ;;
+    --setup=*) setup=${1#*=} ;;
     --secret=*) secrets+=("${1#*=}") ;;
     --create-flag=*) create_flags+=("${1#*=}") ;;
     --connect-flag=*) connect_flags+=("${1#*=}") ;;
@@ -183,8 +187,11 @@ cleanup() {
     note "kept; delete it with: $(quote "${resource[@]}" delete "$run_id" "${common[@]}" --force)"
   elif [[ $created ]]; then
     for try in 1 2 3; do
-      [[ $dry_run || $(state) != ABSENT ]] || break
-      delete && break
+      if [[ ! $dry_run && $(state) == ABSENT ]]; then
+        [[ $created == unsure && $try == 1 ]] || break # a request that was cut off may still arrive
+      elif delete; then
+        break
+      fi
       if ((try == 3)); then
         note "NOT DELETED, it goes on costing: delete the queued resource $run_id by hand"
       fi
@@ -238,17 +245,19 @@ create() {
   show "${resource[@]}" describe "$run_id" "${common[@]}" --format='value(state.state)'
   local now=ABSENT
   [[ $dry_run ]] || now=$(state)
-  created=1
+  created=unsure
   case $now in
     ABSENT) ;;
     FAILED | SUSPENDING | SUSPENDED | DELETING) delete ;;
     *)
       note "the queued resource $run_id is there already ($now): continuing on it"
+      created=1
       return
       ;;
   esac
   run_child "${resource[@]}" create "$run_id" "${common[@]}" "${nodes_flags[@]}" \
     "--accelerator-type=$accelerator" "--runtime-version=$runtime" "${tier[@]}" "${create_flags[@]}"
+  created=1
 }
 
 wait_until_active() {
@@ -321,6 +330,7 @@ create
 wait_until_active
 persist upload
 persist ask install
+[[ ! $setup ]] || persist ask setup "$setup"
 started=1
 persist ask start "${arguments[@]}"
 follow

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs on every worker of a TPU VM; tpu_vm.sh sends and calls it:
-#   worker.sh install | start ARGUMENT... | follow | status | logs | stop
+#   worker.sh install | setup COMMAND | start ARGUMENT... | follow | status | logs | stop
 # `start` leaves the job behind, detached, so that it outlives the connection; its log, process
 # id and exit code are files beside this script.
 set -euo pipefail
@@ -31,6 +31,11 @@ install() {
     cp version installed
   fi
   answer installed
+}
+
+setup() {
+  job_runs || (cd source && bash -c "$1" >&2) || exit 1
+  answer ready
 }
 
 start() {
@@ -95,7 +100,7 @@ stop() {
 }
 
 case ${1:-} in
-  install | start | job | follow | status | stop) "$@" ;;
+  install | setup | start | job | follow | status | stop) "$@" ;;
   logs) tail -n 40 log | sed "s/^/$(hostname): /" ;;
   *)
     echo "worker.sh: unknown command ${1:-}" >&2

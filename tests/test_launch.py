@@ -88,14 +88,15 @@ def test_babysit_dry_run_is_one_attempt(dry):
 
 
 def test_tpu_vm_runs_everywhere_and_deletes(cloud):
-    out, _ = cloud.run("tpu_vm.sh", *SLICE, "--secret=HF_TOKEN", "--", *RUN)
+    setup = "--setup=printf '%s' \"$(hostname) $HOME\" >set-up"
+    out, _ = cloud.run("tpu_vm.sh", *SLICE, setup, "--secret=HF_TOKEN", "--", *RUN)
     assert "worker 0 trains" in out and "worker 1 trains" not in out
     runs = cloud.read("runs.jsonl")
     assert sorted(run["worker"] for run in runs) == [0, 1]
     assert all(run["argv"] == [*RUN, WORKDIR] for run in runs)
     assert all(run["token"] == SECRET for run in runs)
     # The local tree with its new file, and without the ignored one.
-    assert runs[0]["files"] == [".gitignore", "launch", "new", "pyproject.toml"]
+    assert runs[0]["files"] == [".gitignore", "launch", "new", "pyproject.toml", "set-up"]
     assert cloud.calls("gcloud")[-1][4:6] == ["delete", "flow-1"]
     assert not (cloud.folder / "state").exists()
     assert not list(cloud.folder.glob("tmp.*"))  # nor is the file of secrets left here
