@@ -122,6 +122,7 @@ def easy_jax(cloud: Path, argv: list[str]) -> int:
     worker = int(os.environ.get("FAKE_WORKER") or os.environ["SLURM_PROCID"])
 
     def save(*_: object) -> None:
+        time.sleep(0.2)
         append(cloud / "saved.jsonl", worker)
         sys.exit(75)
 

@@ -182,8 +182,9 @@ def test_interruption_saves_and_deletes(cloud, script, sent):
     cloud.wait_for("runs.jsonl", 2)
     # Ctrl-C reaches the whole group; SIGTERM only the script.
     (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
-    _, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + sent, err
+    assert all(f"easy_jax worker-{worker} exit 75" in out for worker in range(2))
     assert sorted(cloud.read("saved.jsonl")) == [0, 1]
     assert not (cloud.folder / "state").exists()
     assert len(cloud.calls("gcloud", "create")) == 1  # and not tried again
