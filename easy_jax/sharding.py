@@ -14,14 +14,16 @@ from easy_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter -> mesh axis. Axes not listed are an error, so that a new
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Logical axis of a parameter -> mesh axis, or axes. Axes not listed are an error, so that a new
 # model cannot be replicated by a spelling mistake.
-RULES: Mapping[str, str | None] = {
+RULES: Rules = {
     "conv_height": None,
     "conv_width": None,
     "conv_in": None,
-    "conv_out": "fsdp",
-    "features": "fsdp",
+    "conv_out": ("fsdp", "tensor"),
+    "features": ("fsdp", "tensor"),
     "classes": None,
     "norm": None,
     "layers": None,
@@ -166,7 +168,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     return placed
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULES) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Shardings for a tree of NNX variables (parameters, optimiser moments) and plain arrays.
 
     Args:
@@ -174,7 +176,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULE
         the rules, everything else is replicated. Optimiser states made from variables
         keep the metadata, so their moments are sharded like their parameters.
       mesh: the mesh.
-      rules: logical axis -> mesh axis or None.
+      rules: logical axis -> mesh axis, several, or None.
 
     Returns:
       A tree of the same structure with a `NamedSharding` at each leaf.
@@ -195,10 +197,12 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Mapping[str, str | None] = RULE
             raise ValueError(f"{name}: no sharding rule for the logical axes {unknown}")
         spec = tuple(rules[axis] for axis in axes)
         for size, logical, mesh_axis in zip(leaf.get_value().shape, axes, spec, strict=True):
-            if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            axes_used = (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis or ()
+            shares = math.prod(mesh.shape[axis] for axis in axes_used)
+            if size % shares:
                 raise ValueError(
                     f"{name}: axis {logical!r} of size {size} does not divide over the "
-                    f"{mesh.shape[mesh_axis]} devices of mesh axis {mesh_axis!r}"
+                    f"{shares} devices of mesh axis {' x '.join(axes_used)}"
                 )
         return leaf.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 
