@@ -150,13 +150,16 @@ def loss_name(loss_fn: Callable[..., Any]) -> str:
 
 @functools.lru_cache(maxsize=32)
 def make_score_step(
-    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]]
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    mesh: Mesh | None = None,
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
     every pass with the same model structure, loss and shapes shares one compilation."""
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+        with sharding.tracing_on(mesh):
+            return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
     return jax.jit(score_step)
 
@@ -182,7 +185,7 @@ def per_example(
       loader: a scoring loader.
       mesh: where the batches go.
     """
-    score_step = make_score_step(graphdef, loss_fn)
+    score_step = make_score_step(graphdef, loss_fn, mesh)
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     for batch in loader:
         arrays = {name: array for name, array in batch.items() if name != "example_id"}
