@@ -114,7 +114,7 @@ def fit(
     graphdef = nnx.graphdef(model)
     optimizer, train_step = _compiled(
         graphdef, loss_fn, _without_rate(stage.optimizer), total, anchored,
-        stage.reduction, stage.micro_batches,
+        stage.reduction, stage.micro_batches, mesh,
     )  # fmt: skip
     state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
     state = _set_learning_rate(state, stage.optimizer.learning_rate, mesh)
@@ -207,12 +207,13 @@ def _compiled(
     anchored: Callable[[Any, Any], bool] | None,
     reduction: Reduction,
     micro_batches: int,
+    mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
     config = OptimizerConfig(**json.loads(optimizer_json))
     optimizer = optim.make_optimizer(config, total_steps, anchored)
     step = make_train_step(
-        graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches
+        graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches, mesh=mesh
     )
     return optimizer, step
 

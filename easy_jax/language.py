@@ -22,6 +22,7 @@ from easy_jax.fitting import fit
 from easy_jax.loss_table import LossTable
 from easy_jax.models import hugging_face, lora
 from easy_jax.models.transformer import Transformer
+from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.terminal import Terminal
 
 Until = Literal["score", "train", "export", "evaluate", "report"]
@@ -111,15 +112,12 @@ class LanguageExperiment:
         """The fine-tuned model of a method, from its checkpoint or by training, and seconds."""
         config = self.config
         model = nnx.merge(*nnx.split(self.model))
-        trainable: Any = nnx.Param
+        trainable = trainable_filter(method, model.config)
         if method.trainable == "lora":
             lora.add_adapters(
                 model, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
                 targets=config.model.lora_targets, rngs=nnx.Rngs(params=config.seed),
             )  # fmt: skip
-            trainable = nnx.LoRAParam
-        elif method.trainable == "head":
-            trainable = is_head if not model.config.tied else is_embedding
         weight_N, token_weight = self._weights(method)
         name = stage_name(method)
         self.terminal.describe(name)
@@ -207,6 +205,13 @@ def is_embedding(path: Any, variable: Any) -> bool:
     """NNX filter: the embedding, which is the head of a tied model."""
     del variable
     return path[0] == "embedding"
+
+
+def trainable_filter(method: LanguageMethodConfig, config: TransformerConfig) -> Any:
+    """NNX filter of the parameters that a method trains."""
+    if method.trainable == "head":
+        return is_embedding if config.tied else is_head
+    return nnx.LoRAParam if method.trainable == "lora" else nnx.Param
 
 
 def stage_of(stage: StageConfig, method: LanguageMethodConfig) -> StageConfig:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-NO_TARGET = -1
+from easy_jax import sharding, vocabulary_parallel
+from easy_jax.vocabulary_parallel import NO_TARGET
 
 
 def linear_cross_entropy(
@@ -70,6 +71,9 @@ def linear_cross_entropy(
         return linear_cross_entropy(
             hidden_ND[None], head_VD, targets_N[None], soft_cap=soft_cap, **options
         )[0]
+    mesh = sharding.current_mesh()
+    if vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
+        return vocabulary_parallel.losses(hidden_ND, head_VD, targets_N, soft_cap, token_chunk)
     length = targets_N.shape[1]
     chunk = max(1, min(length, token_chunk // targets_N.shape[0]))
     # Targets first in every row: chunks behind the last target of any row are not computed.
@@ -85,6 +89,40 @@ def linear_cross_entropy(
     block = _block_size(head_VD.shape[0], vocab_block)
     nll_BT = _nll(hidden_BTD, head_VD, target_BT, soft_cap, block, chunk)[:, :length]
     return jnp.take_along_axis(nll_BT, jnp.argsort(order_BT, axis=1), axis=1)
+
+
+def weighted_linear_cross_entropy(
+    hidden_ND: Float[Array, "*N D"],
+    head_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "*N"],
+    weight_N: Float[Array, "*N"],
+    *,
+    soft_cap: float | None = None,
+    token_chunk: int = 512,
+) -> Float[Array, ""]:
+    """The sum of `weight * linear_cross_entropy(...)`, float32; a weight of 0 removes a token.
+
+    The weights are known going forward, and so are the gradients but for one factor: where the
+    head is shared out over devices they are made then, and no logits are computed again. The
+    result is not differentiable in the weights.
+
+    Example:
+      >>> total = weighted_linear_cross_entropy(
+      ...     jnp.zeros((2, 2)), jnp.ones((4, 2)), jnp.array([1, 3]), jnp.array([0.5, 0.0]))
+      >>> round(float(total), 4)  # log(4) / 2
+      0.6931
+    """
+    chex.assert_equal_shape([targets_N, weight_N])
+    weight_N = jax.lax.stop_gradient(weight_N)
+    mesh = sharding.current_mesh()
+    if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
+        return vocabulary_parallel.weighted_sum(
+            hidden_ND, head_VD, targets_N, weight_N, soft_cap, token_chunk
+        )
+    nll_N = linear_cross_entropy(
+        hidden_ND, head_VD, targets_N, soft_cap=soft_cap, token_chunk=token_chunk
+    )
+    return jnp.sum(jnp.where(weight_N != 0, weight_N * nll_N, 0.0))
 
 
 def _block_size(vocab: int, at_most: int) -> int:

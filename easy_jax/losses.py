@@ -5,16 +5,38 @@ The score of an example is `nll_sum / count`. Reductions live in `easy_jax.step`
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
+from easy_jax.lm_head import (
+    NO_TARGET,
+    linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
 
 PerExampleLoss = tuple[jax.Array, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]
+
+
+@runtime_checkable
+class WeightedSumLoss(Protocol):
+    """A per-example loss that can also give its weighted sum, with a cheaper gradient.
+
+    `weighted_sum(model, batch, coefficients) -> (total, size)`: the sum over the examples of
+    coefficient * nll_sum, and what `coefficients(count) -> (coefficient, size)` returned.
+    """
+
+    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss: ...
+
+    def weighted_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]: ...
 
 
 def softmax_cross_entropy(
@@ -73,36 +95,80 @@ def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampl
     return softmax_cross_entropy(logits_BK, batch["label"])
 
 
-def causal_lm_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
-    """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+class CausalLMLoss:
+    """`causal_lm_loss`: the class of one instance, so that the loss can have a second form."""
 
-    Args:
-      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
-      batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every token's
-        term is multiplied by its weight, and the count is that of the tokens all the same:
-        the reduction `token_mean` then is FLOW's token-wise objective (paper.md section 3).
+    def __init__(self) -> None:
+        self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
 
-    Returns:
-      `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
-    """
-    nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
-    return nll_sum_RS, count_RS
+    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
+        """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+
+        Args:
+          model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+          batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
+            token's term is multiplied by its weight, and the count is that of the tokens all the
+            same: the reduction `token_mean` then is FLOW's token-wise objective (paper.md
+            section 3).
+
+        Returns:
+          `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
+        """
+        nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
+        return nll_sum_RS, count_RS
+
+    def weighted_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `WeightedSumLoss`."""
+        coefficient_RS, size = coefficients(_count(batch))
+        none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
+        coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
+        weight_RT = jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
+        if "token_weight" in batch:
+            weight_RT = weight_RT * batch["token_weight"]
+        total = weighted_linear_cross_entropy(
+            _hidden_states(model, batch), model.head_VD(), batch["targets"], weight_RT,
+            soft_cap=model.config.final_cap,
+        )  # fmt: skip
+        return total, size
+
+
+causal_lm_loss = CausalLMLoss()
 
 
 def causal_lm_token_losses(
     model: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target."""
-    hidden_RTD = model.hidden_states(batch["tokens"], batch["positions"], batch["segment_ids"])
     nll_RT = linear_cross_entropy(
-        hidden_RTD, model.head_VD(), batch["targets"], soft_cap=model.config.final_cap
-    )
+        _hidden_states(model, batch), model.head_VD(), batch["targets"],
+        soft_cap=model.config.final_cap,
+    )  # fmt: skip
     if "token_weight" in batch:
         nll_RT = nll_RT * batch["token_weight"]
-    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
     # Masked sums, not a one-hot product: a NaN stays with its example.
-    in_segment_RTS = batch["segment_ids"][:, :, None] == segments_S[None, None, :]
-    nll_sum_RS = jnp.sum(jnp.where(in_segment_RTS, nll_RT[:, :, None], 0.0), axis=1)
+    nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
+    return nll_sum_RS, _count(batch), nll_RT
+
+
+def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    hidden: jax.Array = model.hidden_states(
+        batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    return hidden
+
+
+def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether a token is of the row's example 1, 2, ..., bool [R, T, S]."""
+    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
+    return batch["segment_ids"][:, :, None] == segments_S[None, None, :]
+
+
+def _count(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Target tokens of every example, float32 [R, S]."""
     is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
-    count_RS = jnp.sum(in_segment_RTS & is_target_RT1, axis=1, dtype=jnp.float32)
-    return nll_sum_RS, count_RS, nll_RT
+    return jnp.sum(_in_segment(batch) & is_target_RT1, axis=1, dtype=jnp.float32)

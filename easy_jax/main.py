@@ -10,6 +10,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from easy_jax import distributed, theory_report, train
+from easy_jax.ahead_of_time import command as ahead_of_time
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.errors import USER_ERRORS
 
@@ -31,8 +32,14 @@ _COORDINATOR = flags.DEFINE_string(
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
 _TIMEOUT = flags.DEFINE_float("peer_timeout", 300.0, "Seconds to wait for the other processes.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "compile: chips such as v5e:4x4.")
+_PROGRAM = flags.DEFINE_enum("program", "all", ahead_of_time.WHAT, "compile: which steps.")
+_LARGEST = flags.DEFINE_bool("largest_batch", False, "compile: also the largest that fits.")
+_JSON = flags.DEFINE_bool("json", False, "compile: print JSON, not a table.")
 _USAGE = (
     f"usage: easy-jax {{{','.join(COMMANDS)}}} --config=configs/FILE.py[:ARG] [--workdir=DIR]\n"
+    "       easy-jax compile --config=configs/FILE.py[:ARG] --topology=v5e:4x4 [--program=train]\n"
+    "           [--largest_batch] [--json] [--workdir=DIR]\n"
     "       easy-jax theory [--workdir=DIR]"
 )
 
@@ -45,27 +52,36 @@ def main(argv: list[str]) -> None:
         if not theory_report.run(_WORKDIR.value or "runs/theory")["all_hold"]:
             sys.exit(1)
         return
-    if len(argv) != 2 or argv[1] not in COMMANDS or _CONFIG.value is None:
+    topology = _TOPOLOGY.value or ""
+    compiles = argv[1:] == ["compile"] and bool(topology)
+    if len(argv) != 2 or _CONFIG.value is None or not (compiles or argv[1] in COMMANDS):
         raise app.UsageError(_USAGE)
-    distributed.initialize(
-        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, timeout=_TIMEOUT.value
-    )
-    distributed.stop_on_sigterm()
     config = _CONFIG.value
     if not isinstance(
         config, ExperimentConfig | LanguageConfig
     ):  # also what absl gives for a missing file
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         raise ConfigError(f"there is no experiment's configuration in the file {name}")
-    stopped = False
+    if compiles:
+        ahead_of_time.restart(topology)
+        if not ahead_of_time.run(
+            config, topology, what=_PROGRAM.value or "all", with_largest_batch=_LARGEST.value,
+            as_json=_JSON.value, directory=_WORKDIR.value,
+        ):  # fmt: skip
+            sys.exit(1)
+        return
+    distributed.initialize(
+        _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, timeout=_TIMEOUT.value
+    )
+    distributed.stop_on_sigterm()
+    code = 0
     try:
         train.run(config, _WORKDIR.value or f"runs/{config.name}", COMMANDS[argv[1]])
     except distributed.Stopped as stop:
-        stopped = True
         print(f"easy-jax: {stop}; the same command again continues", file=sys.stderr)
+        code = distributed.EXIT_STOPPED
     distributed.shutdown()
-    if stopped:
-        sys.exit(distributed.EXIT_STOPPED)
+    sys.exit(code)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -179,7 +179,8 @@ def make_score_step(
     every pass with the same model structure, loss and shapes shares one compilation."""
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+        with sharding.tracing_on(mesh):
+            return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
     return jax.jit(score_step, out_shardings=sharding.batch_sharding(mesh))
 

@@ -1,5 +1,7 @@
 """One mesh, `(data, fsdp, tensor)`: logical-axis rules, and placing states and batches."""
 
+import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -8,11 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from easy_jax.config import ConfigError, MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # what the rows of a batch are split over
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
@@ -37,15 +40,13 @@ RULES: Rules = {
 }
 
 
-def make_mesh(config: MeshConfig | None = None) -> Mesh:
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """The device mesh with axes `data`, `fsdp` and `tensor`.
 
     Args:
       config: axis sizes, one of which may be -1. Default: all devices on `data`.
-
-    Returns:
-      A mesh over all devices of all processes. Of several TPU slices, the outermost part of
-      `data` is the slices.
+      devices: default: all devices of all processes. Of several TPU slices, the outermost
+        part of `data` is the slices.
 
     Raises:
       ConfigError: the sizes do not multiply to the number of devices.
@@ -57,7 +58,8 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
     config = config if config is not None else MeshConfig()
     config.validate()
     sizes = [config.data, config.fsdp, config.tensor]
-    count = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     fixed = math.prod(size for size in sizes if size != -1)
     if -1 in sizes and count % fixed == 0:
         sizes[sizes.index(-1)] = count // fixed
@@ -66,12 +68,12 @@ def make_mesh(config: MeshConfig | None = None) -> Mesh:
             f"mesh sizes {dict(zip(AXES, sizes, strict=True))} do not multiply to the "
             f"{count} devices there are; set one axis to -1"
         )
-    axis_types = (jax.sharding.AxisType.Auto,) * 3
-    slices = len({getattr(device, "slice_index", 0) for device in jax.devices()})
-    if slices == 1 or jax.default_backend() != "tpu":
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=axis_types)
-    devices = mesh_utils.create_hybrid_device_mesh(*hybrid_shape(sizes, slices), jax.devices())
-    return Mesh(devices, AXES, axis_types=axis_types)
+    auto = (jax.sharding.AxisType.Auto,) * 3
+    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    if slices < 2:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
+    shape = hybrid_shape(sizes, slices)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(*shape, devices), AXES, axis_types=auto)
 
 
 def hybrid_shape(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -246,6 +248,70 @@ def jit_init(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     if jax.process_count() == 1:
         return jitted
     return lambda *args: jitted(*shard_tree(args, mesh))
+
+
+def tracing_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
+    """Inside a jitted function: what is traced knows the mesh (`current_mesh`), and its chip."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    context: Any = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return context
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh that a computation is traced for, None where it is not known or not ours."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if mesh.axis_names == AXES else None
+
+
+def is_tpu(mesh: AbstractMesh | None) -> bool:
+    """Whether a mesh is one of TPUs."""
+    device = mesh.abstract_device if mesh is not None else None
+    return device is not None and device.platform == "tpu"
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+    """Pins an array to mesh axes, one entry per dimension; nothing without a mesh."""
+    if current_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather_parameter(value: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
+    """A parameter as it is used: whole along `fsdp`, still split along `tensor`.
+
+    Its gradient is summed straight into the parameter's shards. Cast before: what travels is
+    the argument's dtype, both ways. Nothing without a mesh.
+    """
+    mesh = current_mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1:
+        return value
+    stored = tuple(RULES[axis] for axis in logical_axes)
+    return _gather(value, stored, tuple(None if axis == "fsdp" else axis for axis in stored))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(value: jax.Array, stored: tuple[Any, ...], used: tuple[Any, ...]) -> jax.Array:
+    return jax.lax.with_sharding_constraint(value, PartitionSpec(*used))
+
+
+def _gather_forward(
+    value: jax.Array, stored: tuple[Any, ...], used: tuple[Any, ...]
+) -> tuple[jax.Array, None]:
+    return _gather(value, stored, used), None
+
+
+def _gather_backward(
+    stored: tuple[Any, ...], used: tuple[Any, ...], residuals: None, cotangent: jax.Array
+) -> tuple[jax.Array]:
+    del residuals
+    # Summed first, cut then: asked for the shard alone, XLA would compute the gradient in as many
+    # small products as there are devices, between which it travels.
+    cotangent = jax.lax.with_sharding_constraint(cotangent, PartitionSpec(*used))
+    return (jax.lax.with_sharding_constraint(cotangent, PartitionSpec(*stored)),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:

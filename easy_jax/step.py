@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from easy_jax import sharding
 from easy_jax.config import Reduction
-from easy_jax.losses import LossFn
+from easy_jax.losses import LossFn, WeightedSumLoss
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[["TrainState", Mapping[str, jax.Array]], tuple["TrainState", Metrics]]
@@ -105,6 +105,7 @@ def make_train_step(
     *,
     reduction: Reduction,
     micro_batches: int = 1,
+    mesh: Mesh | None = None,
 ) -> StepFn:
     """One jitted weighted step; the state is donated.
 
@@ -116,6 +117,8 @@ def make_train_step(
       reduction: see the module's docstring. Where every weight or count of a batch is
         zero the loss and its gradient are 0.
       micro_batches: split a batch and accumulate; BatchNorm sees one micro-batch at a time.
+      mesh: where state and batches will be, for models that shard their computation by hand;
+        without it the compiler decides.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the loss's fields and `weight`
@@ -148,9 +151,19 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
         # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
         model = nnx.merge(graphdef, params, rest, copy=True)
-        nll_sum_B, count_B = loss_fn(model, batch)
-        chex.assert_equal_shape([nll_sum_B, count_B, batch["weight"], batch["mask"]])
-        total, size = _reduce(nll_sum_B, count_B, batch["weight"], batch["mask"], reduction)
+
+        def coefficients(count_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+            chex.assert_equal_shape([count_B, batch["weight"], batch["mask"]])
+            return _coefficients(count_B, batch["weight"], batch["mask"], reduction)
+
+        if isinstance(loss_fn, WeightedSumLoss):
+            total, size = loss_fn.weighted_sum(model, batch, coefficients)
+        else:
+            nll_sum_B, count_B = loss_fn(model, batch)
+            chex.assert_equal_shape([nll_sum_B, count_B])
+            coefficient_B, size = coefficients(count_B)
+            # where, not a product: what padding has may be anything, NaN included.
+            total = jnp.sum(coefficient_B * jnp.where(batch["mask"], nll_sum_B, 0.0))
         return total, (size, _like(rest, nnx.state(model)))
 
     def accumulate(
@@ -173,35 +186,33 @@ def make_train_step(
         return result
 
     def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        total, size, rest, grads = accumulate(state, batch)
+        with sharding.tracing_on(mesh):
+            total, size, rest, grads = accumulate(state, batch)
         denominator = jnp.where(size > 0, size, 1.0)
         grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, rest, opt_state), metrics
+        state = TrainState(state.step + 1, params, rest, opt_state)
+        if mesh is not None:
+            # Else XLA may lay small parameters out anew, and the next step is compiled again.
+            state = jax.lax.with_sharding_constraint(state, sharding.tree_shardings(state, mesh))
+        return state, metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _reduce(
-    nll_sum_B: jax.Array,
-    count_B: jax.Array,
-    weight_B: jax.Array,
-    mask_B: jax.Array,
-    reduction: Reduction,
+def _coefficients(
+    count_B: jax.Array, weight_B: jax.Array, mask_B: jax.Array, reduction: Reduction
 ) -> tuple[jax.Array, jax.Array]:
-    """Numerator and denominator of a reduction over a (micro-)batch."""
-    # where, not a product: the weight of padding may be anything, NaN included.
-    nll_sum_B = jnp.where(mask_B, nll_sum_B, 0.0)
+    """What a reduction multiplies each nll_sum by, and what it divides the sum by."""
     count_B = jnp.where(mask_B, count_B, 0.0)
     weight_B = jnp.where(mask_B, weight_B, 0.0)
     if reduction == "token_mean":
-        return jnp.sum(weight_B * nll_sum_B), jnp.sum(count_B)
+        return weight_B, jnp.sum(count_B)
     if reduction == "example_mean":
-        mean_B = nll_sum_B / jnp.where(mask_B, count_B, 1.0)
-        return jnp.sum(weight_B * mean_B), jnp.sum(mask_B, dtype=jnp.float32)
-    return jnp.sum(weight_B * nll_sum_B), jnp.sum(weight_B * count_B)
+        return weight_B / jnp.where(mask_B, count_B, 1.0), jnp.sum(mask_B, dtype=jnp.float32)
+    return weight_B, jnp.sum(weight_B * count_B)
 
 
 def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:

@@ -6,9 +6,10 @@ from pathlib import Path
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
     "theory", "config", "peers", "distributed", "fingerprint", "sharding", "data", "models",
-    "lm_head", "losses", "weighting", "loss_table",
+    "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
     "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
-    "page", "figures", "report", "language_report", "terminal", "language", "train",
+    "page", "figures", "report", "language_report", "terminal", "language",
+    "ahead_of_time", "train",
     "theory_report", "errors", "main",
 ]  # fmt: skip
 

@@ -76,7 +76,9 @@ def _trained(family, shape):
     weight_N = np.random.default_rng(1).random(ROWS).astype(np.float32)
     (batch,) = training_loader(_source(family), ROWS, epochs=1, seed=0, weight_N=weight_N)
     batch.pop("example_id")
-    step = make_train_step(nnx.graphdef(model), loss_fn, optimizer, reduction="token_mean")
+    step = make_train_step(
+        nnx.graphdef(model), loss_fn, optimizer, reduction="token_mean", mesh=mesh
+    )
     placed = sharding.shard_batch(batch, mesh)
     text = step.lower(state, placed).compile().as_text()
     layout = jax.tree.map(lambda x: x.sharding, state)

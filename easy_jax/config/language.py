@@ -107,14 +107,15 @@ class LanguageModelConfig:
         `huggingface_hub`.
       dtype: of the computation (softmax, norms and loss are float32); `param_dtype`: of the
         parameters and the optimiser's state.
-      remat: what the backward pass computes again: `none`, `full`, or all but `dots`.
+      remat: what the backward pass computes again: `none`, `full`, or all but `dots` or
+        `outputs` (`easy_jax.models.transformer.Transformer`).
       lora_rank, lora_alpha, lora_targets: of the method's `trainable="lora"`.
     """
 
     path: str = ""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots"] = "full"
+    remat: Literal["none", "full", "dots", "outputs"] = "full"
     lora_rank: int = 64
     lora_alpha: float = 64.0
     lora_targets: tuple[str, ...] = LORA_TARGETS

@@ -15,12 +15,24 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from easy_jax.models.attention import causal_attention, rotate
+from easy_jax import sharding
+from easy_jax.models.attention import rotate
+from easy_jax.models.embedding import look_up
+from easy_jax.models.splash import KEPT, attend
 from easy_jax.models.transformer_config import TransformerConfig
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "outputs"]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines
+# Names that `jax.checkpoint` can keep. A byte of what a linear map makes spares as many
+# operations as the map contracts features: least is kept of the wide `gate` and `up`.
+_OUTPUTS = ("q", "k", "v", KEPT, "o", "down")
+_POLICIES: dict[str, Any] = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "outputs": jax.checkpoint_policies.save_only_these_names(*_OUTPUTS),
+}
 _INIT_SCALE = 0.02  # of random kernels and embeddings; Llama's and Gemma's initializer_range
 
 
@@ -55,6 +67,12 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one map of the stack, inside the scan: `x[..., inputs] -> [..., outputs]`."""
         chex.assert_shape(x, (..., *(size for _, size in self.inputs)))
+        if sharding.is_tpu(sharding.current_mesh()):  # where heads can have a layout of their own
+            y = jnp.tensordot(x, _value(self.kernel, x.dtype), axes=len(self.inputs))
+            if self.lora_a is not None and self.lora_b is not None:
+                low = jnp.tensordot(x, _value(self.lora_a, x.dtype), axes=len(self.inputs))
+                y += self.lora_scale * jnp.tensordot(low, _value(self.lora_b, x.dtype), axes=1)
+            return y
         lead = x.shape[: x.ndim - len(self.inputs)]
         x_PI = x.reshape(math.prod(lead), -1)
         y_PO = x_PI @ _matrix(self.kernel, x_PI.shape[1], x.dtype)
@@ -120,20 +138,23 @@ class Block(nnx.Module):
     def attention(
         self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
     ) -> jax.Array:
-        y_BTNH = causal_attention(
-            rotate(self.q(x_BTD), *rope), rotate(self.k(x_BTD), *rope), self.v(x_BTD),
+        y_BTNH = attend(
+            checkpoint_name(rotate(self.q(x_BTD), *rope), "q"),
+            checkpoint_name(rotate(self.k(x_BTD), *rope), "k"),
+            checkpoint_name(self.v(x_BTD), "v"),
             segment_ids_BT, scale=self.config.query_scale, window=window,
             cap=self.config.attention_cap,
         )  # fmt: skip
-        return self.o(y_BTNH)
+        return checkpoint_name(self.o(y_BTNH), "o")
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
-        gate_BTF = self.gate(x_BTD)
+        gate_BTF = checkpoint_name(self.gate(x_BTD), "gate")
         if self.config.family == "gemma2":
             gate_BTF = jax.nn.gelu(gate_BTF, approximate=True)
         else:
             gate_BTF = jax.nn.silu(gate_BTF)
-        return self.down(gate_BTF * self.up(x_BTD))
+        up_BTF = checkpoint_name(self.up(x_BTD), "up")
+        return checkpoint_name(self.down(gate_BTF * up_BTF), "down")
 
 
 class Transformer(nnx.Module):
@@ -144,8 +165,9 @@ class Transformer(nnx.Module):
       dtype: of the computation; softmax, norms, soft caps and the loss are float32.
       param_dtype: of the parameters.
       remat: what the backward pass computes again instead of keeping it: attention's
-        probabilities alone (`none`), all but the input of each group of layers (`full`), all
-        but the linear maps (`dots`, on a CPU the fastest).
+        probabilities alone (`none`), all but the input of each layer (`full`), all but the
+        linear maps (`dots`, on a CPU the fastest), all but those and attention itself, less the
+        two wide ones (`outputs`, on a TPU the fastest that fits).
       rngs: NNX random streams; `params` is used.
 
     Example:
@@ -165,8 +187,8 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ):
-        if remat not in ("none", "full", "dots"):
-            raise ValueError(f"remat is {remat!r}; it must be 'none', 'full' or 'dots'")
+        if remat not in ("none", *_POLICIES):
+            raise ValueError(f"remat is {remat!r}; it must be one of {['none', *_POLICIES]}")
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.remat = remat
@@ -211,23 +233,28 @@ class Transformer(nnx.Module):
         if segment_ids_BT is None:
             segment_ids_BT = jnp.zeros((batch, length), jnp.int32)
         chex.assert_equal_shape([tokens_BT, positions_BT, segment_ids_BT])
-        x_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+        x_BTD = look_up(self.embedding[...], tokens_BT, self.dtype)
         if self.config.family == "gemma2":
             x_BTD = x_BTD * jnp.asarray(self.config.embed**0.5, self.dtype)
         rope = _rope(positions_BT, self.config)
+        graphdef: Any
         graphdef, state = nnx.split(self.blocks)
 
-        def group(x_BTD: jax.Array, group_state: Any) -> tuple[jax.Array, None]:
-            blocks = nnx.merge(graphdef, group_state)
-            for block, window in zip(blocks, self.config.windows, strict=True):
-                x_BTD = block(x_BTD, rope, segment_ids_BT, window)
-            return x_BTD, None
+        def layer(x_BTD: jax.Array, block: Block, window: int | None) -> jax.Array:
+            x_BTD = block(x_BTD, rope, segment_ids_BT, window)
+            return sharding.constrain(x_BTD, sharding.BATCH, None, None)
 
         if self.remat != "none":
-            policy = None
-            if self.remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            group = jax.checkpoint(group, prevent_cse=False, policy=policy)
+            layer = jax.checkpoint(
+                layer, prevent_cse=False, policy=_POLICIES[self.remat], static_argnums=2
+            )
+
+        def group(x_BTD: jax.Array, group_state: Any) -> tuple[jax.Array, None]:
+            blocks: Any = nnx.merge(graphdef, group_state)
+            for block, window in zip(blocks, self.config.windows, strict=True):
+                x_BTD = layer(x_BTD, block, window)
+            return x_BTD, None
+
         x_BTD, _ = jax.lax.scan(group, x_BTD, state)
         return self.final_norm(x_BTD)
 
@@ -242,9 +269,15 @@ def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
     return nnx.Param(value, logical_axes=tuple(axes))
 
 
+def _value(kernel: nnx.Variable[jax.Array], dtype: Any) -> jax.Array:
+    """A layer's kernel as it is used: cast, then gathered."""
+    axes = kernel.get_metadata()["logical_axes"][1:]  # inside the scan the groups are gone
+    return sharding.gather_parameter(kernel[...].astype(dtype), axes)
+
+
 def _matrix(kernel: nnx.Variable[jax.Array], rows: int, dtype: Any) -> jax.Array:
     """A kernel as a matrix: with one axis to contract, the gradients need no transposed copies."""
-    return kernel[...].astype(dtype).reshape(rows, -1)
+    return _value(kernel, dtype).reshape(rows, -1)
 
 
 def _rope(positions_BT: jax.Array, config: TransformerConfig) -> Rope:

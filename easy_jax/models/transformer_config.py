@@ -73,6 +73,21 @@ class TransformerConfig:
     tied: bool = True
 
 
+# By their names on the Hugging Face hub: what their `config.json` says.
+KNOWN = {
+    "google/gemma-2-2b": TransformerConfig(
+        "gemma2", vocab=256_000, embed=2304, mlp=9216, layers=26, heads=8, kv_heads=4,
+        head_dim=256, query_scale=256**-0.5, attention_cap=50.0, final_cap=30.0,
+        windows=(4096, None),
+    ),
+    "meta-llama/Llama-3.2-3B": TransformerConfig(
+        "llama", vocab=128_256, embed=3072, mlp=8192, layers=28, heads=24, kv_heads=8,
+        head_dim=128, norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=Llama3Rope(32, 1, 4, 8192),
+        query_scale=128**-0.5,
+    ),
+}  # fmt: skip
+
+
 def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
     """The configuration that a checkpoint's `config.json` describes.
 

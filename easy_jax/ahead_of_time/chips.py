@@ -1,0 +1,97 @@
+"""TPU chips and slices: what their makers publish, and what libtpu's compiler assumes of them.
+
+Peak, HBM and links are the published figures. The clock is the one at which the matrix units
+reach the peak: libtpu counts in its cycles. Usable HBM is what the compiler reports when a
+program does not fit ("Used ... of ... hbm").
+"""
+
+import dataclasses
+import math
+import re
+
+from easy_jax.config import ConfigError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+      peak_flops: bfloat16 operations per second.
+      clock: cycles per second.
+      hbm_bytes: of HBM that a program may use.
+      hbm_bandwidth: bytes per second.
+      link_bandwidth: bytes per second of one interconnect link in one direction.
+      dimensions: of the torus; `wraps_at`: chips along an axis from which it is closed to a ring.
+      accelerator: the prefix of libtpu's `TPU_ACCELERATOR_TYPE`; `cores` per chip in its name.
+    """
+
+    peak_flops: float
+    clock: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    wraps_at: int
+    accelerator: str
+    cores: int = 1
+
+
+CHIPS = {
+    "v4": Chip(275e12, 1.05e9, 30.75 * GIB, 1228e9, 45e9, 3, 4, "v4", 2),
+    "v5e": Chip(197e12, 1.5e9, 15.75 * GIB, 819e9, 45e9, 2, 16, "v5litepod"),
+    "v5p": Chip(459e12, 1.75e9, 95.74 * GIB, 2765e9, 90e9, 3, 4, "v5p", 2),
+    "v6e": Chip(918e12, 1.75e9, 31.25 * GIB, 1640e9, 90e9, 2, 16, "v6e"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice, such as `v5e:4x4`: 16 chips in a square."""
+
+    name: str
+    chip: Chip
+    sizes: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def accelerator_type(self) -> str:
+        """libtpu's name of the slice, `v5litepod-16`."""
+        return f"{self.chip.accelerator}-{self.num_chips * self.chip.cores}"
+
+    def bandwidth(self, group: int) -> float:
+        """Bytes per second that a chip sends in a collective over a group of chips.
+
+        A group of all chips uses every axis of the torus, any smaller one is taken to lie
+        along a single axis. A ring is used in both directions, a line in one.
+        """
+        axes = self.sizes if group >= self.num_chips else self.sizes[:1]
+        directions = [2 if size >= self.chip.wraps_at else 1 for size in axes if size > 1]
+        return self.chip.link_bandwidth * max(1, sum(directions))
+
+
+def parse_topology(name: str) -> Topology:
+    """Reads `CHIP:AxB` or `CHIP:AxBxC`.
+
+    Raises:
+      ConfigError: another form, or a chip that is not known.
+
+    Example:
+      >>> parse_topology("v5e:4x4").num_chips
+      16
+    """
+    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if not found or found.group(1) not in CHIPS:
+        raise ConfigError(f"topology is {name!r}; it must be like v5e:4x4, of {sorted(CHIPS)}")
+    chip = CHIPS[found.group(1)]
+    sizes = tuple(int(size) for size in found.group(2).split("x"))
+    if len(sizes) != chip.dimensions or 0 in sizes:
+        raise ConfigError(
+            f"topology is {name!r}; {found.group(1)} has {chip.dimensions} axes of chips"
+        )
+    return Topology(name, chip, sizes)

@@ -1,0 +1,141 @@
+"""`easy-jax compile`: the programs of a configuration, compiled for a topology of TPUs.
+
+libtpu does not live well beside another backend, and reads its settings when it is loaded: the
+command starts itself again in a process of its own, set up before anything of JAX is imported.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jax.experimental import topologies
+
+from easy_jax import sharding
+from easy_jax.ahead_of_time import programs
+from easy_jax.ahead_of_time.chips import Topology, parse_topology
+from easy_jax.ahead_of_time.measure import Measured, largest_batch, measure, table
+from easy_jax.config import ConfigError, LanguageMethodConfig
+
+_CHILD = "EASY_JAX_COMPILES_FOR"
+WHAT = ("all", "train", "score")
+
+
+def environment(topology: Topology) -> dict[str, str]:
+    """What libtpu needs to compile for chips that are not there, quietly."""
+    return {
+        _CHILD: topology.name,
+        "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TPU_ACCELERATOR_TYPE": topology.accelerator_type,
+        "TPU_MIN_LOG_LEVEL": "2",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_STDERR_LOG_LEVEL": "2",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+
+
+def restart(topology_name: str) -> None:
+    """Replaces this process by one that is set up for libtpu, unless it is one.
+
+    Raises:
+      ConfigError: a topology that is not known, or no libtpu.
+    """
+    topology = parse_topology(topology_name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("compile needs TPU's compiler: pip install 'easy-jax[tpu]'")
+    if os.environ.get(_CHILD) != topology.name:
+        arguments = [sys.executable, "-m", "easy_jax.main", *sys.argv[1:]]
+        os.execve(sys.executable, arguments, {**os.environ, **environment(topology)})
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The chips of a topology, described, not there.
+
+    Raises:
+      ConfigError: libtpu knows no such topology.
+    """
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"topology is {topology.name!r}; libtpu says: {reason}") from error
+    return list(found.devices)
+
+
+def run(
+    config: Any,
+    topology_name: str,
+    *,
+    what: str = "all",
+    with_largest_batch: bool = False,
+    as_json: bool = False,
+    directory: str | None = None,
+) -> bool:
+    """Compiles, prints the table, and says whether everything fits.
+
+    Args:
+      config: of a language experiment. The model's weights are not read: only `config.json` of
+        its folder, and nothing for the models that are known by name.
+      topology_name: such as `v5e:4x4`.
+      what: `train`, `score` or `all`.
+      with_largest_batch: also look for the largest batch per chip that fits; each try compiles.
+      as_json: print JSON, not a table. `directory`: also write it there, to `compile.json`.
+
+    Raises:
+      ConfigError: a bad configuration, batch or topology.
+    """
+    config = programs.check_model(config)
+    topology = parse_topology(topology_name)
+    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    results: list[Measured] = []
+    largest: dict[str, int] = {}
+
+    def add(make: Any, rows: int, parts: int) -> None:
+        results.append(measure(make(rows), topology))
+        if with_largest_batch:
+            unit = shards * parts
+            largest[results[-1].name] = parts * largest_batch(
+                lambda number: measure(make(number * unit), topology).fits
+            )
+
+    if what != "score":
+        for method in _distinct(config.selected_methods()):
+            stage = config.finetune
+            add(
+                lambda rows, method=method: programs.train_program(config, method, mesh, rows),
+                stage.batch_size, stage.micro_batches,
+            )  # fmt: skip
+    if what != "train":
+        add(lambda rows: programs.score_program(config, mesh, rows), config.scoring.batch_size, 1)
+    content = {
+        "model": config.model.path,
+        "topology": topology.name,
+        "mesh": dict(mesh.shape),
+        "largest_batch_per_chip": largest,
+        "programs": [result.to_json() for result in results],
+    }
+    text = json.dumps(content, indent=2)
+    if directory is not None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "compile.json").write_text(text + "\n")
+    if as_json:
+        print(text)
+    else:
+        sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+        print(f"{config.model.path} on {topology.name} ({sizes}), {config.text.row_length} tokens "
+              f"a row, remat {config.model.remat}\n\n{table(results, largest)}")  # fmt: skip
+    return all(result.fits for result in results)
+
+
+def _distinct(methods: tuple[LanguageMethodConfig, ...]) -> list[LanguageMethodConfig]:
+    """One method of each kind of step: weights by example do not change the program."""
+    found: dict[tuple[str, str, bool], LanguageMethodConfig] = {}
+    for method in methods:
+        weights_tokens = method.weighting == "flow_token"
+        found.setdefault((method.trainable, method.anchor, weights_tokens), method)
+    return list(found.values())

@@ -1,0 +1,410 @@
+"""What a compiled program costs: a walk over its schedule, loop bodies counted trip by trip.
+
+XLA's own `cost_analysis()` counts a loop's body once, and a model scanned over its layers is
+one loop. Here every instruction counts as often as it runs:
+
+  time           the compiler's estimated cycles; of a Pallas kernel, which has none, its
+                 operations at half of the chip's peak
+  operations     of matrix products and convolutions; of attention kernels, by formula
+  HBM            bytes of operands and results that do not stay on the chip
+  interconnect   bytes that a chip sends, as rings do it, and the time of the transfers that the
+                 schedule leaves nothing to hide behind
+
+The unhidden time is that of a simple model: transfers run one after the other at the links'
+bandwidth, start where the schedule starts them, and the chip waits where it ends them.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+
+from easy_jax.ahead_of_time.chips import Topology
+from easy_jax.ahead_of_time.hlo import Computation, Instruction, Program, Shape, parse
+from easy_jax.ahead_of_time.loops import trip_count
+
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
+    "ragged-all-to-all", "collective-broadcast",
+)  # fmt: skip
+KERNEL_EFFICIENCY = 0.5  # share of the peak that a Pallas kernel is taken to reach
+_FREE = frozenset({
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id",
+    "after-all", "iota", "optimization-barrier", "copy-done", "async-update", "domain",
+})  # fmt: skip
+# Matrix products of a splash attention kernel, per query, key and feature.
+_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
+_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
+
+
+@dataclasses.dataclass
+class Cost:
+    """Per chip and step.
+
+    Attributes:
+      flops: operations, kernels included; `kernel_flops`: of Pallas kernels alone.
+      cycles_seconds: the compiler's estimate, without kernels. `kernel_seconds`: theirs.
+      hbm_bytes: read and written.
+      unhidden_seconds: waiting for the interconnect.
+      collectives: kind -> how often; `collective_bytes`: kind -> bytes sent.
+      kernels: Pallas kernel -> how often.
+      unknown_loops: loops whose number of trips is not in the program; counted once.
+    """
+
+    flops: float = 0.0
+    kernel_flops: float = 0.0
+    cycles_seconds: float = 0.0
+    kernel_seconds: float = 0.0
+    hbm_bytes: float = 0.0
+    unhidden_seconds: float = 0.0
+    collectives: Counter[str] = dataclasses.field(default_factory=Counter)
+    collective_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+    kernels: Counter[str] = dataclasses.field(default_factory=Counter)
+    unknown_loops: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def seconds(self) -> float:
+        """The estimated time of a step, interconnect not counted."""
+        return self.cycles_seconds + self.kernel_seconds
+
+    @property
+    def interconnect_bytes(self) -> float:
+        return sum(self.collective_bytes.values())
+
+    def add(self, other: "Cost", times: float = 1) -> None:
+        """Adds another cost, `times` over."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if isinstance(mine, Counter):
+                for key, value in theirs.items():
+                    mine[key] += value * times
+            else:
+                setattr(self, field.name, mine + theirs * times)
+
+
+def cost_of(text: str, topology: Topology) -> Cost:
+    """The cost of a compiled program on a topology, from `compiled.as_text()`.
+
+    Raises:
+      HloError: the text is not that of a program.
+
+    Example:
+      >>> from easy_jax.ahead_of_time.chips import parse_topology
+      >>> text = '''
+      ... ENTRY %main (a: bf16[4,8], b: bf16[8,2]) -> bf16[4,2] {
+      ...   %a = bf16[4,8]{1,0} parameter(0)
+      ...   %b = bf16[8,2]{1,0} parameter(1)
+      ...   ROOT %c = bf16[4,2]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+      ... }
+      ... '''
+      >>> cost_of(text, parse_topology("v5e:4x4")).flops  # 2 * 4 * 8 * 2
+      128.0
+    """
+    return _Walk(parse(text), topology).computation()
+
+
+@dataclasses.dataclass
+class _Transfer:
+    """A collective: from the instruction that starts it to the one that needs its result."""
+
+    kind: str
+    bytes: float
+    seconds: float
+
+
+class _Walk:
+    def __init__(self, program: Program, topology: Topology):
+        self.program = program
+        self.topology = topology
+        self.started: set[str] = set()  # channels; some are carried on inside a later loop
+
+    def computation(self, name: str = "") -> Cost:
+        """The cost of one run of a computation, what it calls included."""
+        block = self.program.computations[name or self.program.entry]
+        transfers = {i: self._transfers(block, i) for i in block}
+        last = {key: i for i, found in transfers.items() for key in found}
+        total = Cost()
+        now, free, compute = 0.0, 0.0, 0.0
+        finish: dict[str, float] = {}
+        for i, instruction in block.items():
+            cost = self._instruction(block, instruction)
+            total.add(cost)
+            for key, transfer in transfers[i].items():
+                if key not in finish and key not in self.started:
+                    free = finish[key] = max(now, free) + transfer.seconds
+                    total.collectives[transfer.kind] += 1
+                    total.collective_bytes[transfer.kind] += transfer.bytes  # type: ignore[assignment]
+                    self.started |= {key} if ":" in key else set()
+            now += cost.seconds + cost.unhidden_seconds
+            compute += cost.seconds + cost.unhidden_seconds
+            for key in transfers[i]:
+                if key in finish and last[key] == i:
+                    now = max(now, finish[key])
+        total.unhidden_seconds += now - compute
+        return total
+
+    def _instruction(self, block: Computation, instruction: Instruction) -> Cost:
+        cost = Cost()
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = trip_count(self.program, block, instruction)
+            if trips is None:
+                cost.unknown_loops[instruction.name] += 1
+            body = instruction.called("body")
+            cost.add(self.computation(body or ""), 1 if trips is None else trips)
+        elif opcode == "conditional":
+            branches = [self.computation(name) for name in _branches(instruction)]
+            cost.add(max(branches, key=lambda branch: branch.seconds + branch.unhidden_seconds))
+        elif opcode == "call":
+            cost.add(self.computation(instruction.called("to_apply") or instruction.called() or ""))
+        elif opcode == "custom-call":
+            self._kernel(cost, block, instruction)
+        elif opcode not in _FREE and not _kind(instruction) and not opcode.startswith("async-"):
+            cycles = instruction.number(r'"estimated_cycles":"(\d+)"')
+            cost.cycles_seconds = (cycles or 0) / self.topology.chip.clock
+            cost.flops = self._flops(block, instruction)
+            cost.hbm_bytes = self._hbm_bytes(block, instruction)
+        return cost
+
+    # Matrix products.
+
+    def _flops(self, block: Computation, instruction: Instruction) -> float:
+        if instruction.opcode in ("dot", "convolution"):
+            lhs, rhs = (block[name].shapes[0].dims for name in instruction.operands[:2])
+            out = instruction.shapes[0].dims
+            if instruction.opcode == "dot":
+                return _dot_flops(instruction, lhs, out)
+            return _convolution_flops(instruction, lhs, rhs, out)
+        called = instruction.called() if instruction.opcode == "fusion" else None
+        inner = self.program.computations.get(called or "", {})
+        return float(sum(self._flops(inner, each) for each in inner.values()))
+
+    def _kernel(self, cost: Cost, block: Computation, instruction: Instruction) -> None:
+        """A Pallas kernel; other custom calls only mark or allocate."""
+        if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+            return
+        operands = [s for name in instruction.operands if name in block for s in block[name].shapes]
+        splash = _SPLASH.search(instruction.attributes) or _SPLASH.search(instruction.name)
+        if splash:
+            cost.flops = _splash_flops(splash.group(1), instruction, operands)
+            cost.kernels[splash.group(0)] += 1
+        else:
+            cost.flops = float(instruction.number(r'"flops":"?(\d+)') or 0)
+            cost.kernels[instruction.name] += 1
+        cost.kernel_flops = cost.flops
+        cost.kernel_seconds = cost.flops / (KERNEL_EFFICIENCY * self.topology.chip.peak_flops)
+        cost.hbm_bytes = _hbm((*operands, *instruction.shapes))
+
+    # Memory.
+
+    def _hbm_bytes(self, block: Computation, instruction: Instruction) -> float:
+        opcode = instruction.opcode
+        if opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * _hbm(instruction.shapes)
+        if opcode == "dynamic-update-slice":
+            return 2 * _hbm(block[instruction.operands[1]].shapes)
+        if opcode == "copy-start":
+            return _hbm(instruction.shapes[:2])
+        if opcode != "fusion":
+            operands = [s for name in instruction.operands if name in block
+                        for s in block[name].shapes]  # fmt: skip
+            return _hbm((*operands, *instruction.shapes))
+        inner = self.program.computations[instruction.called() or ""]
+        parameters = {int(i.literal): i.name for i in inner.values() if i.opcode == "parameter"}
+        total = 0.0
+        for number, name in enumerate(instruction.operands):
+            size = _hbm(block[name].shapes) if name in block else 0.0
+            if size and number in parameters:
+                size = min(size, self._read(inner, parameters[number], size))
+            total += size
+        return total + self._written(inner, instruction)
+
+    def _read(self, block: Computation, name: str, size: float) -> float:
+        """Bytes of a fusion's parameter that are looked at, `size` at most."""
+        total = 0.0
+        for user in block.values():
+            if name not in user.operands:
+                continue
+            if user.opcode in ("dynamic-slice", "slice", "gather"):
+                total += sum(shape.bytes for shape in user.shapes)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                continue  # written in place
+            elif user.opcode in ("tuple", "custom-call") or _kind(user):
+                continue  # handed on, or on its way to other chips
+            elif user.opcode in ("bitcast", "reshape"):
+                total += self._read(block, user.name, size)
+            elif user.opcode == "fusion":
+                inner = self.program.computations[user.called() or ""]
+                number = str(user.operands.index(name))
+                parameter = next(
+                    i.name for i in inner.values()
+                    if i.opcode == "parameter" and i.literal == number
+                )  # fmt: skip
+                total += self._read(inner, parameter, size)
+            else:
+                return size
+        return min(total, size)
+
+    def _written(self, inner: Computation, instruction: Instruction) -> float:
+        """Bytes of a fusion's results; of an update in place, those of the update."""
+        root = next(i for i in inner.values() if i.is_root)
+        while root.opcode in ("bitcast", "reshape", "copy", "convert") and root.operands:
+            if root.operands[0] not in inner:
+                break
+            root = inner[root.operands[0]]
+        if root.opcode == "dynamic-update-slice":
+            return sum(shape.bytes for shape in inner[root.operands[1]].shapes)
+        if root.opcode == "fusion":
+            return self._written(self.program.computations[root.called() or ""], instruction)
+        if root.opcode == "tuple" and len(root.operands) == len(instruction.shapes):
+            made = zip(root.operands, instruction.shapes, strict=True)
+            return _hbm([shape for name, shape in made if _is_made(inner[name])])
+        return _hbm(instruction.shapes)
+
+    # Interconnect.
+
+    def _transfers(self, block: Computation, name: str) -> dict[str, _Transfer]:
+        """The collectives that an instruction starts, carries on or ends, by a key of each.
+
+        An asynchronous collective is spread over several instructions: a start and a done, or
+        fusions that do a part of it each, beside their own work. They share its channel.
+        """
+        instruction = block[name]
+        opcode = instruction.opcode
+        if opcode.endswith("-done") and instruction.operands[0] in block:
+            source = block[instruction.operands[0]]
+            while source.opcode in ("async-update", "get-tuple-element"):
+                source = block[source.operands[0]]
+            return self._transfers(block, source.name) if source is not instruction else {}
+        kind = _kind(instruction)
+        if kind:
+            channel = instruction.number(r"channel_id=(\d+)")
+            shared = channel is not None and kind != "collective-permute"
+            key = f"{kind}:{channel}" if shared else name
+            return {key: self._transfer(block, instruction, kind)}
+        if opcode in ("fusion", "async-start"):
+            inner = self.program.computations.get(instruction.called() or "", {})
+            found: dict[str, _Transfer] = {}
+            for each in inner:
+                for key, transfer in self._transfers(inner, each).items():
+                    found[key if ":" in key else f"{name}/{key}"] = transfer
+            return found
+        return {}
+
+    def _transfer(self, block: Computation, instruction: Instruction, kind: str) -> _Transfer:
+        sent = float(sum(s.bytes for name in instruction.operands if name in block
+                         for s in block[name].shapes))  # fmt: skip
+        group = group_size(instruction.attributes) or self.topology.num_chips
+        if kind == "all-gather":
+            size = sent * (group - 1)
+        elif kind == "all-reduce":
+            size = 2 * sent * (group - 1) / group
+        elif kind == "collective-permute":
+            size = sent
+        else:
+            size = sent * (group - 1) / group
+        return _Transfer(kind, size, size / self.topology.bandwidth(group))
+
+
+def group_size(attributes: str) -> int | None:
+    """How many chips take part, from `replica_groups` in any of its three notations.
+
+    Example:
+      >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}")
+      4
+      >>> group_size("replica_groups=[2,8]<=[16]")
+      8
+      >>> group_size("replica_groups=mesh['a'=16,'b'=2] {'a'}")
+      16
+    """
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
+        group = 1
+        for name in re.findall(r"'(\w+)'", mesh.group(2)):
+            group *= sizes[name]
+        return group
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return len(listed.group(1).split(","))
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+    return int(iota.group(1)) if iota else None
+
+
+def _kind(instruction: Instruction) -> str | None:
+    """The kind of collective that an instruction is, or starts."""
+    opcode = instruction.opcode.removesuffix("-start")
+    return opcode if opcode in COLLECTIVES else None
+
+
+def _is_made(instruction: Instruction) -> bool:
+    """Whether a fusion writes this result, rather than hand on what it was given."""
+    handed_on = ("parameter", "custom-call", "get-tuple-element", "tuple")
+    return instruction.opcode not in handed_on and _kind(instruction) is None
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    found = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if found:
+        return re.findall(r"%?([\w.\-~]+)", found.group(1))
+    keys = ("true_computation", "false_computation")
+    return [name for key in keys if (name := instruction.called(key))]
+
+
+def _hbm(shapes: tuple[Shape, ...] | list[Shape]) -> float:
+    return float(sum(shape.bytes for shape in shapes if shape.in_hbm))
+
+
+def _product(sizes: tuple[int, ...]) -> float:
+    result = 1.0
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _dot_flops(instruction: Instruction, lhs: tuple[int, ...], out: tuple[int, ...]) -> float:
+    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+    axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
+    return 2 * _product(out) * _product(tuple(lhs[axis] for axis in axes))
+
+
+def _convolution_flops(
+    instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...]
+) -> float:
+    """Products that are in range only: TPU programs write batched products as convolutions."""
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if not labels:
+        return 0.0
+    of_lhs, of_rhs, of_out = labels.groups()
+    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found.group(1))) if found else {}
+
+    def setting(name: str, axis: int, default: int) -> int:
+        values = window[name].split("x") if name in window else []
+        return int(values[axis].split("_")[0]) if values else default
+
+    valid = 1.0
+    for axis in range(sum(label.isdigit() for label in of_lhs)):
+        size, steps = lhs[of_lhs.index(str(axis))], out[of_out.index(str(axis))]
+        stride, pad = setting("stride", axis, 1), setting("pad", axis, 0)
+        dilate, spread = setting("lhs_dilate", axis, 1), setting("rhs_dilate", axis, 1)
+        places = (
+            step * stride + tap * spread - pad
+            for step in range(steps)
+            for tap in range(setting("size", axis, 1))
+        )
+        valid *= sum(p >= 0 and p % dilate == 0 and p // dilate < size for p in places)
+    features = out[of_out.index("b")] * out[of_out.index("f")]
+    return 2.0 * features * valid * rhs[of_rhs.index("i")]
+
+
+def _splash_flops(part: str, instruction: Instruction, operands: list[Shape]) -> float:
+    """Products over the blocks of queries and keys that the causal mask leaves."""
+    query = max((s for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")),
+                key=lambda shape: _product(shape.dims))  # fmt: skip
+    length = query.dims[-2]
+    block = instruction.number(r"block_q\W+(\d+)") or 512
+    blocks = max(1, length // block)
+    if part == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes):
+        part = "fused"
+    share = (blocks + 1) / (2 * blocks)
+    return 2.0 * _SPLASH_PRODUCTS[part] * _product(query.dims) * length * share

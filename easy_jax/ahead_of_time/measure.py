@@ -1,0 +1,198 @@
+"""Compiles a step for a topology and says whether it fits, where memory goes, and what it costs."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from easy_jax.ahead_of_time.chips import GIB, Topology
+from easy_jax.ahead_of_time.cost import Cost, cost_of
+from easy_jax.ahead_of_time.programs import Program, tree_bytes
+from easy_jax.step import TrainState
+
+_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on a chip; what is kept for the backward pass is a part of `temporaries`."""
+
+    parameters: float
+    optimizer: float
+    resident: float
+    batch: float
+    activations: float
+    temporaries: float
+    outputs: float
+    code: float
+
+    @property
+    def total(self) -> float:
+        """Everything that is there at once."""
+        parts = (self.parameters, self.optimizer, self.resident, self.batch)
+        return sum(parts) + self.temporaries + self.outputs + self.code
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A compiled step, or the reason why there is none.
+
+    Attributes:
+      name, rows: of the program. `chips`: of the topology.
+      needs: bytes on a chip, of `has`. Where the compiler gave up, its own figure.
+      compile_seconds: lowering excluded.
+      memory, cost: None where the compiler gave up for lack of memory.
+      model_flops: per chip.
+      peak_flops: of a chip.
+    """
+
+    name: str
+    rows: int
+    chips: int
+    needs: float
+    has: float
+    compile_seconds: float
+    memory: Memory | None
+    cost: Cost | None
+    model_flops: float
+    peak_flops: float
+
+    @property
+    def fits(self) -> bool:
+        """Compiling is not enough: what is there at once must be less than the chip has."""
+        return self.memory is not None and self.needs <= self.has
+
+    def utilisation(self, *, waiting: bool = False) -> float:
+        """Model flops / peak / step time, with the unhidden interconnect time if `waiting`."""
+        assert self.cost is not None
+        seconds = self.cost.seconds + (self.cost.unhidden_seconds if waiting else 0.0)
+        return self.model_flops / self.peak_flops / seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, those that are derived included."""
+        values = dataclasses.asdict(self)
+        values["fits"] = self.fits
+        if self.cost is not None:
+            values["cost"] |= {
+                "seconds": self.cost.seconds,
+                "interconnect_bytes": self.cost.interconnect_bytes,
+            }
+            values["utilisation"] = self.utilisation()
+            values["utilisation_waiting"] = self.utilisation(waiting=True)
+        return values
+
+
+def measure(program: Program, topology: Topology) -> Measured:
+    """Compiles a program; lack of memory is a result, any other failure an error."""
+    state = program.state
+    if isinstance(state, TrainState):
+        parameters = tree_bytes((state.params, state.rest))
+        optimizer = tree_bytes(state.opt_state)
+    else:
+        parameters, optimizer = tree_bytes(state), 0.0
+    chip = topology.chip
+    start = time.perf_counter()
+    try:
+        compiled = program.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found = _NEEDS.search(str(error))
+        if found is None:
+            raise
+        needs = float(found.group(1)) * _UNITS[found.group(2)] + program.resident_bytes
+        return Measured(
+            program.name, program.rows, topology.num_chips, needs, chip.hbm_bytes,
+            time.perf_counter() - start, None, None,
+            program.model_flops / topology.num_chips, chip.peak_flops,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    sizes = compiled.memory_analysis()
+    memory = Memory(
+        parameters=parameters,
+        optimizer=optimizer,
+        resident=program.resident_bytes,
+        batch=max(0.0, sizes.argument_size_in_bytes - parameters - optimizer),
+        activations=program.activation_bytes,
+        temporaries=float(sizes.temp_size_in_bytes),
+        outputs=float(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
+        code=float(sizes.generated_code_size_in_bytes),
+    )
+    return Measured(
+        program.name, program.rows, topology.num_chips, memory.total, chip.hbm_bytes, seconds,
+        memory, cost_of(compiled.as_text(), topology),
+        program.model_flops / topology.num_chips, chip.peak_flops,
+    )  # fmt: skip
+
+
+def largest_batch(fits: Callable[[int], bool], most: int = 1024) -> int:
+    """The largest number for which `fits` holds, by doubling and bisection; 0 if there is none.
+
+    Example:
+      >>> largest_batch(lambda rows: rows <= 37)
+      37
+    """
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def table(results: list[Measured], largest: dict[str, int] | None = None) -> str:
+    """A Markdown table, one column per program, one row per measure."""
+    columns = [_column(result, (largest or {}).get(result.name)) for result in results]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    lines = [["", *(result.name for result in results)]]
+    lines += [[name, *(column.get(name, "") for column in columns)] for name in names]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _column(result: Measured, largest: int | None) -> dict[str, str]:
+    has, needs = result.has / GIB, result.needs / GIB
+    values = {
+        "batch": f"{result.rows} rows on {result.chips} chips",
+        "fits": f"{'yes' if result.fits else 'no'}: needs {needs:.2f} of {has:.2f} GiB",
+    }
+    if largest is not None:
+        values["largest batch that fits"] = f"{largest} rows a chip"
+    values["compile time"] = f"{result.compile_seconds:.0f} s"
+    memory, cost = result.memory, result.cost
+    if memory is None or cost is None:
+        return values
+    kept = min(memory.activations, memory.temporaries)
+    for name, size in (
+        ("parameters", memory.parameters),
+        ("optimiser", memory.optimizer),
+        ("pre-trained model, kept", memory.resident),
+        ("activations kept for the backward pass", kept),
+        ("other temporaries", memory.temporaries - kept),
+        ("batch, outputs and code", memory.batch + memory.outputs + memory.code),
+    ):
+        values[f"HBM: {name}"] = f"{size / GIB:.2f} GiB"
+    values |= {
+        "model flops of a chip": f"{result.model_flops / 1e12:.1f} T",
+        "flops done / model flops": f"{cost.flops / result.model_flops:.3f}",
+        "HBM traffic": f"{cost.hbm_bytes / 1e9:.0f} GB",
+        "step time": f"{cost.seconds * 1e3:.0f} ms ({cost.kernel_seconds * 1e3:.0f} in kernels)",
+        "utilisation": f"{result.utilisation():.1%}",
+        "unhidden interconnect time": f"{cost.unhidden_seconds * 1e3:.0f} ms",
+        "utilisation with it": f"{result.utilisation(waiting=True):.1%}",
+    }
+    for kind, count in sorted(cost.collectives.items()):
+        values[kind] = f"{count:.0f}: {cost.collective_bytes[kind] / 1e9:.2f} GB"
+    for kernel, count in sorted(cost.kernels.items()):
+        values[f"kernel {kernel}"] = f"{count:.0f}"
+    for loop in cost.unknown_loops:
+        values[f"{loop}: length unknown"] = "counted once"
+    return values

@@ -1,0 +1,37 @@
+"""Looking up embeddings in a table that is split over devices by features."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from easy_jax import sharding
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The rows of the table, [B, T, D] in `dtype`.
+
+    On a mesh every device looks up its own features for the rows of its whole `fsdp` group, and
+    then they exchange: what travels are activations, never the table, and its gradient is summed
+    where its shard is.
+    """
+    mesh = sharding.current_mesh()
+    if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return table_VD[tokens_BT].astype(dtype)
+    if tokens_BT.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return table_VD[tokens_BT].astype(dtype)
+
+    def on_device(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        tokens_BT = jax.lax.all_gather(tokens_BT, "fsdp", axis=0, tiled=True)
+        place_BT = tokens_BT - table_VD.shape[0] * jax.lax.axis_index("tensor")
+        here_BT = (place_BT >= 0) & (place_BT < table_VD.shape[0])
+        x_BTD = table_VD[jnp.where(here_BT, place_BT, 0)].astype(dtype)
+        x_BTD = jax.lax.psum(jnp.where(here_BT[:, :, None], x_BTD, 0), "tensor")
+        return jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(PartitionSpec("tensor", "fsdp"), PartitionSpec(sharding.BATCH, None)),
+        out_specs=PartitionSpec(sharding.BATCH, None, None),
+    )(table_VD, tokens_BT)
