@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from easy_jax import distributed
+from easy_jax import distributed, files
 from easy_jax.config import differences
 from easy_jax.step import TrainState
 
@@ -52,7 +51,8 @@ class Checkpointer:
         keep: int = 1,
         keep_best: bool = False,
     ):
-        self.directory = Path(directory).absolute()
+        directory = files.path(directory)
+        self.directory = directory.absolute() if files.is_local(directory) else directory
         identity = {"format": FORMAT_VERSION, **identity}
         self._identity = json.loads(json.dumps(identity))
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]

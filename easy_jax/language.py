@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax import data, distributed, evaluate, losses, merge, metrics, scoring, sharding
+from easy_jax import data, distributed, evaluate, files, losses, merge, metrics, scoring, sharding
 from easy_jax import fingerprint as fingerprints
 from easy_jax.config import LanguageConfig, LanguageMethodConfig, StageConfig
 from easy_jax.data import instructions, text
@@ -148,8 +148,9 @@ class LanguageExperiment:
     def _export(self, method: LanguageMethodConfig, model: Transformer) -> None:
         """A folder for `transformers`; one that is there is complete, and is this model's."""
         folder = self.workdir / "exported" / method.name
-        if not folder.exists():
-            hugging_face.export(model, folder, base=self.config.model.path)
+        if not (folder / "config.json").exists():
+            with files.local_folder(folder) as local:
+                hugging_face.export(model, local, base=self.config.model.path)
         self.terminal.print(f"{method.name}: exported to {folder}")
 
     def _weights(

@@ -8,6 +8,7 @@ Parts are written whole or not at all, so an interrupted table is resumed at its
 """
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from easy_jax import files, weighting
 from easy_jax import fingerprint as fingerprints
-from easy_jax import weighting
 from easy_jax.data import Ragged
 
 FORMAT_VERSION = 1
@@ -52,7 +53,7 @@ class LossTable:
         Raises:
           LossTableError: no table there, an incomplete one, or duplicate or missing ids.
         """
-        directory = Path(directory)
+        directory = files.path(directory)
         metadata = read_metadata(directory)
         if metadata is None:
             raise LossTableError(f"no loss table in {directory}: there is no metadata.json")
@@ -190,9 +191,7 @@ def read_metadata(directory: Path) -> dict[str, Any] | None:
 
 def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
     """Writes metadata.json, whole or not at all."""
-    temporary = directory / "metadata.json.tmp"
-    temporary.write_text(json.dumps(metadata, indent=2) + "\n")
-    temporary.replace(directory / "metadata.json")
+    files.write(directory / "metadata.json", json.dumps(metadata, indent=2) + "\n")
 
 
 def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -216,14 +215,14 @@ def write_part(
     numbers = [int(p.stem[-5:]) for p in directory.glob(f"part-{process:05d}-*.parquet")]
     number = max(numbers, default=-1) + 1  # not their count: one may have been deleted
     path = directory / f"part-{process:05d}-{number:05d}.parquet"
-    temporary = path.with_suffix(".tmp")
     columns, schema = [pa.array(column) for column in rows], SCHEMA
     if token_losses is not None:
         offsets = np.cumsum([0, *map(len, token_losses)], dtype=np.int32)
         columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(token_losses)))
         schema = TOKEN_SCHEMA
-    pq.write_table(pa.table(columns, schema=schema), temporary, write_page_checksum=True)
-    temporary.replace(path)
+    content = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), content, write_page_checksum=True)
+    files.write(path, content.getvalue())
 
 
 def iter_rows(directory: Path) -> Iterator[Rows]:
@@ -243,7 +242,10 @@ def iter_token_losses(directory: Path) -> Iterator[tuple[np.ndarray, list[np.nda
 def _iter_batches(directory: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for path in sorted(directory.glob("part-*.parquet")):
         try:
-            with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            with (
+                path.open("rb") as opened,
+                pq.ParquetFile(opened, page_checksum_verification=True) as file,
+            ):
                 schema = file.schema_arrow
                 if not (schema.equals(SCHEMA) or schema.equals(TOKEN_SCHEMA)):
                     raise LossTableError(

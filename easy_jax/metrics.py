@@ -2,12 +2,13 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from easy_jax import distributed
+from easy_jax import distributed, files
 
 
 class MetricsLog:
@@ -18,8 +19,12 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: str | os.PathLike[str]):
-        self._workdir = Path(workdir)
-        self._file = _open_lines(self._workdir / "metrics.jsonl") if distributed.leads() else None
+        self._workdir = files.path(workdir)
+        self._file = files.Lines(self._workdir / "metrics.jsonl") if distributed.leads() else None
+        self._board = self._workdir / "tensorboard"
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        if self._file is not None and not files.is_local(workdir):
+            self._temporary = tempfile.TemporaryDirectory()
         self._writers: dict[str, SummaryWriter] = {}
 
     def write(self, stage: str, kind: str, step: int, values: dict[str, float]) -> None:
@@ -27,10 +32,11 @@ class MetricsLog:
         if self._file is None:
             return
         entry = {"stage": stage, "kind": kind, "step": step, **values}
-        self._file.write(json.dumps(entry) + "\n")
+        self._file.append(json.dumps(entry))
         if stage not in self._writers:
             self._close_writers()
-            path = self._workdir / "tensorboard" / stage
+            board = self._board if self._temporary is None else Path(self._temporary.name)
+            path = board / stage
             self._writers = {stage: SummaryWriter(str(path), write_to_disk=True)}
         for name, value in values.items():
             self._writers[stage].add_scalar(f"{kind}/{name}", value, step)
@@ -41,11 +47,16 @@ class MetricsLog:
             self._file.flush()
         for writer in self._writers.values():
             writer.flush()
+        if self._temporary is not None:
+            files.upload(Path(self._temporary.name), self._board)
 
     def close(self) -> None:
         self._close_writers()
+        self.flush()
         if self._file is not None:
             self._file.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def _close_writers(self) -> None:
         for writer in self._writers.values():
@@ -56,26 +67,15 @@ class MetricsLog:
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Appends to a JSON-lines file; one process of several does."""
     if distributed.leads():
-        with _open_lines(path) as file:
-            file.write(json.dumps(entry) + "\n")
+        lines = files.Lines(path)
+        lines.append(json.dumps(entry))
+        lines.close()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, whole or not at all; one process of several does."""
     if distributed.leads():
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-
-
-def _open_lines(path: Path) -> TextIO:
-    """Opens a JSON-lines file for appending; a last line cut short by a kill is removed."""
-    if path.exists():
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
-            os.truncate(path, whole)
-    return path.open("a")
+        files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -103,6 +103,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All entries of a workdir's log, the last one of every (stage, kind, step)."""
     latest: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for entry in read_lines(Path(workdir) / "metrics.jsonl"):
+    for entry in read_lines(files.path(workdir) / "metrics.jsonl"):
         latest[entry["stage"], entry["kind"], entry["step"]] = entry
     return list(latest.values())

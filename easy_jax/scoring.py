@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, distributed, loss_table, sharding
+from easy_jax import data, distributed, files, loss_table, sharding
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
@@ -73,7 +73,7 @@ def score(
       >>> table.num_examples
       5
     """
-    directory = Path(directory)
+    directory = files.path(directory)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
     graphdef, state = nnx.split(eval_view(model))
@@ -276,6 +276,4 @@ def _read_dropped(directory: Path) -> set[int]:
 
 def _write_dropped(directory: Path, dropped: set[int]) -> None:
     path = directory / f"dropped-{jax.process_index():05d}.json"
-    temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(sorted(dropped)))
-    temporary.replace(path)
+    files.write(path, json.dumps(sorted(dropped)))

@@ -204,7 +204,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
             if size % shares:
                 raise ValueError(
                     f"{name}: axis {logical!r} of size {size} does not divide over the "
-                    f"{shares} devices of mesh axis {' x '.join(axes_used)}"
+                    f"{shares} devices of mesh axis {mesh_axis!r}"
                 )
         return leaf.replace(NamedSharding(mesh, PartitionSpec(*spec)))
 

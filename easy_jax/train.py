@@ -18,6 +18,7 @@ from easy_jax import config as config_lib
 from easy_jax import (
     distributed,
     evaluate,
+    files,
     language_report,
     merge,
     metrics,
@@ -102,7 +103,7 @@ def open_workdir(
       ConfigError: it cannot be written, or belongs to another configuration (the fields
         that differ are named).
     """
-    workdir = Path(workdir)
+    workdir = files.path(workdir)
     path = workdir / "config.json"
     text = config_lib.to_json(config)
     try:
@@ -112,7 +113,7 @@ def open_workdir(
         distributed.barrier("opening the workdir")
         found = json.loads(path.read_text())
         (workdir / "checkpoints").mkdir(exist_ok=True)
-        if not os.access(workdir, os.W_OK):
+        if files.is_local(workdir) and not os.access(workdir, os.W_OK):
             raise PermissionError(f"no permission to write in {workdir}")
     except OSError as error:
         raise ConfigError(

@@ -1,0 +1,122 @@
+"""Files of a workdir, which is a folder or, as `gs://bucket/path`, in an object store.
+
+Local paths are `pathlib`'s, others those of `etils.epath` (which needs `gcsfs` for `gs://`). What
+is written appears whole or not at all: a file is renamed into place, an object is whole anyway.
+"""
+
+import io
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from etils import epath
+
+from easy_jax.config import ConfigError
+
+Location = str | os.PathLike[str]
+
+
+def path(location: Location) -> Path:
+    """A path that reads and writes where the location is.
+
+    Raises:
+      ConfigError: what talks to the object store is not installed.
+
+    Example:
+      >>> path("runs/quickstart").name
+      'quickstart'
+    """
+    if is_local(location):
+        return Path(location)
+    scheme = os.fspath(location).partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        extra = "; pip install 'easy-jax[gcs]'" if scheme == "gs" else ""
+        raise ConfigError(f"{location} cannot be opened: {error}{extra}") from error
+    remote: Any = epath.Path(location)
+    return remote
+
+
+def is_local(location: Location) -> bool:
+    """Whether it is in a file system, and not in an object store."""
+    return "://" not in os.fspath(location)
+
+
+def write(target: Path, content: str | bytes) -> None:
+    """Writes a file, whole or not at all."""
+    data = content.encode() if isinstance(content, str) else content
+    if not is_local(target):
+        target.write_bytes(data)
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.replace(target)
+
+
+class Lines:
+    """A file of lines that grows; what is flushed is kept. A last line cut short is removed.
+
+    An object cannot grow: it is written anew by every flush.
+    """
+
+    def __init__(self, target: Path):
+        self._target = target
+        self._local: io.TextIOBase | None = None
+        if is_local(target):
+            if target.exists():
+                content = target.read_bytes()
+                whole = content.rfind(b"\n") + 1
+                if whole != len(content):
+                    os.truncate(target, whole)
+            self._local = target.open("a")
+        else:
+            self._text = target.read_text() if target.exists() else ""
+
+    def append(self, line: str) -> None:
+        """Adds a line; it is on disk after `flush`."""
+        if self._local is not None:
+            self._local.write(line + "\n")
+        else:
+            self._text += line + "\n"
+
+    def flush(self) -> None:
+        """Writes out what has been added."""
+        if self._local is not None:
+            self._local.flush()
+        else:
+            self._target.write_text(self._text)
+
+    def close(self) -> None:
+        """Writes out, and closes."""
+        self.flush()
+        if self._local is not None:
+            self._local.close()
+
+
+@contextmanager
+def local_folder(target: Path) -> Iterator[Path]:
+    """A local folder for what can write nowhere else; uploaded at the end.
+
+    Of a local target, the target itself.
+    """
+    if is_local(target):
+        yield target
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        upload(Path(folder), target)
+
+
+def upload(folder: Path, target: Path) -> None:
+    """Copies all files of a local folder, and of those in it; a `config.json` at the end, so
+    that a model's folder which has one is complete."""
+    for source in sorted(folder.rglob("*"), key=lambda source: source.name == "config.json"):
+        if source.is_file():
+            place = target / source.relative_to(folder).as_posix()
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(source.read_bytes())
