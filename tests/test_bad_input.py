@@ -584,7 +584,9 @@ def test_unknown_logical_axis():
 def test_dimension_that_does_not_divide():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     tree = with_axes((6, 4), ("features", "classes"))
-    with pytest.raises(ValueError, match=r"kernel.*'features' of size 6 .*4 devices .*'fsdp', 'tensor'"):
+    with pytest.raises(
+        ValueError, match=r"kernel.*'features' of size 6 .*4 devices .*'fsdp', 'tensor'"
+    ):
         sharding.shard_tree(tree, mesh)
 
 

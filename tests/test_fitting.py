@@ -1,5 +1,7 @@
 """Training stages: resume equals uninterrupted bit for bit, one compilation, SFA, reductions."""
 
+import shutil
+
 import chex
 import jax
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 from helpers import devices_mesh
 
 from easy_jax import metrics
+from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.fitting import fit
@@ -177,3 +180,24 @@ def test_epoch_ends_are_told_once_each(model, source, tmp_path):
     seen = []
     _fit(model, source, tmp_path / "a", on_epoch=lambda epoch, state: seen.append(epoch))
     assert seen == [1, 2, 3]
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(model, source, tmp_path):
+    """The learning rate is so high that the loss is lowest at the start."""
+    options = {"stage": _stage(learning_rate=3.0), "save_every_steps": 2}
+    _fit(model, source, tmp_path, keep=2, keep_best=True, **options)
+    with Checkpointer(tmp_path, {}, keep=2, keep_best=True) as checkpointer:
+        best = checkpointer.best_step()
+    kept = sorted(int(path.name) for path in tmp_path.iterdir())
+    assert kept == [best, 8, 10]
+    assert best < 8
+
+
+def test_a_save_that_was_cut_off_is_no_checkpoint(model, source, tmp_path):
+    whole = _fit(model, source, tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    shutil.copytree(
+        tmp_path / "whole" / "10", tmp_path / "parts" / "7.orbax-checkpoint-tmp-123"
+    )  # as a killed process leaves it
+    again = _fit(model, source, tmp_path / "parts")
+    assert (whole.steps, again.resumed_from) == (10, 0)
