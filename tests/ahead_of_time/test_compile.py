@@ -62,7 +62,7 @@ def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
         # The walk counts what the formula does: nothing twice, no layer left out. Attention is
         # causal in the kernels, and full rematerialisation is a fourth pass over the layers.
         ratio = program["cost"]["flops"] / program["model_flops"]
-        assert 0.8 < ratio < (1.0 if program is score else 4 / 3)
+        assert 0.8 < ratio <= (1.0 if program is score else 4 / 3)
         assert 0 < program["cost"]["seconds"] < 0.1
     # Parameters, gradients and moments are shared out: 1/16 of float32, norms whole.
     norms = 4 * (17 if family == "gemma2" else 9) * embed
