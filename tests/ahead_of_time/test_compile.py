@@ -19,6 +19,7 @@ SMALL = {
     "llama": {
         "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
         "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
     },
 }  # fmt: skip
 ROWS, LENGTH = 32, 256
