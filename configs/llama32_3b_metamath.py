@@ -65,7 +65,6 @@ def get_config(arg: str = "") -> LanguageConfig:
         finetune=StageConfig(
             epochs=2,
             batch_size=128,
-            micro_batches=4,
             reduction="token_mean",
             optimizer=OptimizerConfig(name="adamw", learning_rate=1e-5, warmup_ratio=0.03),
         ),

@@ -48,7 +48,8 @@ def linear_cross_entropy(
       soft_cap: c of `c * tanh(logits / c)`, Gemma 2's final soft cap; None for none.
       vocab_block: rows of the head looked at together, at most. V is padded (the head
         copied) if none of its divisors is near.
-      token_chunk: positions looked at together, over all rows, at most. Memory in use is
+      token_chunk: positions looked at together, over all rows (of a device, where the head is
+        shared out over devices), at most. Memory in use is
         about `2 * 4 * vocab_block * token_chunk` bytes.
 
     Returns:
@@ -116,8 +117,9 @@ def weighted_linear_cross_entropy(
     weight_N = jax.lax.stop_gradient(weight_N)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
+        half = max(1, token_chunk // 2)  # logits and their gradients are there at once
         return vocabulary_parallel.weighted_sum(
-            hidden_ND, head_VD, targets_N, weight_N, soft_cap, token_chunk
+            hidden_ND, head_VD, targets_N, weight_N, soft_cap, half
         )
     nll_N = linear_cross_entropy(
         hidden_ND, head_VD, targets_N, soft_cap=soft_cap, token_chunk=token_chunk

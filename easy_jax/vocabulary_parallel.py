@@ -21,6 +21,7 @@ from easy_jax import sharding
 
 NO_TARGET = -1
 _VOCAB = ("tensor", "fsdp")
+_LARGEST_CAP = 40.0  # exp(-2 * cap) is still a normal float32
 _ROWS = PartitionSpec(sharding.BATCH, None)
 _ROWS_D = PartitionSpec(sharding.BATCH, None, None)
 _HEAD = PartitionSpec("tensor", "fsdp")  # as the parameter is kept
@@ -147,7 +148,11 @@ def _on_device(
             logits_NU = cap * jnp.tanh(logits_NU / cap)
         valid_1U = (ids_U < vocab)[None, :]
         is_target_NU = ids_U[None, :] == target_N[:, None]
-        max_N = jax.lax.pmax(jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1), _VOCAB)
+        if cap is not None and cap <= _LARGEST_CAP:
+            max_N = jnp.full(target_N.shape, cap, jnp.float32)  # known: one pass less
+        else:
+            max_N = jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1)
+            max_N = jax.lax.pmax(max_N, _VOCAB)
         share_NU = jnp.where(valid_1U, jnp.exp(logits_NU - max_N[:, None]), 0.0)
         chosen_N = jnp.sum(jnp.where(is_target_NU, logits_NU, 0.0), axis=1)
         sum_N, chosen_N = jax.lax.psum((jnp.sum(share_NU, axis=1), chosen_N), _VOCAB)

@@ -1,11 +1,14 @@
 """The walk over scheduled HLO, on small programs whose costs can be counted by hand."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easy_jax.ahead_of_time import chips, cost, hlo
+from easy_jax.ahead_of_time import chips, cost, hlo, measure
 from easy_jax.ahead_of_time.measure import largest_batch
 from easy_jax.config import ConfigError
 
@@ -19,7 +22,7 @@ def _cost(text):
     return cost.cost_of(text, V5E)
 
 
-def _loop(trips, init="0", known=False, body=""):
+def _loop(trips, init="zero", known=False, body=""):
     """A program that runs one product of 2 * 4 * 8 * 8 operations `trips` times."""
     config = f', backend_config={{"known_trip_count":{{"n":"{trips}"}}}}' if known else ""
     return f"""HloModule test, is_scheduled=true
@@ -286,3 +289,24 @@ def test_the_largest_batch_takes_few_tries():
     assert len(tried) <= 12
     assert largest_batch(lambda rows: False) == 0
     assert largest_batch(lambda rows: True, most=100) == 100
+
+
+def test_what_is_measured_can_be_printed_and_stored():
+    """A program of 8 GiB in all; 2 of 3 GiB of temporaries are activations."""
+    gib = chips.GIB
+    memory = measure.Memory(gib, 2 * gib, gib, 0, 2 * gib, 3 * gib, gib, 0)
+    result = measure.Measured(
+        "train", 64, 16, memory.total, V5E.chip.hbm_bytes, 5.0, memory, _cost(_loop(7)),
+        model_flops=1e9, peak_flops=V5E.chip.peak_flops,
+    )  # fmt: skip
+    assert memory.total == 8 * gib and result.fits
+    stored = json.loads(json.dumps(result.to_json()))
+    assert stored["cost"]["seconds"] == pytest.approx(7 * MS2)
+    assert stored["utilisation"] == pytest.approx(1e9 / 197e12 / (7 * MS2))
+    table = measure.table([result], {"train": 9})
+    assert "yes: needs 8.00 of 15.75 GiB" in table and "9 rows a chip" in table
+    assert "2.00 GiB" in table.splitlines()[9]
+    too_much = dataclasses.replace(result, memory=None, cost=None, needs=17 * gib)
+    assert not too_much.fits
+    assert "no: needs 17.00 of 15.75 GiB" in measure.table([too_much])
+    assert json.loads(json.dumps(too_much.to_json()))["fits"] is False

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,8 @@ from easy_jax.ahead_of_time.cost import Cost, cost_of
 from easy_jax.ahead_of_time.programs import Program, tree_bytes
 from easy_jax.step import TrainState
 
-_NEEDS = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# "Used 17.2G of 15.75G hbm"; of temporaries alone "... (17.2G) exceeds available HBM (15.75G)".
+_NEEDS = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -74,13 +76,15 @@ class Measured:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, those that are derived included."""
-        values = dataclasses.asdict(self)
-        values["fits"] = self.fits
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {"fits": self.fits, "memory": self.memory and dataclasses.asdict(self.memory)}
         if self.cost is not None:
-            values["cost"] |= {
+            values["cost"] = {  # `asdict` cannot copy a Counter
+                **{name: dict(value) if isinstance(value, Counter) else value
+                   for name, value in vars(self.cost).items()},
                 "seconds": self.cost.seconds,
                 "interconnect_bytes": self.cost.interconnect_bytes,
-            }
+            }  # fmt: skip
             values["utilisation"] = self.utilisation()
             values["utilisation_waiting"] = self.utilisation(waiting=True)
         return values

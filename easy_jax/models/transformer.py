@@ -25,9 +25,9 @@ from easy_jax.models.transformer_config import TransformerConfig
 
 Remat = Literal["none", "full", "dots", "outputs"]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines
-# Names that `jax.checkpoint` can keep. A byte of what a linear map makes spares as many
-# operations as the map contracts features: least is kept of the wide `gate` and `up`.
-_OUTPUTS = ("q", "k", "v", KEPT, "o", "down")
+# Names that `jax.checkpoint` keeps. A byte of what a linear map makes spares as many operations as
+# the map contracts features: `down` pays most, and of the two wide ones one is left out.
+_OUTPUTS = ("q", "k", "v", KEPT, "o", "gate", "down")
 _POLICIES: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -166,8 +166,8 @@ class Transformer(nnx.Module):
       param_dtype: of the parameters.
       remat: what the backward pass computes again instead of keeping it: attention's
         probabilities alone (`none`), all but the input of each layer (`full`), all but the
-        linear maps (`dots`, on a CPU the fastest), all but those and attention itself, less the
-        two wide ones (`outputs`, on a TPU the fastest that fits).
+        linear maps (`dots`, on a CPU the fastest), all but those and attention itself, less
+        one wide one (`outputs`, on a TPU the fastest that fits).
       rngs: NNX random streams; `params` is used.
 
     Example:
@@ -237,8 +237,13 @@ class Transformer(nnx.Module):
         if self.config.family == "gemma2":
             x_BTD = x_BTD * jnp.asarray(self.config.embed**0.5, self.dtype)
         rope = _rope(positions_BT, self.config)
+        windows = tuple(None if w is None or w >= length else w for w in self.config.windows)
         graphdef: Any
-        graphdef, state = nnx.split(self.blocks)
+        if sharding.is_tpu(sharding.current_mesh()) and len(set(windows)) == 1:
+            graphdef, state = _flat(self.blocks, self.dtype)
+            windows = windows[:1]
+        else:
+            graphdef, state = nnx.split(self.blocks)
 
         def layer(x_BTD: jax.Array, block: Block, window: int | None) -> jax.Array:
             x_BTD = block(x_BTD, rope, segment_ids_BT, window)
@@ -251,7 +256,7 @@ class Transformer(nnx.Module):
 
         def group(x_BTD: jax.Array, group_state: Any) -> tuple[jax.Array, None]:
             blocks: Any = nnx.merge(graphdef, group_state)
-            for block, window in zip(blocks, self.config.windows, strict=True):
+            for block, window in zip(blocks, windows, strict=True):
                 x_BTD = layer(x_BTD, block, window)
             return x_BTD, None
 
@@ -267,6 +272,26 @@ class Transformer(nnx.Module):
 def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
     value = _INIT_SCALE * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
     return nnx.Param(value, logical_axes=tuple(axes))
+
+
+def _flat(blocks: Any, dtype: Any) -> tuple[Any, nnx.State]:
+    """The layers of all groups one after the other, for a scan over layers that are all alike.
+
+    Half the code and half the memory of a scan over pairs. Kernels are cast on the way: a scan
+    gives the gradients of what it is given, and so they too take half the memory.
+    """
+
+    def join(*stacks: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        values = [stack.get_value() for stack in stacks]
+        if "norm" not in stacks[0].get_metadata()["logical_axes"]:
+            values = [value.astype(dtype) for value in values]
+        value = jnp.stack(values, axis=1)
+        return stacks[0].replace(value.reshape(-1, *value.shape[2:]))
+
+    graphdef, _ = nnx.split(nnx.List([blocks[0]]))
+    states = [nnx.state(nnx.List([block])) for block in blocks]
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return graphdef, jax.tree.map(join, *states, is_leaf=is_variable)
 
 
 def _value(kernel: nnx.Variable[jax.Array], dtype: Any) -> jax.Array:

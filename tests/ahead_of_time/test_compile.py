@@ -1,0 +1,96 @@
+"""Both families on v5e:4x4, small, compiled by libtpu for chips that are not there.
+
+Run by `pytest tests/ahead_of_time` in an environment with [tpu]; not among the default tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SMALL = {
+    "gemma2": {
+        "model_type": "gemma2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 128, "sliding_window": 128,
+    },
+    "llama": {
+        "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+ROWS, LENGTH = 32, 256
+
+
+def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath", **fields):
+    folder = tmp_path / family
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**SMALL[family], **fields}))
+    command = [
+        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{config}.py:standard",
+        "--topology=v5e:4x4", f"--config.model.path={folder}", f"--config.text.max_length={LENGTH}",
+        f"--config.text.row_length={LENGTH}", f"--config.scoring.batch_size={ROWS}",
+        f"--config.finetune.batch_size={ROWS}", "--config.finetune.micro_batches=1", *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600,
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("gemma2", "gemma2_2b_metamath"), ("llama", "llama32_3b_metamath")]
+)
+def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
+    code, out, err = _compile(tmp_path, "--json", family=family, config=config)
+    assert code == 0, err
+    train, score = json.loads(out)["programs"]
+    layers, embed, mlp, heads, kv_heads, head_dim, vocab = (
+        (4, 256, 512, 4, 2, 128, 4096) if family == "gemma2" else (4, 256, 512, 2, 2, 128, 4096)
+    )
+    weights = layers * embed * (head_dim * 2 * (heads + kv_heads) + 3 * mlp) + vocab * embed
+    tokens = ROWS * LENGTH / 16
+    forward = tokens * (2 * weights + 4 * LENGTH * heads * head_dim * layers)
+    assert score["model_flops"] == pytest.approx(forward)
+    assert train["model_flops"] == pytest.approx(3 * forward)
+    for program in (train, score):
+        assert program["fits"]
+        assert not program["cost"]["unknown_loops"]
+        # The walk counts what the formula does: nothing twice, no layer left out. Attention is
+        # causal in the kernels, and full rematerialisation is a fourth pass over the layers.
+        ratio = program["cost"]["flops"] / program["model_flops"]
+        assert 0.8 < ratio <= (1.0 if program is score else 4 / 3)
+        assert 0 < program["cost"]["seconds"] < 0.1
+    # Parameters, gradients and moments are shared out: 1/16 of float32, norms whole.
+    norms = 4 * (17 if family == "gemma2" else 9) * embed
+    assert train["memory"]["parameters"] == pytest.approx(4 * weights / 16 + norms, rel=1e-3)
+    assert train["memory"]["optimizer"] == pytest.approx(2 * train["memory"]["parameters"], 0.01)
+    kernels = {**train["cost"]["kernels"]}
+    assert kernels["splash_mha_fwd"] == 2 * layers  # once more in the backward pass
+    assert kernels["splash_mha_dkv"] == layers
+    assert score["cost"]["kernels"] == {"splash_mha_fwd": layers}
+    # Gathered in bfloat16, layer by layer: no collective carries all parameters at once.
+    gathered = train["cost"]["collective_bytes"]["all-gather"] / train["cost"]["collectives"][
+        "all-gather"
+    ]  # fmt: skip
+    assert gathered < 2 * weights / 4
+
+
+def test_what_does_not_fit_is_a_result(tmp_path):
+    code, out, err = _compile(
+        tmp_path, "--program=train", "--config.model.remat=none",
+        "--config.finetune.batch_size=4096", num_hidden_layers=32, intermediate_size=8192,
+    )  # fmt: skip
+    assert code == 1, err
+    assert "no: needs" in out and "of 15.75 GiB" in out
+    assert "Traceback" not in err
+
+
+def test_a_topology_that_is_not_there_is_one_line(tmp_path):
+    code, _, err = _compile(tmp_path, "--topology=v5e:5x5")
+    assert code == 2
+    assert "topology is 'v5e:5x5'" in err and "Traceback" not in err
