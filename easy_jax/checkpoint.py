@@ -114,6 +114,8 @@ class Checkpointer:
                 ),
                 metrics={"loss": loss},
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # a device or another process, not the disk
         except Exception as error:
             raise self._unsaved(error) from error
 
@@ -161,6 +163,8 @@ class Checkpointer:
         distributed.at("the end of a save")
         try:
             self._manager.wait_until_finished()
+        except jax.errors.JaxRuntimeError:
+            raise  # a device or another process, not the disk
         except Exception as error:
             raise self._unsaved(error) from error
         finally:

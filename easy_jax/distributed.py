@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax.experimental import multihost_utils
 from easy_jax.config import ConfigError
 from easy_jax.peers import EXIT_PEERS, Peers, PeersError
 
+_ECHO_SECONDS = 3.0
 EXIT_STOPPED = 75  # saved after a SIGTERM: the same command again continues
 
 _peers: Peers | None = None
@@ -104,8 +106,13 @@ def shutdown() -> None:
 
 
 def abort(code: int, message: str) -> None:
-    """Ends this process and, of a run of several, the others with the same exit code."""
+    """Ends this process and, of a run of several, the others with the same exit code.
+
+    An error may be no more than the echo of a process that was lost: the watch over the peers
+    is given the time to notice, and then ends this process with that message instead.
+    """
     if _peers is not None:
+        time.sleep(_ECHO_SECONDS)
         _peers.fail(code, message)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -35,9 +35,8 @@ def test_disk_full(faults):
     faults.fill_the_disk()
 
 
-@pytest.mark.parametrize("lost", [0, 3])
-def test_one_of_four_killed(faults, lost):
-    faults.lose_one(lost)
+def test_one_of_four_killed(faults):
+    faults.lose_one(3)
 
 
 def test_from_eight_devices_to_four_to_one(faults):

@@ -59,13 +59,12 @@ class Faults:
         self._number += 1
         return self.folder / f"run{self._number}"
 
-    def start(self, workdir, count=1, **options):
-        """Scores, trains, and exports the trained model."""
+    def start(self, workdir, count=1, extra=(), **options):
+        """Scores, trains, and exports the trained model; `extra` are more arguments."""
         options = {"devices": self.devices, **options}
         config = f"--config=tests/tiny_language.py:{self.model}"
-        return processes.Processes(
-            ROOT, ["export", config, f"--workdir={workdir}"], count, **options
-        )
+        arguments = ["export", config, f"--workdir={workdir}", *extra]
+        return processes.Processes(ROOT, arguments, count, **options)
 
     def again(self, workdir, count=1, **options):
         """To the end; returns what process 0 printed."""
@@ -169,34 +168,31 @@ class Faults:
         """Of four processes one is killed; the others end. Two go on, with four devices, are
         stopped, and one ends it, with one."""
         workdir = self.workdir()
-        start = time.monotonic()
+        # Saved at every step: a tiny step alone is over before the processes can agree to stop.
+        options = {"extra": ["--config.save_every_steps=1"], "late": 0.3}
         codes, complaints = self.interrupt(
-            workdir,
-            "saving",
-            signal.SIGKILL,
-            which=lost,
-            late=0.5,
-            count=4,
-            devices=8,
-            timeout=timeout,
-        )
+            workdir, "saving", signal.SIGKILL, which=lost, count=4, devices=8, timeout=timeout,
+            **options,
+        )  # fmt: skip
         assert time.monotonic() - self._hit < timeout
-        expected = [EXIT_PEERS] * 4
-        expected[lost] = -signal.SIGKILL
-        assert codes == expected, (codes, complaints)
-        for index in {0, 1, 2, 3} - {lost}:
-            assert f"process {lost} (" in complaints[index], complaints
-            assert "is gone; the same command again continues" in complaints[index], complaints
+        for index, code in enumerate(codes):
+            if index == lost:
+                assert code == -signal.SIGKILL
+            elif lost != 0 or code != -signal.SIGABRT:
+                # JAX may be the first to see that process 0, its coordinator, is gone.
+                assert code == EXIT_PEERS, (codes, complaints)
+                assert f"process {lost} (" in complaints[index], complaints
+                assert "is gone; the same command again continues" in complaints[index], complaints
         saved = self.saved(workdir)
-        codes, complaints = self.interrupt(
-            workdir, "training", signal.SIGTERM, which=1, count=2, devices=4
+        stopped, complaints = self.interrupt(
+            workdir, "training", signal.SIGTERM, which=1, count=2, devices=4, **options
         )
-        assert codes == [EXIT_STOPPED] * 2, (codes, complaints)
+        assert stopped == [EXIT_STOPPED] * 2, (stopped, complaints)
         more = self.saved(workdir)
         assert more[-1] >= saved[-1]
-        self.check_origin(self.again(workdir), more)
+        self.check_origin(self.again(workdir, extra=options["extra"]), more)
         self.check_close(workdir)
-        return f"four processes saved {saved}, two {more} ({time.monotonic() - start:.0f} s)"
+        return f"exit codes {codes}; four processes saved {saved}, two {more}"
 
     def _continue(self, workdir):
         """The same command again; it says from where, and the result is the calm run's."""
