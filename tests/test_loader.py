@@ -236,3 +236,11 @@ def test_batches_are_read_at_once_where_the_source_can():
     assert len(source.calls) == 2
     # Padding is a copy of an example of the batch: no other example is read for it.
     assert {position for call in source.calls for position in call} == set(range(9))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_ids_in_the_rows_of_a_process_are_those_it_is_given(size):
+    for rows in np.split(np.arange(8), 4):
+        loader = scoring_loader(squares(size), 8, rows=rows)
+        given = np.concatenate([batch["example_id"][batch["mask"]] for batch in loader])
+        assert loader.ids_in(rows, 8).tolist() == sorted(given.tolist())

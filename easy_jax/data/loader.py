@@ -56,10 +56,12 @@ class Loader:
     def ids_in(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
         """The ids of all examples in these rows of the global batches, sorted; when scoring."""
         assert self._order is not None
-        chosen = np.isin(np.arange(batch_size), rows)
         order = self._order
-        mine = [order[i] for i in np.flatnonzero(np.resize(chosen, len(order)))]
-        return np.sort(np.hstack(mine)) if mine else np.zeros(0, np.int64)
+        chosen = np.resize(np.isin(np.arange(batch_size), rows), len(order))
+        if isinstance(order, np.ndarray):
+            return np.sort(order[chosen])
+        mine = [order[i] for i in np.flatnonzero(chosen)]
+        return np.sort(np.concatenate(mine)) if mine else np.zeros(0, np.int64)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._dataset.to_iter_dataset(self._options))
