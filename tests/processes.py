@@ -24,7 +24,7 @@ class Processes:
       devices: in all.
       timeout: their `--peer_timeout`, seconds.
       only: start these alone of them.
-      preexec_fn: called in each before it starts.
+      prefix: of the command, for example of a shell.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Processes:
         devices=DEVICES,
         timeout=60,
         only=None,
-        preexec_fn=None,
+        prefix=(),
     ):
         env = {
             **os.environ, "PYTHONPATH": str(root), "COLUMNS": "200",
@@ -52,11 +52,10 @@ class Processes:
         self.all = [
             subprocess.Popen(
                 [
-                    sys.executable, "-m", "easy_jax.main", *arguments, *cluster,
+                    *prefix, sys.executable, "-m", "easy_jax.main", *arguments, *cluster,
                     *([f"--process_id={index}"] if count > 1 else []),
                 ],
                 cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                preexec_fn=preexec_fn,
             )
             for index in (range(count) if only is None else only)
         ]  # fmt: skip
