@@ -23,6 +23,18 @@ class CheckpointError(ValueError):
     """A checkpoint belongs to another run, or cannot be written; the message says which."""
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which does not ask whether the run is to be stopped.
+
+    It would ask with its own numbers of steps, and JAX's service remembers the latest number
+    it was asked with: `distributed.should_stop` alone counts.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        del step
+        return False
+
+
 class Checkpointer:
     """Saves and restores one stage with Orbax, while training goes on.
 
@@ -62,7 +74,7 @@ class Checkpointer:
                     get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1
                 )
             )
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),

@@ -82,7 +82,7 @@ def initialize(
     if count == 1:
         return
     version = importlib.metadata.version("easy-jax")
-    run = [version, *(arg for arg in sys.argv[1:] if not arg.startswith("--process_id"))]
+    run = [version, *_common(sys.argv[1:])]
     peers = Peers(
         address, count, index, timeout=timeout, run=run, jax_address=lambda: _free(address)
     )
@@ -198,6 +198,17 @@ def _number(name: str, value: int | None) -> int | None:
     with contextlib.suppress(ValueError):
         return int(text)
     raise ConfigError(f"JAX_{name.upper()} is {text!r}; it must be a number")
+
+
+def _common(arguments: list[str]) -> list[str]:
+    """A command line without this process's number, in every way in which it can be given."""
+    common: list[str] = []
+    for place, argument in enumerate(arguments):
+        name = argument.lstrip("-").partition("=")[0]
+        follows = place > 0 and arguments[place - 1].lstrip("-") == "process_id"
+        if name != "process_id" and not follows:
+            common.append(argument)
+    return common
 
 
 def _free(address: str) -> str:

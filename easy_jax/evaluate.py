@@ -55,13 +55,12 @@ def classification(
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     state = sharding.shard_tree(state, mesh)
     nll, correct, count = 0.0, 0.0, 0
-    for ids, nll_b, correct_b in scoring.per_example(
-        graphdef, state, nll_and_correct, loader, mesh
-    ):
+    results = scoring.per_example(graphdef, state, nll_and_correct, loader, mesh)
+    for batch, (ids, nll_b, correct_b) in enumerate(results, 1):
         nll += float(nll_b.sum(dtype=np.float64))
         correct += float(correct_b.sum())
         count += len(ids)
-        _check_stop()
+        _check_stop(batch)
     sums = distributed.total("evaluation", nll=nll, correct=correct, count=count)
     count = int(sums["count"])
     accuracy, loss = 100.0 * sums["correct"] / count, sums["nll"] / count
@@ -95,19 +94,18 @@ def language(
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     state = sharding.shard_tree(state, mesh)
     nll, tokens = 0.0, 0
-    for _, nll_sum_b, count_b in scoring.per_example(
-        graphdef, state, losses.causal_lm_loss, loader, mesh
-    ):
+    results = scoring.per_example(graphdef, state, losses.causal_lm_loss, loader, mesh)
+    for batch, (_, nll_sum_b, count_b) in enumerate(results, 1):
         nll += float(nll_sum_b.sum(dtype=np.float64))
         tokens += int(count_b.sum(dtype=np.float64))
-        _check_stop()
+        _check_stop(batch)
     sums = distributed.total("evaluation", nll=nll, tokens=tokens)
     tokens, mean = int(sums["tokens"]), sums["nll"] / sums["tokens"]
     return {"nll": mean, "perplexity": math.exp(mean), "tokens": tokens}
 
 
-def _check_stop() -> None:
-    if distributed.should_stop("evaluation"):
+def _check_stop(batch: int) -> None:
+    if distributed.should_stop(f"evaluation, batch {batch}"):
         raise distributed.Stopped("stopped while evaluating, before its result")
 
 

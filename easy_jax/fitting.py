@@ -94,7 +94,8 @@ def fit(
       log_every_steps, save_every_steps: intervals.
       keep, keep_best: how many checkpoints to keep, the latest; and whether to keep the one
         with the lowest mean loss since the checkpoint before it, too.
-      on_epoch: called with the number of epochs done and the model's variables.
+      on_epoch: called with the number of epochs done and the model's variables; may raise
+        `Stopped`, and is not called again for that epoch.
       progress: called with the number of steps done since the last call.
 
     Raises:
@@ -160,9 +161,12 @@ def fit(
                 if step in epoch_ends and on_epoch is not None:
                     seconds += time.perf_counter() - clock
                     with jax.transfer_guard("allow"):
-                        on_epoch(epoch_ends[step], state.model_state())
+                        try:
+                            on_epoch(epoch_ends[step], state.model_state())
+                        except distributed.Stopped:  # while it evaluated; what is trained is saved
+                            stopped = True
                     clock = time.perf_counter()
-                stopped = distributed.should_stop(f"{name}, step {step}")
+                stopped = stopped or distributed.should_stop(f"{name}, step {step}")
                 if stopped or step % save_every_steps == 0 or step == total:
                     losses.append(_record(name, pending, log, log_every_steps))
                     pending = None

@@ -103,6 +103,8 @@ def cli() -> None:
     except USER_ERRORS as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         distributed.abort(2, str(error))
+    except KeyboardInterrupt:
+        distributed.abort(130, "interrupted from the keyboard")
     except Exception as error:
         traceback.print_exc()
         distributed.abort(1, f"{type(error).__name__}: {error}")

@@ -300,6 +300,8 @@ class Peers:
 
     def _over(self, code: int, reason: str) -> None:
         """Tells everybody, and ends this process, whatever its main thread waits for."""
+        if self._closing:
+            return  # it is ending anyway, with what it has to say itself
         if self._index == 0:
             self._tell(code, reason)
         advice = "; the same command again continues" if code == EXIT_PEERS else ""

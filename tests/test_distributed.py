@@ -64,8 +64,9 @@ def test_from_slurm(monkeypatch):
     assert (address.split(":")[0], count, index) == ("node03", 16, 9)
 
 
-def test_the_process_id_is_no_part_of_the_run(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["easy-jax", "run", "--workdir=w", "--process_id=1"])
+@pytest.mark.parametrize("given", [["--process_id=1"], ["--process_id", "1"], ["-process_id=1"]])
+def test_the_process_id_is_no_part_of_the_run(monkeypatch, given):
+    monkeypatch.setattr("sys.argv", ["easy-jax", "run", *given, "--workdir=w"])
     with pytest.raises(FoundError) as info:
         distributed.initialize("host:1", 2, 1)
     assert info.value.args[3][1:] == ["run", "--workdir=w"]

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import metrics
+from easy_jax import distributed, metrics
 from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.data import ArraySource
@@ -202,3 +202,19 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(model, source, tmp_path):
     )  # as a killed process leaves it
     again = _fit(model, source, tmp_path / "parts")
     assert (whole.steps, again.resumed_from) == (10, 0)
+
+
+def test_a_stop_while_an_epoch_is_evaluated_loses_no_step(model, source, tmp_path):
+    whole = _fit(model, source, tmp_path / "whole")
+
+    def evaluate(epoch, _):
+        if epoch == 1:
+            raise distributed.Stopped("while evaluating")
+
+    with pytest.raises(distributed.Stopped, match="fit: stopped after step 3 of 10, which is save"):
+        _fit(model, source, tmp_path / "parts", on_epoch=evaluate)
+    parts = _fit(model, source, tmp_path / "parts", on_epoch=evaluate)
+    assert parts.resumed_from == 3
+    chex.assert_trees_all_equal(
+        jax.device_get(parts.model_state), jax.device_get(whole.model_state)
+    )

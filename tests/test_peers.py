@@ -12,7 +12,7 @@ from processes import free_port
 
 from easy_jax.peers import EXIT_PEERS, Peers, PeersError
 
-TIMEOUT = 2.0
+TIMEOUT = 6.0
 
 
 class Run:
@@ -64,7 +64,7 @@ def test_all_come_and_all_leave():
     run = Run(3)
     peers = run.all()
     assert [peer.jax_address for peer in peers] == ["here:1"] * 3
-    time.sleep(1.5 * TIMEOUT)  # beats keep them together
+    time.sleep(1.2 * TIMEOUT)  # beats keep them together
     leave(peers)
     time.sleep(0.5)
     assert run.ended.empty()
@@ -76,7 +76,7 @@ def test_the_missing_are_named_to_all_that_came():
     errors = run.together(lambda: run.peer(0), lambda: run.peer(2), lambda: run.peer(4))
     assert time.monotonic() - start < 2 * TIMEOUT
     for error in errors:
-        assert "processes 1, 3 of 5 did not come within 2 s" in str(error)
+        assert "processes 1, 3 of 5 did not come within 6 s" in str(error)
 
 
 def test_no_process_0():
@@ -89,7 +89,7 @@ def test_a_late_process_0_has_its_time():
     run = Run(2)
 
     def late():
-        time.sleep(0.8 * TIMEOUT)
+        time.sleep(0.5 * TIMEOUT)
         return run.peer(0)
 
     peers = run.together(late, lambda: run.peer(1))
@@ -217,13 +217,17 @@ def test_a_process_that_fails_says_why_to_all(failed):
 
 
 def test_a_run_that_does_not_move_is_told_by_place(capsys):
-    run = Run(3, timeout=1.0)
+    run = Run(3, timeout=2.0)
     peers = run.all()
     for index, peer in enumerate(peers):
         peer.at("step 8" if index != 1 else "step 7")
-    time.sleep(2.5)
+    told = ""
+    for _ in range(200):
+        told += capsys.readouterr().err
+        if "step 7" in told:
+            break
+        time.sleep(0.1)
     leave(peers)
-    told = capsys.readouterr().err
     assert "nothing has moved for" in told
     assert "processes 0, 2 at step 8; process 1 at step 7" in told
     assert run.ended.empty()
