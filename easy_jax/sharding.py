@@ -69,7 +69,8 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
             f"{count} devices there are; set one axis to -1"
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
-    slices = len({device.slice_index for device in devices if device.platform == "tpu"})
+    on_tpu = devices[0].platform == "tpu"  # described ones (ahead of time) have no slice
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices < 2:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
     shape = hybrid_shape(sizes, slices)
