@@ -8,6 +8,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 
 dry_run=
+secrets=() # names of environment variables
 child= # of run_child, while it runs
 
 # A mistake of the user's: exit code 2, as easy-jax has it.
@@ -74,6 +75,19 @@ pause() {
   child=
 }
 
+# shared_option OPTION: those that all launchers have.
+shared_option() {
+  case $1 in
+    --secret=*) secrets+=("${1#*=}") ;;
+    --dry-run) dry_run=1 ;;
+    --help | -h)
+      usage
+      exit
+      ;;
+    *) die "unknown option $1; easy-jax's own come after --, see --help" ;;
+  esac
+}
+
 # need OPTION VALUE REGEX EXPLANATION
 need() {
   [[ $2 ]] || die "$1 is missing: $4"
@@ -84,6 +98,12 @@ need_run_id() {
   need --run-id "$1" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' \
     "up to 40 lower-case letters, digits and hyphens, a letter first"
 }
+
+need_project() { need --project "$1" '[-a-z0-9.:]+' "a project's id"; }
+
+need_zone() { need --zone "$1" '[a-z]+-[a-z]+[0-9]+-[a-z0-9]+' "a zone like us-east5-b"; }
+
+need_image() { need --image "$1" '[a-zA-Z0-9][-a-zA-Z0-9._/:@]*' "an image's name"; }
 
 need_runs() {
   need --runs "$1" '(gs://[a-z0-9][-a-z0-9._]+|/[^/]+)(/[^/]+)*' \

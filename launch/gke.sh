@@ -25,7 +25,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_id='' image='' runs='' accelerator='' topology='' chips=4 slices=1 restarts=50 spot=''
-service_account=default kubectl=(kubectl) secrets=()
+service_account=default kubectl=(kubectl)
 while (($#)); do
   case $1 in
     --run-id=*) run_id=${1#*=} ;;
@@ -42,23 +42,17 @@ while (($#)); do
       need --namespace "${1#*=}" '[a-z0-9]([-a-z0-9]*[a-z0-9])?' "a namespace's name"
       kubectl+=("$1")
       ;;
-    --secret=*) secrets+=("${1#*=}") ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit
-      ;;
     --)
       shift
       break
       ;;
-    *) die "unknown option $1; easy-jax's own come after --, see --help" ;;
+    *) shared_option "$1" ;;
   esac
   shift
 done
 
 need_run_id "$run_id"
-need --image "$image" '[a-zA-Z0-9][-a-zA-Z0-9._/:@]*' "an image's name"
+need_image "$image"
 need_runs "$runs"
 need --accelerator "$accelerator" 'tpu-?[a-z0-9]+(-[a-z0-9]+)*' \
   "a node label like tpu-v5-lite-podslice, tpu-v5p-slice or tpu-v6e-slice"

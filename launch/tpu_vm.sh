@@ -36,7 +36,7 @@ readonly NO_CAPACITY=69 INTERRUPTED=75 PEERS_LOST=76
 
 run_id='' zone='' accelerator='' runs='' nodes=1 runtime='' commit='' setup=''
 wait_seconds=0 poll=30 keep=''
-tier=() common=() create_flags=() connect_flags=() secrets=()
+tier=() common=() create_flags=() connect_flags=()
 while (($#)); do
   case $1 in
     --run-id=*) run_id=${1#*=} ;;
@@ -46,34 +46,28 @@ while (($#)); do
     --node-count=*) nodes=${1#*=} ;;
     --spot | --reserved) tier+=("$1") ;;
     --project=*)
-      need --project "${1#*=}" '[-a-z0-9.:]+' "a project's id"
+      need_project "${1#*=}"
       common+=("$1")
       ;;
     --runtime-version=*) runtime=${1#*=} ;;
     --commit=*) commit=${1#*=} ;;
     --setup=*) setup=${1#*=} ;;
-    --secret=*) secrets+=("${1#*=}") ;;
     --create-flag=*) create_flags+=("${1#*=}") ;;
     --connect-flag=*) connect_flags+=("${1#*=}") ;;
     --wait=*) wait_seconds=${1#*=} ;;
     --poll=*) poll=${1#*=} ;;
     --keep) keep=1 ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit
-      ;;
     --)
       shift
       break
       ;;
-    *) die "unknown option $1; easy-jax's own come after --, see --help" ;;
+    *) shared_option "$1" ;;
   esac
   shift
 done
 
 need_run_id "$run_id"
-need --zone "$zone" '[a-z]+-[a-z]+[0-9]+-[a-z0-9]+' "a zone like us-east5-b"
+need_zone "$zone"
 [[ $accelerator != v5e-* ]] || die "--accelerator-type=$accelerator: v5e is called v5litepod-N here"
 need --accelerator-type "$accelerator" '(v[234]|v5p|v5litepod|v6e)-[1-9][0-9]*' \
   "a type like v5litepod-16, v5p-8, v6e-8 or v4-8"

@@ -23,7 +23,7 @@
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-run_id='' cluster='' tpu_type='' image='' runs='' slices=1 restarts=50 flags=() secrets=()
+run_id='' cluster='' tpu_type='' image='' runs='' slices=1 restarts=50 flags=()
 while (($#)); do
   case $1 in
     --run-id=*) run_id=${1#*=} ;;
@@ -34,25 +34,19 @@ while (($#)); do
     --num-slices=*) slices=${1#*=} ;;
     --max-restarts=*) restarts=${1#*=} ;;
     --project=*)
-      need --project "${1#*=}" '[-a-z0-9.:]+' "a project's id"
+      need_project "${1#*=}"
       flags+=("$1")
       ;;
     --zone=*)
-      need --zone "${1#*=}" '[a-z]+-[a-z]+[0-9]+-[a-z0-9]+' "a zone like us-east5-b"
+      need_zone "${1#*=}"
       flags+=("$1")
       ;;
-    --secret=*) secrets+=("${1#*=}") ;;
     --xpk-flag=*) flags+=("${1#*=}") ;;
-    --dry-run) dry_run=1 ;;
-    --help | -h)
-      usage
-      exit
-      ;;
     --)
       shift
       break
       ;;
-    *) die "unknown option $1; easy-jax's own come after --, see --help" ;;
+    *) shared_option "$1" ;;
   esac
   shift
 done
@@ -60,7 +54,7 @@ done
 need_run_id "$run_id"
 need --cluster "$cluster" '[a-z]([-a-z0-9]*[a-z0-9])?' "a cluster's name"
 need --tpu-type "$tpu_type" '[a-z0-9]+(-[a-z0-9]+)+' "a type like v5litepod-16 or v5p-8"
-need --image "$image" '[a-zA-Z0-9][-a-zA-Z0-9._/:@]*' "an image's name"
+need_image "$image"
 need_runs "$runs"
 need --num-slices "$slices" '[1-9][0-9]*' "a positive number"
 need --max-restarts "$restarts" '[0-9]+' "a number"
