@@ -3,8 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -69,16 +68,12 @@ class Checkpointer:
         self._identity = json.loads(json.dumps(identity))
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1
-                )
-            )
+            policies.append(checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1))
         self._manager = _Manager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=(lambda metrics: metrics["loss"]) if keep_best else None,
+                best_fn=_loss if keep_best else None,
                 best_mode="min",
             ),
         )
@@ -115,7 +110,7 @@ class Checkpointer:
             # There, a buffer on the device is what Orbax reads, and the next step donates it.
             state = _copied(state)
         position: dict[str, Any] = batches.get_state()  # type: ignore[attr-defined]
-        try:
+        with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -126,10 +121,6 @@ class Checkpointer:
                 ),
                 metrics={"loss": loss},
             )
-        except jax.errors.JaxRuntimeError:
-            raise  # a device or another process, not the disk
-        except Exception as error:
-            raise self._unsaved(error) from error
 
     def restore(
         self, state: TrainState, batches: Iterator[Any]
@@ -174,33 +165,36 @@ class Checkpointer:
         """
         distributed.at("the end of a save")
         try:
-            self._manager.wait_until_finished()
-        except jax.errors.JaxRuntimeError:
-            raise  # a device or another process, not the disk
-        except Exception as error:
-            raise self._unsaved(error) from error
+            with self._writing():
+                self._manager.wait_until_finished()
         finally:
             self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         # What went wrong first is what is told.
         with contextlib.suppress(CheckpointError) if error else contextlib.nullcontext():
             self.close()
 
-    def _unsaved(self, error: Exception) -> CheckpointError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return CheckpointError(
-            f"a checkpoint cannot be written to {self.directory}: {reason}. Those before it are "
-            "kept; make room (or mend what is named) and run the same command again"
-        )
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Whatever goes wrong inside is the directory's fault, and told as such."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # a device or another process, not the disk
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self.directory}: {reason}. Those before it "
+                "are kept; make room (or mend what is named) and run the same command again"
+            ) from error
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]
 
 
 @jax.jit

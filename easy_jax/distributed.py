@@ -17,7 +17,7 @@ from jax._src import clusters  # not public, but what `jax.distributed.initializ
 from jax.experimental import multihost_utils
 
 from easy_jax.config import ConfigError
-from easy_jax.peers import EXIT_PEERS, Peers, PeersError
+from easy_jax.peers import Peers
 
 _ECHO_SECONDS = 3.0
 EXIT_STOPPED = 75  # saved after a SIGTERM: the same command again continues
@@ -215,9 +215,3 @@ def _free(address: str) -> str:
     """The same host with a port that nobody uses, for JAX's own coordinator."""
     with socket.create_server(("", 0)) as server:
         return f"{address.rpartition(':')[0]}:{server.getsockname()[1]}"
-
-
-__all__ = [
-    "EXIT_PEERS", "EXIT_STOPPED", "PeersError", "Stopped", "abort", "at", "barrier", "gather",
-    "initialize", "leads", "should_stop", "shutdown", "stop_on_sigterm", "total",
-]  # fmt: skip

@@ -49,22 +49,8 @@ def classification(
       >>> classification(Identity(), source, batch_size=8)["accuracy"]
       100.0
     """
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
-    graphdef, state = nnx.split(eval_view(model))
-    loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
-    state = sharding.shard_tree(state, mesh)
-    nll, correct, count = 0.0, 0.0, 0
-    results = scoring.per_example(graphdef, state, nll_and_correct, loader, mesh)
-    for batch, (ids, nll_b, correct_b) in enumerate(results, 1):
-        nll += float(nll_b.sum(dtype=np.float64))
-        correct += float(correct_b.sum())
-        count += len(ids)
-        _check_stop(batch)
-    sums = distributed.total("evaluation", nll=nll, correct=correct, count=count)
-    count = int(sums["count"])
-    accuracy, loss = 100.0 * sums["correct"] / count, sums["nll"] / count
-    return {"accuracy": accuracy, "loss": loss, "count": count}
+    nll, correct, count = _sums(model, source, nll_and_correct, batch_size, mesh)
+    return {"accuracy": 100.0 * correct / count, "loss": nll / count, "count": count}
 
 
 def language(
@@ -88,25 +74,38 @@ def language(
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
     """
+    nll, tokens, _ = _sums(model, source, losses.causal_lm_loss, batch_size, mesh)
+    return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "tokens": int(tokens)}
+
+
+def _sums(
+    model: nnx.Module,
+    source: data.AnySource,
+    function: Callable[..., tuple[jax.Array, ...]],
+    batch_size: int,
+    mesh: Mesh | None,
+) -> tuple[float, float, int]:
+    """Sums of the two values that a function gives per example, and the number of examples.
+
+    Raises:
+      ConfigError: a batch size that does not divide over the mesh.
+      Stopped: after a SIGTERM.
+    """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
     graphdef, state = nnx.split(eval_view(model))
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     state = sharding.shard_tree(state, mesh)
-    nll, tokens = 0.0, 0
-    results = scoring.per_example(graphdef, state, losses.causal_lm_loss, loader, mesh)
-    for batch, (_, nll_sum_b, count_b) in enumerate(results, 1):
-        nll += float(nll_sum_b.sum(dtype=np.float64))
-        tokens += int(count_b.sum(dtype=np.float64))
-        _check_stop(batch)
-    sums = distributed.total("evaluation", nll=nll, tokens=tokens)
-    tokens, mean = int(sums["tokens"]), sums["nll"] / sums["tokens"]
-    return {"nll": mean, "perplexity": math.exp(mean), "tokens": tokens}
-
-
-def _check_stop(batch: int) -> None:
-    if distributed.should_stop(f"evaluation, batch {batch}"):
-        raise distributed.Stopped("stopped while evaluating, before its result")
+    first, second, count = 0.0, 0.0, 0
+    results = scoring.per_example(graphdef, state, function, loader, mesh)
+    for batch, (ids, first_b, second_b) in enumerate(results, 1):
+        first += float(first_b.sum(dtype=np.float64))
+        second += float(second_b.sum(dtype=np.float64))
+        count += len(ids)
+        if distributed.should_stop(f"evaluation, batch {batch}"):
+            raise distributed.Stopped("stopped while evaluating, before its result")
+    sums = distributed.total("evaluation", first=first, second=second, count=count)
+    return sums["first"], sums["second"], int(sums["count"])
 
 
 def with_task_parts(

@@ -5,6 +5,7 @@ is written appears whole or not at all: a file is renamed into place, an object 
 """
 
 import io
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ def write(target: Path, content: str | bytes) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(target)
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Writes a JSON file for people and programs, whole or not at all."""
+    write(target, json.dumps(value, indent=2) + "\n")
 
 
 class Lines:

@@ -85,7 +85,8 @@ class LanguageExperiment:
         if not measured:
             return {}
         results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
-        metrics.write_json(self.workdir / "results.json", results)
+        if distributed.leads():
+            files.write_json(self.workdir / "results.json", results)
         return results
 
     # Stages.
@@ -114,10 +115,7 @@ class LanguageExperiment:
         model = nnx.merge(*nnx.split(self.model))
         trainable = trainable_filter(method, model.config)
         if method.trainable == "lora":
-            lora.add_adapters(
-                model, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
-                targets=config.model.lora_targets, rngs=nnx.Rngs(params=config.seed),
-            )  # fmt: skip
+            add_adapters(model, config)
         weight_N, token_weight = self._weights(method)
         name = stage_name(method)
         self.terminal.describe(name)
@@ -206,6 +204,14 @@ def is_embedding(path: Any, variable: Any) -> bool:
     """NNX filter: the embedding, which is the head of a tied model."""
     del variable
     return path[0] == "embedding"
+
+
+def add_adapters(model: Transformer, config: LanguageConfig) -> None:
+    """Gives a model the low-rank adapters of a configuration."""
+    lora.add_adapters(
+        model, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
+        targets=config.model.lora_targets, rngs=nnx.Rngs(params=config.seed),
+    )  # fmt: skip
 
 
 def trainable_filter(method: LanguageMethodConfig, config: TransformerConfig) -> Any:

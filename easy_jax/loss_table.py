@@ -191,7 +191,7 @@ def read_metadata(directory: Path) -> dict[str, Any] | None:
 
 def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
     """Writes metadata.json, whole or not at all."""
-    files.write(directory / "metadata.json", json.dumps(metadata, indent=2) + "\n")
+    files.write_json(directory / "metadata.json", metadata)
 
 
 def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:

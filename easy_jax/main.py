@@ -13,6 +13,7 @@ from easy_jax import distributed, theory_report, train
 from easy_jax.ahead_of_time import command as ahead_of_time
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.errors import USER_ERRORS
+from easy_jax.peers import EXIT_PEERS, PeersError
 
 COMMANDS: dict[str, train.Until] = {
     "run": "report",
@@ -97,9 +98,9 @@ def cli() -> None:
     """The `easy-jax` console script: errors that a user can mend are one line, exit code 2."""
     try:
         app.run(main, flags_parser=_parse)
-    except distributed.PeersError as error:
+    except PeersError as error:
         print(f"easy-jax: {error}", file=sys.stderr)
-        sys.exit(distributed.EXIT_PEERS)
+        sys.exit(EXIT_PEERS)
     except USER_ERRORS as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         distributed.abort(2, str(error))

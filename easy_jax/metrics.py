@@ -22,9 +22,11 @@ class MetricsLog:
         self._workdir = files.path(workdir)
         self._file = files.Lines(self._workdir / "metrics.jsonl") if distributed.leads() else None
         self._board = self._workdir / "tensorboard"
+        # TensorBoard's writer knows local folders only; what it writes there is uploaded.
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        if self._file is not None and not files.is_local(workdir):
+        if not files.is_local(workdir):
             self._temporary = tempfile.TemporaryDirectory()
+            self._board = Path(self._temporary.name)
         self._writers: dict[str, SummaryWriter] = {}
 
     def write(self, stage: str, kind: str, step: int, values: dict[str, float]) -> None:
@@ -35,9 +37,7 @@ class MetricsLog:
         self._file.append(json.dumps(entry))
         if stage not in self._writers:
             self._close_writers()
-            board = self._board if self._temporary is None else Path(self._temporary.name)
-            path = board / stage
-            self._writers = {stage: SummaryWriter(str(path), write_to_disk=True)}
+            self._writers = {stage: SummaryWriter(str(self._board / stage), write_to_disk=True)}
         for name, value in values.items():
             self._writers[stage].add_scalar(f"{kind}/{name}", value, step)
 
@@ -48,7 +48,7 @@ class MetricsLog:
         for writer in self._writers.values():
             writer.flush()
         if self._temporary is not None:
-            files.upload(Path(self._temporary.name), self._board)
+            files.upload(self._board, self._workdir / "tensorboard")
 
     def close(self) -> None:
         self._close_writers()
@@ -70,12 +70,6 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         lines = files.Lines(path)
         lines.append(json.dumps(entry))
         lines.close()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all; one process of several does."""
-    if distributed.leads():
-        files.write(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -190,27 +190,27 @@ class Peers:
             return
         name = f"process {index} ({hello.get('host')}, pid {hello.get('pid')})"
         if hello.get("count") != self._count or index >= self._count:
-            self._lines[-1] = line
             self._refuse(
-                f"{name} is one of {hello.get('count')} processes, process 0 one of {self._count}"
+                f"{name} is one of {hello.get('count')} processes, process 0 one of {self._count}",
+                line,
             )
         if hello.get("run") != self._run:
-            self._lines[-1] = line
             self._refuse(
                 f"{name} runs another command or version, {hello.get('run')}; process 0 runs "
-                f"{self._run}"
+                f"{self._run}",
+                line,
             )
         old = self._lines.get(index)
         if index == 0 or (old is not None and _is_open(old)):
-            self._lines[-1] = line
-            self._refuse(f"{name} and {self._names[index]} have the same process id")
+            self._refuse(f"{name} and {self._names[index]} have the same process id", line)
         if old is not None:
             old.close()
         self._lines[index] = line
         self._names[index] = name
 
-    def _refuse(self, message: str) -> None:
-        for line in self._lines.values():
+    def _refuse(self, message: str, *others: _Line) -> None:
+        """Sends all away that have come, and those beside them, and gives up."""
+        for line in (*self._lines.values(), *others):
             line.send(end=EXIT_PEERS, reason=message)
             line.close()
         raise PeersError(message)

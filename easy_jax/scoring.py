@@ -77,7 +77,6 @@ def score(
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
     graphdef, state = nnx.split(eval_view(model))
-    state = sharding.shard_tree(state, mesh)
     identity = {
         "model": fingerprints.of_state(state),
         "data": data.fingerprint(source),
@@ -106,6 +105,7 @@ def score(
         loader = data.scoring_loader(source, batch_size, ids=todo, rows=rows)
         owned = rows[sharding.owned_rows(batch_size, mesh)]
         writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
+        state = sharding.shard_tree(state, mesh)
         results = per_example(graphdef, state, loss_fn, loader, mesh)
         for number, (ids, nll_sum, count, *tokens) in enumerate(results):
             if number == 0:

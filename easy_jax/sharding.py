@@ -92,22 +92,32 @@ def hybrid_shape(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tu
     return (data // slices, fsdp, tensor), (slices, 1, 1)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """A full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def num_shares(mesh: Mesh | AbstractMesh) -> int:
+    """How many shares a batch is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def splits_parameters(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether parameters lie on several devices, a part on each."""
+    return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str = "batch_size") -> None:
     """Raises ConfigError if a global batch does not divide over the mesh and its processes."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
+    shares = num_shares(mesh)
+    if batch_size % shares:
         raise ConfigError(
-            f"{field} is {batch_size}; it must be a multiple of the {shards} devices "
+            f"{field} is {batch_size}; it must be a multiple of the {shares} devices "
             f"on the mesh axes data and fsdp"
         )
 
@@ -122,21 +132,21 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
       ConfigError: a batch size that does not divide over the mesh.
     """
     check_batch_size(batch_size, mesh)
-    shares, size = _shares(mesh), batch_size // len(_holders(mesh))
+    shares, size = _shares(mesh), batch_size // num_shares(mesh)
     return (shares[:, None] * size + np.arange(size)[None, :]).reshape(-1)
 
 
 def owned_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
     """Of `process_rows`, bool: those that this process reports, so that one does for each row."""
-    holders = _holders(mesh)
-    owned = holders.min(axis=1)[_shares(mesh)] == jax.process_index()
-    return np.repeat(owned, batch_size // len(holders))
+    owned = _holders(mesh).min(axis=1)[_shares(mesh)] == jax.process_index()
+    return np.repeat(owned, batch_size // num_shares(mesh))
 
 
+@functools.lru_cache(maxsize=32)  # asked for every batch; a pod has thousands of devices
 def _holders(mesh: Mesh) -> np.ndarray:
     """The process of every device, [shares of a batch, devices with the same share]."""
     process = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-    return process.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    return process.reshape(num_shares(mesh), -1)
 
 
 def _shares(mesh: Mesh) -> np.ndarray:
@@ -154,7 +164,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     if jax.process_count() == 1:
         return jax.device_put(dict(batch), sharding)  # all fields in one call
     shares = _shares(mesh)
-    devices = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    devices = mesh.devices.reshape(num_shares(mesh), -1)
     placed: dict[str, jax.Array] = {}
     for name, array in batch.items():
         if len(array) % len(shares):
@@ -327,5 +337,5 @@ def whole(array: jax.Array) -> np.ndarray:
     """An array on the host of every process, wherever its shards are."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         assert isinstance(array.sharding, NamedSharding)
-        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        array = jax.device_put(array, replicated(array.sharding.mesh))
     return np.asarray(jax.device_get(array))

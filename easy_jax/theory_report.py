@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from easy_jax import page, weighting
+from easy_jax import files, page, weighting
 from easy_jax.config import ConfigError
 from easy_jax.theory import beyond, claims, figures, simulation
 
@@ -65,7 +64,7 @@ def run(
         "all_hold": all(row.holds for row in rows),
         "seconds": time.perf_counter() - start,
     }
-    (workdir / "theory.json").write_text(json.dumps(results, indent=2) + "\n")
+    files.write_json(workdir / "theory.json", results)
     _print(rows, workdir)
     lines = [_line(row) for row in rows]
     introduction = (

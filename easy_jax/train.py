@@ -4,7 +4,6 @@ Every stage leaves an artefact in the workdir and is skipped where that is compl
 same call starts, continues, or finds that all is done. Stages that methods share are run once.
 """
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from easy_jax import config as config_lib
 from easy_jax import (
     distributed,
     evaluate,
@@ -47,6 +45,7 @@ from easy_jax.plan import (
     row_key,
 )
 from easy_jax.terminal import Terminal
+from easy_jax.workdir import open_workdir
 
 TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.task_params}
 
@@ -92,44 +91,6 @@ def run(
             f"output: {workdir / ('report.html' if until == 'report' else 'results.json')}"
         )
     return results
-
-
-def open_workdir(
-    config: ExperimentConfig | LanguageConfig, workdir: str | os.PathLike[str]
-) -> Path:
-    """Makes a workdir for a configuration, or checks that an existing one belongs to it.
-
-    Raises:
-      ConfigError: it cannot be written, or belongs to another configuration (the fields
-        that differ are named).
-    """
-    workdir = files.path(workdir)
-    path = workdir / "config.json"
-    text = config_lib.to_json(config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            metrics.write_json(path, json.loads(text))
-        distributed.barrier("opening the workdir")
-        found = json.loads(path.read_text())
-        (workdir / "checkpoints").mkdir(exist_ok=True)
-        if files.is_local(workdir) and not os.access(workdir, os.W_OK):
-            raise PermissionError(f"no permission to write in {workdir}")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to the workdir {workdir}: {error}; choose another with --workdir"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path} is not JSON: {error}; delete the workdir or choose another with --workdir"
-        ) from error
-    differences = config_lib.differences(json.loads(text), found)
-    if differences:
-        raise ConfigError(
-            f"the workdir {workdir} belongs to another configuration: {'; '.join(differences)}. "
-            "Choose another with --workdir, or delete it"
-        )
-    return workdir
 
 
 class Experiment:
@@ -194,7 +155,8 @@ class Experiment:
                 f"{self.workdir / 'checkpoints'} (use another --workdir to start anew)"
             )
         results = report.select(config, [rows[cell.key] for cell in cells(config)])
-        metrics.write_json(self.workdir / "results.json", results)
+        if distributed.leads():
+            files.write_json(self.workdir / "results.json", results)
         return results
 
     # Stages.

@@ -29,10 +29,10 @@ _HEAD = PartitionSpec("tensor", "fsdp")  # as the parameter is kept
 
 def divides(mesh: AbstractMesh | None, rows: int, head_VD: jax.Array) -> bool:
     """Whether there is a head to share out, and all devices get as much of everything."""
-    if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+    if mesh is None or not sharding.splits_parameters(mesh):
         return False
     vocab, features = head_VD.shape
-    spare = rows % (mesh.shape["data"] * mesh.shape["fsdp"])
+    spare = rows % sharding.num_shares(mesh)
     return spare == vocab % mesh.shape["tensor"] == features % mesh.shape["fsdp"] == 0
 
 
@@ -103,7 +103,7 @@ def _sharded(
     mesh = sharding.current_mesh()
     assert mesh is not None
     length = target_BT.shape[1]
-    rows = target_BT.shape[0] // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = target_BT.shape[0] // sharding.num_shares(mesh)
     chunk = max(1, min(length, chunk // rows))
     padding = ((0, 0), (0, -length % chunk))
     hidden_BTD = jnp.pad(hidden_BTD, (*padding, (0, 0)))

@@ -8,7 +8,7 @@ ORDER = [
     "theory", "config", "files", "peers", "distributed", "fingerprint", "sharding", "data",
     "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
     "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
-    "page", "figures", "report", "language_report", "terminal", "language",
+    "page", "figures", "report", "language_report", "terminal", "workdir", "language",
     "ahead_of_time", "train",
     "theory_report", "errors", "main",
 ]  # fmt: skip

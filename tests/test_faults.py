@@ -4,14 +4,9 @@ The short form of `tests/faults/faults.py`.
 """
 
 import signal
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent / "faults"))
-
-from faults import PHASES, Faults
+from faults.faults import PHASES, Faults
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,11 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
     where its shard is.
     """
     mesh = sharding.current_mesh()
-    if mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
-        return table_VD[tokens_BT].astype(dtype)
-    if tokens_BT.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+    if (
+        mesh is None
+        or not sharding.splits_parameters(mesh)
+        or tokens_BT.shape[0] % sharding.num_shares(mesh)
+    ):
         return table_VD[tokens_BT].astype(dtype)
 
     def on_device(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

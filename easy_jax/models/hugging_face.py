@@ -25,7 +25,7 @@ from easy_jax import distributed, sharding
 from easy_jax.config import ConfigError
 from easy_jax.models import transformer_config
 from easy_jax.models.lora import merged_kernel
-from easy_jax.models.transformer import Linear, Remat, Transformer
+from easy_jax.models.transformer import Linear, Remat, Transformer, abstract
 
 MAX_SHARD_BYTES = 5 * 10**9
 _INDEX = "model.safetensors.index.json"
@@ -93,11 +93,7 @@ def load(
     mesh = sharding.make_mesh() if mesh is None else mesh
     config = read_config(folder)
     param_dtype = dtype if param_dtype is None else param_dtype
-    model = nnx.eval_shape(
-        lambda: Transformer(
-            config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)
-        )
-    )
+    model = abstract(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     graphdef, state = nnx.split(model)
     placed = dict(nnx.to_flat_state(sharding.tree_shardings(state, mesh)))
     variables = dict(nnx.to_flat_state(state))

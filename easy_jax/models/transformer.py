@@ -269,6 +269,18 @@ class Transformer(nnx.Module):
         return head[...].astype(self.dtype)
 
 
+def abstract(
+    config: TransformerConfig, *, dtype: Any, param_dtype: Any, remat: Remat
+) -> Transformer:
+    """A model of `ShapeDtypeStruct`s: its structure, and no memory."""
+    model: Transformer = nnx.eval_shape(
+        lambda: Transformer(
+            config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)
+        )
+    )
+    return model
+
+
 def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
     value = _INIT_SCALE * jax.random.normal(rngs.params(), tuple(axes.values()), dtype)
     return nnx.Param(value, logical_axes=tuple(axes))
