@@ -12,11 +12,12 @@ from typing import Any
 
 from easy_jax.ahead_of_time.chips import parse_topology
 
-GROUP = 16  # chips that share one copy of the state: the mesh axis fsdp
+TOPOLOGY = parse_topology("v5e:4x4")
+GROUP = TOPOLOGY.num_chips  # share one copy of the state: the mesh axis fsdp
 SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 SLICE = 256  # chips of the largest v5e slice; larger runs are several, joined by the network
 NETWORK = 3.1e9  # bytes per second and chip between slices: 25 Gbit/s
-RING = 9e10  # bytes per second of one closed axis of the torus, both directions
+RING = 2 * TOPOLOGY.chip.link_bandwidth  # bytes per second of a closed axis, both directions
 EPOCH = 395_000  # MetaMathQA's examples, a row each
 PASS = 10**9  # examples of the scoring pass, a row each
 
@@ -33,7 +34,7 @@ def all_reduce_seconds(gradient_bytes: float, chips: int) -> float:
 
 def lines(program: dict[str, Any], examples: int) -> list[list[str]]:
     """One line per number of chips, with as many rows on each as were compiled."""
-    chip = parse_topology("v5e:4x4").chip
+    chip = TOPOLOGY.chip
     cost = program["cost"]
     is_training = program["name"] != "score"
     # Gradients of all trainable parameters in bfloat16; AdamW's moments say how many there are.
@@ -64,8 +65,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python benchmarks/scale.py COMPILE.JSON")
     content = json.loads(Path(sys.argv[1]).read_text())
-    if content["topology"] != "v5e:4x4" or content["mesh"] != {"data": 1, "fsdp": 16, "tensor": 1}:
-        sys.exit("scale.py starts from v5e:4x4 with the mesh data=1, fsdp=16")
+    mesh = {"data": 1, "fsdp": GROUP, "tensor": 1}
+    if content["topology"] != TOPOLOGY.name or content["mesh"] != mesh:
+        sys.exit(f"scale.py starts from {TOPOLOGY.name} with the mesh data=1, fsdp={GROUP}")
     for program in content["programs"]:
         examples = PASS if program["name"] == "score" else EPOCH
         head = ["chips", "rows", "compute", "HBM", "interconnect", "bound", "step", "utilisation",

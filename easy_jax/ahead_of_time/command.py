@@ -8,12 +8,11 @@ import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from jax.experimental import topologies
 
-from easy_jax import sharding
+from easy_jax import files, sharding
 from easy_jax.ahead_of_time import programs
 from easy_jax.ahead_of_time.chips import Topology, parse_topology
 from easy_jax.ahead_of_time.measure import Measured, largest_batch, measure, table
@@ -91,14 +90,13 @@ def run(
     config = programs.check_model(config)
     topology = parse_topology(topology_name)
     mesh = sharding.make_mesh(config.mesh, devices(topology))
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
     results: list[Measured] = []
     largest: dict[str, int] = {}
 
     def add(make: Any, rows: int, parts: int) -> None:
         results.append(measure(make(rows), topology))
         if with_largest_batch:
-            unit = shards * parts
+            unit = sharding.num_shares(mesh) * parts
             largest[results[-1].name] = parts * largest_batch(
                 lambda number: measure(make(number * unit), topology).fits
             )
@@ -119,12 +117,12 @@ def run(
         "largest_batch_per_chip": largest,
         "programs": [result.to_json() for result in results],
     }
-    text = json.dumps(content, indent=2)
     if directory is not None:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        (Path(directory) / "compile.json").write_text(text + "\n")
+        folder = files.path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_json(folder / "compile.json", content)
     if as_json:
-        print(text)
+        print(json.dumps(content, indent=2))
     else:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
         print(f"{config.model.path} on {topology.name} ({sizes}), {config.text.row_length} tokens "

@@ -21,6 +21,12 @@ from collections import Counter
 from easy_jax.ahead_of_time.chips import Topology
 from easy_jax.ahead_of_time.hlo import Computation, Instruction, Program, Shape, parse
 from easy_jax.ahead_of_time.loops import trip_count
+from easy_jax.ahead_of_time.operations import (
+    SPLASH,
+    convolution_flops,
+    dot_flops,
+    splash_flops,
+)
 
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
@@ -31,9 +37,6 @@ _FREE = frozenset({
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id",
     "after-all", "iota", "optimization-barrier", "copy-done", "async-update", "domain",
 })  # fmt: skip
-# Matrix products of a splash attention kernel, per query, key and feature.
-_SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")
-_SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 @dataclasses.dataclass
@@ -99,7 +102,8 @@ def cost_of(text: str, topology: Topology) -> Cost:
       >>> cost_of(text, parse_topology("v5e:4x4")).flops  # 2 * 4 * 8 * 2
       128.0
     """
-    return _Walk(parse(text), topology).computation()
+    program = parse(text)
+    return _Walk(program, topology).computation(program.entry)
 
 
 @dataclasses.dataclass
@@ -117,9 +121,9 @@ class _Walk:
         self.topology = topology
         self.started: set[str] = set()  # channels; some are carried on inside a later loop
 
-    def computation(self, name: str = "") -> Cost:
+    def computation(self, name: str) -> Cost:
         """The cost of one run of a computation, what it calls included."""
-        block = self.program.computations[name or self.program.entry]
+        block = self.program.computations[name]
         transfers = {i: self._transfers(block, i) for i in block}
         last = {key: i for i, found in transfers.items() for key in found}
         total = Cost()
@@ -149,13 +153,13 @@ class _Walk:
             trips = trip_count(self.program, block, instruction)
             if trips is None:
                 cost.unknown_loops[instruction.name] += 1
-            body = instruction.called("body")
-            cost.add(self.computation(body or ""), 1 if trips is None else trips)
+            body = self.computation(instruction.called("body"))
+            cost.add(body, 1 if trips is None else trips)
         elif opcode == "conditional":
             branches = [self.computation(name) for name in _branches(instruction)]
             cost.add(max(branches, key=lambda branch: branch.seconds + branch.unhidden_seconds))
         elif opcode == "call":
-            cost.add(self.computation(instruction.called("to_apply") or instruction.called() or ""))
+            cost.add(self.computation(instruction.called("to_apply", "calls")))
         elif opcode == "custom-call":
             self._kernel(cost, block, instruction)
         elif opcode not in _FREE and not _kind(instruction) and not opcode.startswith("async-"):
@@ -172,20 +176,21 @@ class _Walk:
             lhs, rhs = (block[name].shapes[0].dims for name in instruction.operands[:2])
             out = instruction.shapes[0].dims
             if instruction.opcode == "dot":
-                return _dot_flops(instruction, lhs, out)
-            return _convolution_flops(instruction, lhs, rhs, out)
-        called = instruction.called() if instruction.opcode == "fusion" else None
-        inner = self.program.computations.get(called or "", {})
-        return float(sum(self._flops(inner, each) for each in inner.values()))
+                return dot_flops(instruction, lhs, out)
+            return convolution_flops(instruction, lhs, rhs, out)
+        if instruction.opcode != "fusion":
+            return 0.0
+        inner = self.program.inside(instruction)
+        return sum(self._flops(inner, each) for each in inner.values())
 
     def _kernel(self, cost: Cost, block: Computation, instruction: Instruction) -> None:
         """A Pallas kernel; other custom calls only mark or allocate."""
         if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
             return
-        operands = [s for name in instruction.operands if name in block for s in block[name].shapes]
-        splash = _SPLASH.search(instruction.attributes) or _SPLASH.search(instruction.name)
+        operands = _given(block, instruction)
+        splash = SPLASH.search(instruction.attributes) or SPLASH.search(instruction.name)
         if splash:
-            cost.flops = _splash_flops(splash.group(1), instruction, operands)
+            cost.flops = splash_flops(splash.group(1), instruction, operands)
             cost.kernels[splash.group(0)] += 1
         else:
             cost.flops = float(instruction.number(r'"flops":"?(\d+)') or 0)
@@ -205,10 +210,8 @@ class _Walk:
         if opcode == "copy-start":
             return _hbm(instruction.shapes[:2])
         if opcode != "fusion":
-            operands = [s for name in instruction.operands if name in block
-                        for s in block[name].shapes]  # fmt: skip
-            return _hbm((*operands, *instruction.shapes))
-        inner = self.program.computations[instruction.called() or ""]
+            return _hbm((*_given(block, instruction), *instruction.shapes))
+        inner = self.program.inside(instruction)
         parameters = {int(i.literal): i.name for i in inner.values() if i.opcode == "parameter"}
         total = 0.0
         for number, name in enumerate(instruction.operands):
@@ -233,7 +236,7 @@ class _Walk:
             elif user.opcode in ("bitcast", "reshape"):
                 total += self._read(block, user.name, size)
             elif user.opcode == "fusion":
-                inner = self.program.computations[user.called() or ""]
+                inner = self.program.inside(user)
                 number = str(user.operands.index(name))
                 parameter = next(
                     i.name for i in inner.values()
@@ -254,7 +257,7 @@ class _Walk:
         if root.opcode == "dynamic-update-slice":
             return sum(shape.bytes for shape in inner[root.operands[1]].shapes)
         if root.opcode == "fusion":
-            return self._written(self.program.computations[root.called() or ""], instruction)
+            return self._written(self.program.inside(root), instruction)
         if root.opcode == "tuple" and len(root.operands) == len(instruction.shapes):
             made = zip(root.operands, instruction.shapes, strict=True)
             return _hbm([shape for name, shape in made if _is_made(inner[name])])
@@ -282,7 +285,7 @@ class _Walk:
             key = f"{kind}:{channel}" if shared else name
             return {key: self._transfer(block, instruction, kind)}
         if opcode in ("fusion", "async-start"):
-            inner = self.program.computations.get(instruction.called() or "", {})
+            inner = self.program.inside(instruction)
             found: dict[str, _Transfer] = {}
             for each in inner:
                 for key, transfer in self._transfers(inner, each).items():
@@ -291,8 +294,7 @@ class _Walk:
         return {}
 
     def _transfer(self, block: Computation, instruction: Instruction, kind: str) -> _Transfer:
-        sent = float(sum(s.bytes for name in instruction.operands if name in block
-                         for s in block[name].shapes))  # fmt: skip
+        sent = float(sum(shape.bytes for shape in _given(block, instruction)))
         group = group_size(instruction.attributes) or self.topology.num_chips
         if kind == "all-gather":
             size = sent * (group - 1)
@@ -347,64 +349,13 @@ def _branches(instruction: Instruction) -> list[str]:
     if found:
         return re.findall(r"%?([\w.\-~]+)", found.group(1))
     keys = ("true_computation", "false_computation")
-    return [name for key in keys if (name := instruction.called(key))]
+    return [instruction.called(key) for key in keys]
+
+
+def _given(block: Computation, instruction: Instruction) -> list[Shape]:
+    """The arrays that an instruction is given."""
+    return [shape for name in instruction.operands if name in block for shape in block[name].shapes]
 
 
 def _hbm(shapes: tuple[Shape, ...] | list[Shape]) -> float:
     return float(sum(shape.bytes for shape in shapes if shape.in_hbm))
-
-
-def _product(sizes: tuple[int, ...]) -> float:
-    result = 1.0
-    for size in sizes:
-        result *= size
-    return result
-
-
-def _dot_flops(instruction: Instruction, lhs: tuple[int, ...], out: tuple[int, ...]) -> float:
-    found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
-    axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
-    return 2 * _product(out) * _product(tuple(lhs[axis] for axis in axes))
-
-
-def _convolution_flops(
-    instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...]
-) -> float:
-    """Products that are in range only: TPU programs write batched products as convolutions."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
-    if not labels:
-        return 0.0
-    of_lhs, of_rhs, of_out = labels.groups()
-    found = re.search(r"window=\{([^}]*)\}", instruction.attributes)
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", found.group(1))) if found else {}
-
-    def setting(name: str, axis: int, default: int) -> int:
-        values = window[name].split("x") if name in window else []
-        return int(values[axis].split("_")[0]) if values else default
-
-    valid = 1.0
-    for axis in range(sum(label.isdigit() for label in of_lhs)):
-        size, steps = lhs[of_lhs.index(str(axis))], out[of_out.index(str(axis))]
-        stride, pad = setting("stride", axis, 1), setting("pad", axis, 0)
-        dilate, spread = setting("lhs_dilate", axis, 1), setting("rhs_dilate", axis, 1)
-        places = (
-            step * stride + tap * spread - pad
-            for step in range(steps)
-            for tap in range(setting("size", axis, 1))
-        )
-        valid *= sum(p >= 0 and p % dilate == 0 and p // dilate < size for p in places)
-    features = out[of_out.index("b")] * out[of_out.index("f")]
-    return 2.0 * features * valid * rhs[of_rhs.index("i")]
-
-
-def _splash_flops(part: str, instruction: Instruction, operands: list[Shape]) -> float:
-    """Products over the blocks of queries and keys that the causal mask leaves."""
-    query = max((s for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")),
-                key=lambda shape: _product(shape.dims))  # fmt: skip
-    length = query.dims[-2]
-    block = instruction.number(r"block_q\W+(\d+)") or 512
-    blocks = max(1, length // block)
-    if part == "dkv" and re.search(r"use_fused_bwd_kernel\W+true", instruction.attributes):
-        part = "fused"
-    share = (blocks + 1) / (2 * blocks)
-    return 2.0 * _SPLASH_PRODUCTS[part] * _product(query.dims) * length * share

@@ -54,10 +54,17 @@ class Instruction:
     attributes: str
     is_root: bool
 
-    def called(self, key: str = "calls") -> str | None:
-        """The name of the computation, or of the instruction, in an attribute."""
-        found = re.search(rf"\b{key}=%?([\w.\-~]+)", self.attributes)
-        return found.group(1) if found else None
+    def called(self, *keys: str) -> str:
+        """The name of the computation in one of these attributes; default: `calls`.
+
+        Raises:
+          HloError: it has none of them.
+        """
+        for key in keys or ("calls",):
+            found = re.search(rf"\b{key}=%?([\w.\-~]+)", self.attributes)
+            if found:
+                return found.group(1)
+        raise HloError(f"%{self.name} is a {self.opcode} that calls nothing")
 
     def number(self, pattern: str) -> int | None:
         """The integer that the pattern's group matches in the attributes."""
@@ -74,6 +81,10 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+
+    def inside(self, instruction: Instruction) -> Computation:
+        """The computation that a fusion, or the start of something asynchronous, runs."""
+        return self.computations[instruction.called()]
 
     def root(self, computation: str) -> Instruction:
         """The instruction whose value a computation returns."""

@@ -34,10 +34,9 @@ def trip_count(program: Program, block: Computation, loop: Instruction) -> int |
     known = loop.number(r'"known_trip_count":\{"n":"(\d+)"')
     if known is not None:
         return known
-    condition = program.computations[loop.called("condition") or ""]
-    body_name = loop.called("body") or ""
-    body = program.computations[body_name]
-    compare = program.root(loop.called("condition") or "")
+    condition_name, body_name = loop.called("condition"), loop.called("body")
+    condition, body = (program.computations[name] for name in (condition_name, body_name))
+    compare = program.root(condition_name)
     while compare.opcode in _SAME:
         compare = condition[compare.operands[0]]
     direction = re.search(r"direction=(\w+)", compare.attributes)

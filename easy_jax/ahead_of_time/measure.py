@@ -98,37 +98,42 @@ def measure(program: Program, topology: Topology) -> Measured:
         optimizer = tree_bytes(state.opt_state)
     else:
         parameters, optimizer = tree_bytes(state), 0.0
-    chip = topology.chip
+    memory, cost = None, None
     start = time.perf_counter()
     try:
         compiled = program.lowered.compile()
+        seconds = time.perf_counter() - start
     except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - start
         found = _NEEDS.search(str(error))
         if found is None:
             raise
         needs = float(found.group(1)) * _UNITS[found.group(2)] + program.resident_bytes
-        return Measured(
-            program.name, program.rows, topology.num_chips, needs, chip.hbm_bytes,
-            time.perf_counter() - start, None, None,
-            program.model_flops / topology.num_chips, chip.peak_flops,
-        )  # fmt: skip
-    seconds = time.perf_counter() - start
-    sizes = compiled.memory_analysis()
-    memory = Memory(
-        parameters=parameters,
-        optimizer=optimizer,
-        resident=program.resident_bytes,
-        batch=max(0.0, sizes.argument_size_in_bytes - parameters - optimizer),
-        activations=program.activation_bytes,
-        temporaries=float(sizes.temp_size_in_bytes),
-        outputs=float(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
-        code=float(sizes.generated_code_size_in_bytes),
-    )
+    else:
+        sizes = compiled.memory_analysis()
+        memory = Memory(
+            parameters=parameters,
+            optimizer=optimizer,
+            resident=program.resident_bytes,
+            batch=max(0.0, sizes.argument_size_in_bytes - parameters - optimizer),
+            activations=program.activation_bytes,
+            temporaries=float(sizes.temp_size_in_bytes),
+            outputs=float(sizes.output_size_in_bytes - sizes.alias_size_in_bytes),
+            code=float(sizes.generated_code_size_in_bytes),
+        )
+        needs, cost = memory.total, cost_of(compiled.as_text(), topology)
     return Measured(
-        program.name, program.rows, topology.num_chips, memory.total, chip.hbm_bytes, seconds,
-        memory, cost_of(compiled.as_text(), topology),
-        program.model_flops / topology.num_chips, chip.peak_flops,
-    )  # fmt: skip
+        name=program.name,
+        rows=program.rows,
+        chips=topology.num_chips,
+        needs=needs,
+        has=topology.chip.hbm_bytes,
+        compile_seconds=seconds,
+        memory=memory,
+        cost=cost,
+        model_flops=program.model_flops / topology.num_chips,
+        peak_flops=topology.chip.peak_flops,
+    )
 
 
 def largest_batch(fits: Callable[[int], bool], most: int = 1024) -> int:

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from easy_jax import losses, optim, sharding
 from easy_jax.config import ConfigError, LanguageConfig, LanguageMethodConfig
-from easy_jax.language import stage_of, trainable_filter
-from easy_jax.models import eval_view, hugging_face, lora
-from easy_jax.models.transformer import Transformer
+from easy_jax.language import add_adapters, stage_of, trainable_filter
+from easy_jax.models import eval_view, hugging_face
+from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
 from easy_jax.scoring import make_score_step
 from easy_jax.step import TrainState, make_train_step
@@ -128,19 +128,14 @@ def _passes(method: LanguageMethodConfig) -> float:
 
 
 def _abstract_model(config: LanguageConfig) -> Transformer:
-    sizes = model_config(config)
-    model: Transformer = nnx.eval_shape(lambda: Transformer(
-        sizes, dtype=jnp.dtype(config.model.dtype), remat=config.model.remat,
-        param_dtype=jnp.dtype(config.model.param_dtype), rngs=nnx.Rngs(0),
-    ))  # fmt: skip
-    return model
+    return abstract(
+        model_config(config), dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
+    )  # fmt: skip
 
 
 def _with_adapters(config: LanguageConfig, model: Transformer) -> Transformer:
-    lora.add_adapters(
-        model, rank=config.model.lora_rank, alpha=config.model.lora_alpha,
-        targets=config.model.lora_targets, rngs=nnx.Rngs(params=0),
-    )  # fmt: skip
+    add_adapters(model, config)
     return model
 
 
@@ -191,7 +186,7 @@ def _activation_bytes(
     kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.rest, micro))
     per_token = [x for x in kept if (rows // parts, length) in itertools.pairwise(x.shape)]
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in per_token)
-    return total / (mesh.shape["data"] * mesh.shape["fsdp"])
+    return total / sharding.num_shares(mesh)
 
 
 def check_model(config: Any) -> LanguageConfig:
