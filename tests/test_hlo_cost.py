@@ -170,6 +170,8 @@ ENTRY %main (x: bf16[1000]) -> bf16[16000] {{
         ("all-reduce", GROUP, 2 * 2000 * 15 / 16),
         ("reduce-scatter", GROUP, 2000 * 15 / 16),
         ("all-to-all", "replica_groups=mesh['a'=4,'b'=4] {'b'}", 2000 * 3 / 4),
+        ("all-gather", "replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}", 7 * 2000),
+        ("all-reduce", "replica_groups={}", 2 * 2000 * 15 / 16),
         ("collective-permute", "channel_id=1, source_target_pairs={{0,1},{1,0}}", 2000),
     ],
 )
@@ -177,8 +179,13 @@ def test_bytes_of_a_collective_are_those_that_rings_send(kind, group, sent):
     result = _cost(SYNC.format(kind=kind, group=group, out=1000))
     assert result.collectives == {kind: 1}
     assert result.collective_bytes[kind] == pytest.approx(sent)
-    size = cost.group_size(group) or 16
+    size = cost.group_size(group, V5E.num_chips)
     assert result.unhidden_seconds == pytest.approx(sent / V5E.bandwidth(size))
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(hlo.HloError, match="replica groups in a notation that is not known: @"):
+        _cost(SYNC.format(kind="all-gather", group="replica_groups=@mesh", out=1000))
 
 
 def test_an_asynchronous_collective_counts_once_and_hides_behind_the_work_between():

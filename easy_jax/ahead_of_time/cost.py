@@ -15,11 +15,12 @@ bandwidth, start where the schedule starts them, and the chip waits where it end
 """
 
 import dataclasses
+import math
 import re
 from collections import Counter
 
 from easy_jax.ahead_of_time.chips import Topology
-from easy_jax.ahead_of_time.hlo import Computation, Instruction, Program, Shape, parse
+from easy_jax.ahead_of_time.hlo import Computation, HloError, Instruction, Program, Shape, parse
 from easy_jax.ahead_of_time.loops import trip_count
 from easy_jax.ahead_of_time.operations import (
     SPLASH,
@@ -295,7 +296,7 @@ class _Walk:
 
     def _transfer(self, block: Computation, instruction: Instruction, kind: str) -> _Transfer:
         sent = float(sum(shape.bytes for shape in _given(block, instruction)))
-        group = group_size(instruction.attributes) or self.topology.num_chips
+        group = group_size(instruction.attributes, self.topology.num_chips)
         if kind == "all-gather":
             size = sent * (group - 1)
         elif kind == "all-reduce":
@@ -307,29 +308,35 @@ class _Walk:
         return _Transfer(kind, size, size / self.topology.bandwidth(group))
 
 
-def group_size(attributes: str) -> int | None:
-    """How many chips take part, from `replica_groups` in any of its three notations.
+def group_size(attributes: str, num_chips: int) -> int:
+    """How many chips take part, from `replica_groups` in any of its notations; all, if it is empty.
+
+    Raises:
+      HloError: another notation.
 
     Example:
-      >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}")
+      >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}", 8)
       4
-      >>> group_size("replica_groups=[2,8]<=[16]")
+      >>> group_size("replica_groups=[2,8]<=[16]", 16)
       8
-      >>> group_size("replica_groups=mesh['a'=16,'b'=2] {'a'}")
+      >>> group_size("replica_groups=mesh['a'=16,'b'=2], device_ids=([2,16]T(1,0)) {'a'}", 32)
       16
     """
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes)
+    found = re.search(r"replica_groups=(.*)", attributes)
+    if not found or found.group(1).startswith("{}"):
+        return num_chips
+    text = found.group(1)
+    mesh = re.match(r"mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? ?\{([^}]*)\}", text)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh.group(1))}
-        group = 1
-        for name in re.findall(r"'(\w+)'", mesh.group(2)):
-            group *= sizes[name]
-        return group
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh.group(2)))
+    listed = re.match(r"\{\{([\d,]+)\}", text)
     if listed:
         return len(listed.group(1).split(","))
-    iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
-    return int(iota.group(1)) if iota else None
+    iota = re.match(r"\[\d+,(\d+)\]<=", text)
+    if iota:
+        return int(iota.group(1))
+    raise HloError(f"replica groups in a notation that is not known: {text[:80]}")
 
 
 def _kind(instruction: Instruction) -> str | None:

@@ -64,7 +64,7 @@ def train_program(
     frozen = nnx.state(model)
     resident = tree_bytes(_placed(frozen, mesh))
     if method.trainable == "lora":
-        model = nnx.eval_shape(lambda: _with_adapters(config, model))
+        model = nnx.eval_shape(lambda model: _with_adapters(config, model), model)
     graphdef, *states = nnx.split(model, trainable_filter(method, model.config), ...)
     params, rest = states
     stage = stage_of(config.finetune, method)

@@ -4,6 +4,7 @@
 so the adapters are stacks too. They are `nnx.LoRAParam`: train them with that as the filter.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -63,8 +64,7 @@ def add_adapters(
             groups = linear.kernel.shape[0]
             inputs, outputs = dict(linear.inputs), dict(linear.outputs)
             shape = (groups, *inputs.values(), rank)
-            fan_in = linear.kernel[0].size // _size(outputs)
-            bound = fan_in**-0.5
+            bound = math.prod(inputs.values()) ** -0.5
             linear.lora_a = nnx.LoRAParam(
                 jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound),
                 logical_axes=("layers", *inputs, "rank"),
@@ -85,9 +85,3 @@ def merged_kernel(linear: Linear) -> jax.Array:
     update = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
     return (kernel.astype(jnp.float32) + linear.lora_scale * update).astype(kernel.dtype)
 
-
-def _size(axes: dict[str, int]) -> int:
-    size = 1
-    for each in axes.values():
-        size *= each
-    return size

@@ -25,12 +25,13 @@ SMALL = {
 ROWS, LENGTH = 32, 256
 
 
-def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath", **fields):
+def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath:standard", **fields):
     folder = tmp_path / family
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SMALL[family], **fields}))
+    name, method = config.split(":")
     command = [
-        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{config}.py:standard",
+        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{name}.py:{method}",
         "--topology=v5e:4x4", f"--config.model.path={folder}", f"--config.text.max_length={LENGTH}",
         f"--config.text.row_length={LENGTH}", f"--config.scoring.batch_size={ROWS}",
         f"--config.finetune.batch_size={ROWS}", "--config.finetune.micro_batches=1", *arguments,
@@ -43,7 +44,7 @@ def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath",
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("gemma2", "gemma2_2b_metamath"), ("llama", "llama32_3b_metamath")]
+    ("family", "config"), [("gemma2", "gemma2_2b_metamath:standard"), ("llama", "llama32_3b_metamath:standard")],
 )
 def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
     code, out, err = _compile(tmp_path, "--json", family=family, config=config)
@@ -78,6 +79,27 @@ def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
         "all-gather"
     ]  # fmt: skip
     assert gathered < 2 * weights / 4
+
+
+def test_adapters_alone(tmp_path):
+    """Frozen weights have neither moments nor gradients, and are neither summed nor updated."""
+    results = {}
+    for method in ("standard", "lora"):
+        code, out, err = _compile(
+            tmp_path, "--json", "--program=train", "--config.model.lora_rank=4", family="llama",
+            config=f"llama32_3b_metamath:{method}",
+        )  # fmt: skip
+        assert code == 0, err
+        (results[method],) = json.loads(out)["programs"]
+    all_of_it, lora = results["standard"], results["lora"]
+    layers, embed, mlp, heads, kv_heads, head_dim, rank = 4, 256, 512, 2, 2, 128, 4
+    attention = 2 * (embed + heads * head_dim) + 2 * (embed + kv_heads * head_dim)
+    adapters = layers * rank * (attention + 3 * (embed + mlp))
+    assert lora["memory"]["optimizer"] >= 2 * 4 * adapters / 16
+    assert lora["memory"]["optimizer"] < all_of_it["memory"]["optimizer"]
+    extra = lora["memory"]["parameters"] - all_of_it["memory"]["parameters"]
+    assert 2 * extra == pytest.approx(lora["memory"]["optimizer"], rel=0.01)
+    assert lora["model_flops"] == pytest.approx(all_of_it["model_flops"] * 2 / 3)
 
 
 def test_what_does_not_fit_is_a_result(tmp_path):
