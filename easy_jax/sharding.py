@@ -69,12 +69,26 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
             f"{count} devices there are; set one axis to -1"
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
-    on_tpu = devices[0].platform == "tpu"  # described ones (ahead of time) have no slice
+    return Mesh(arrange(sizes, devices), AXES, axis_types=auto)
+
+
+def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices in the shape of a mesh, neighbours on the wires where that can be.
+
+    An axis of the torus is split where the sizes ask for it. Of several TPU slices, only `data`
+    goes over from one to the next.
+
+    Raises:
+      ConfigError: as in `hybrid_shape`.
+    """
+    on_tpu = devices[0].platform == "tpu"  # described ones (ahead of time) may have no slice
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices < 2:
-        return jax.make_mesh(tuple(sizes), AXES, axis_types=auto, devices=devices)
-    shape = hybrid_shape(sizes, slices)
-    return Mesh(mesh_utils.create_hybrid_device_mesh(*shape, devices), AXES, axis_types=auto)
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    within, between = hybrid_shape(sizes, slices)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
 
 
 def hybrid_shape(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
