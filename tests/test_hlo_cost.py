@@ -170,7 +170,7 @@ ENTRY %main (x: bf16[1000]) -> bf16[16000] {{
         ("all-reduce", GROUP, 2 * 2000 * 15 / 16),
         ("reduce-scatter", GROUP, 2000 * 15 / 16),
         ("all-to-all", "replica_groups=mesh['a'=4,'b'=4] {'b'}", 2000 * 3 / 4),
-        ("all-gather", "replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}", 7 * 2000),
+        ("all-gather", "replica_groups=mesh['a'=2,'b'=8], device_ids=([8,2]T(1,0)) {'b'}", 14000),
         ("all-reduce", "replica_groups={}", 2 * 2000 * 15 / 16),
         ("collective-permute", "channel_id=1, source_target_pairs={{0,1},{1,0}}", 2000),
     ],

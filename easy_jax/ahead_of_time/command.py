@@ -94,12 +94,16 @@ def run(
     largest: dict[str, int] = {}
 
     def add(make: Any, rows: int, parts: int) -> None:
-        results.append(measure(make(rows), topology))
+        first = measure(make(rows), topology)
+        results.append(first)
         if with_largest_batch:
             unit = sharding.num_shares(mesh) * parts
-            largest[results[-1].name] = parts * largest_batch(
-                lambda number: measure(make(number * unit), topology).fits
-            )
+
+            def fits(number: int) -> bool:
+                again = number * unit == rows
+                return (first if again else measure(make(number * unit), topology)).fits
+
+            largest[first.name] = parts * largest_batch(fits, start=rows // unit)
 
     if what != "score":
         for method in _distinct(config.selected_methods()):

@@ -136,14 +136,14 @@ def measure(program: Program, topology: Topology) -> Measured:
     )
 
 
-def largest_batch(fits: Callable[[int], bool], most: int = 1024) -> int:
+def largest_batch(fits: Callable[[int], bool], start: int = 1, most: int = 1024) -> int:
     """The largest number for which `fits` holds, by doubling and bisection; 0 if there is none.
 
     Example:
-      >>> largest_batch(lambda rows: rows <= 37)
+      >>> largest_batch(lambda rows: rows <= 37, start=4)
       37
     """
-    low, high = 0, 1
+    low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
     high = min(high, most + 1)

@@ -84,4 +84,3 @@ def merged_kernel(linear: Linear) -> jax.Array:
     a, b = linear.lora_a[...], linear.lora_b[...]
     update = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
     return (kernel.astype(jnp.float32) + linear.lora_scale * update).astype(kernel.dtype)
-

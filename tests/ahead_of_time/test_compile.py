@@ -44,7 +44,8 @@ def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath:s
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("gemma2", "gemma2_2b_metamath:standard"), ("llama", "llama32_3b_metamath:standard")],
+    ("family", "config"),
+    [("gemma2", "gemma2_2b_metamath:standard"), ("llama", "llama32_3b_metamath:standard")],
 )
 def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
     code, out, err = _compile(tmp_path, "--json", family=family, config=config)

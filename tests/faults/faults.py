@@ -52,6 +52,7 @@ class Faults:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.folder / "compilations"))
         os.environ["JAX_PLATFORMS"] = "cpu"
         self._number = 0
+        self.unfinished = 0  # saves that were hit
         self.calm = self.workdir()
         self.again(self.calm)
 
@@ -94,12 +95,20 @@ class Faults:
         last = max(self.saved(workdir), default=0)
         if last <= before or last < before + moment * (BATCHES - 6 - before):
             return False
-        being_saved = any("tmp" in path.name for path in workdir.glob("checkpoints/*/*"))
-        return phase == "training" or being_saved
+        return phase == "training" or self.is_saving(workdir)
+
+    def is_saving(self, workdir):
+        """Whether there is a save that is not finished."""
+        return any("tmp" in path.name for path in workdir.glob("checkpoints/*/*"))
 
     def parts(self, workdir):
         """How many parts of the loss table there are."""
-        return sum(1 for _ in workdir.glob("loss_table/part-*.parquet"))
+        return len(self.stamps(workdir))
+
+    def stamps(self, workdir):
+        """The parts of the loss table, each with what would change if it were written again."""
+        paths = sorted(workdir.glob("loss_table/part-*.parquet"))
+        return [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
 
     def saved(self, workdir):
         """Steps of the complete checkpoints, in order."""
@@ -197,11 +206,14 @@ class Faults:
 
     def _continue(self, workdir):
         """The same command again; it says from where, and the result is the calm run's."""
-        parts, saved = self.parts(workdir), self.saved(workdir)
+        parts, saved = self.stamps(workdir), self.saved(workdir)
+        unfinished = " and an unfinished save" if self.is_saving(workdir) else ""
         printed = self.again(workdir)
         self.check_origin(printed, saved)
         self.check_same(workdir)
-        return f"left {parts} parts of the table and steps {saved}"
+        assert set(parts) <= set(self.stamps(workdir)), "a part was written again"
+        self.unfinished += bool(unfinished)
+        return f"left {len(parts)} parts of the table and steps {saved}{unfinished}"
 
 
 def main():
@@ -219,6 +231,8 @@ def main():
                 phase = PHASES[number % len(PHASES)]
                 print(f"{name} {number + 1} while {phase}: {act(phase)}", flush=True)
             print(f"{name}: {times} of {times} continued, bit-identical", flush=True)
+            print(f"{name}: {faults.unfinished} had left an unfinished save", flush=True)
+            faults.unfinished = 0
         for lost in range(4):
             print(f"process {lost} of 4 killed: {faults.lose_one(lost)}", flush=True)
         print(f"disk full: {faults.fill_the_disk()}; bit-identical")
