@@ -1,9 +1,11 @@
 """Files of a workdir, which is a folder or, as `gs://bucket/path`, in an object store.
 
 Local paths are `pathlib`'s, others those of `etils.epath` (which needs `gcsfs` for `gs://`). What
-is written appears whole or not at all: a file is renamed into place, an object is whole anyway.
+is written appears whole or not at all, also after a power cut: a file is on disk before it is
+renamed into place, an object is whole anyway.
 """
 
+import errno
 import io
 import json
 import os
@@ -56,7 +58,28 @@ def write(target: Path, content: str | bytes) -> None:
         return
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_bytes(data)
+    publish(temporary, target)
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Renames a local file or folder into place, when all that it holds is on disk."""
+    inside = temporary.rglob("*") if temporary.is_dir() else ()
+    for each in (*inside, temporary):
+        _sync(each)
     temporary.replace(target)
+    _sync(target.parent)
+
+
+def _sync(written: Path) -> None:
+    handle = os.open(written, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # What some network file systems say of folders, which they need not sync.
+        if error.errno != errno.EINVAL or not written.is_dir():
+            raise
+    finally:
+        os.close(handle)
 
 
 def write_json(target: Path, value: Any) -> None:

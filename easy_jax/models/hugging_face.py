@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from easy_jax import distributed, sharding
+from easy_jax import distributed, files, sharding
 from easy_jax.config import ConfigError
 from easy_jax.models import transformer_config
 from easy_jax.models.lora import merged_kernel
@@ -186,7 +186,7 @@ def _finish(
             shutil.copyfile(base / file, temporary / file)
     if folder.exists():
         folder.rmdir()
-    temporary.replace(folder)
+    files.publish(temporary, folder)
 
 
 def resolve(folder: str | os.PathLike[str]) -> Path:
