@@ -1,14 +1,15 @@
 """Several processes, one run: starting them, agreeing among them, stopping them in good order."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,14 +18,19 @@ from jax._src import clusters  # not public, but what `jax.distributed.initializ
 from jax.experimental import multihost_utils
 
 from easy_jax.config import ConfigError
-from easy_jax.peers import Peers
+from easy_jax.peers import Peers, processes
 
 _ECHO_SECONDS = 3.0
+_COMPILATION = "/jax/core/compile/"  # tracing, lowering and XLA, when JAX tells of them
 EXIT_STOPPED = 75  # saved after a SIGTERM: the same command again continues
 
 _peers: Peers | None = None
 _asked_to_stop = False
 _calls = itertools.count()
+
+
+class DisagreementError(ValueError):
+    """Processes of a run differ in what must be the same; the message says which, and in what."""
 
 
 class Stopped(Exception):  # noqa: N818, no error
@@ -45,7 +51,8 @@ def initialize(
     One process alone is not a cluster: nothing happens. A process that is lost later ends all.
 
     Args:
-      coordinator_address: `host:port` of process 0; the port must be free there.
+      coordinator_address: `host:port` of process 0; the port must be free there, and open to
+        the others. It is the only one that this needs: what devices use to talk is another.
       num_processes, process_id: how many there are, and which this one is, from 0.
       timeout: seconds to wait for the others at the start, and to bear their silence later.
 
@@ -83,16 +90,16 @@ def initialize(
         return
     version = importlib.metadata.version("easy-jax")
     run = [version, *_common(sys.argv[1:])]
-    peers = Peers(
-        address, count, index, timeout=timeout, run=run, jax_address=lambda: _free(address)
-    )
+    peers = Peers(address, count, index, timeout=timeout, run=run)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        peers.jax_address, count, index, devices,
+        address, count, index, devices,
         initialization_timeout=int(timeout) + 1,
         heartbeat_timeout_seconds=2 * int(timeout) + 10,  # ours come first, and name the process
     )  # fmt: skip
     _peers = peers
+    jax.monitoring.register_scalar_listener(_note_compilation_begins)
+    jax.monitoring.register_event_duration_secs_listener(_note_compilation_ends)
 
 
 def shutdown() -> None:
@@ -135,13 +142,57 @@ def gather(what: str, value: Any) -> list[Any]:
     at(what)
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.array([text.size], np.int32)).reshape(-1)
-    # A power of two: every other size would be another compilation.
-    padded = np.zeros(1 << int(sizes.max()).bit_length(), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
+    text = json.dumps(value).encode()
+    sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).reshape(-1)
+    rows = multihost_utils.process_allgather(_padded(text, int(sizes.max())))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def broadcast(what: str, make: Callable[[], Any]) -> Any:
+    """A JSON-serialisable value that process 0 makes; all processes must call it.
+
+    For what a file says: another process may not see yet what process 0 has just written.
+
+    Args:
+      what: is decided; named if a process does not come.
+      make: called in process 0 alone.
+    """
+    at(what)
+    if jax.process_count() == 1:
+        return make()
+    text = json.dumps(make()).encode() if leads() else b""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    row: np.ndarray = multihost_utils.broadcast_one_to_all(_padded(text, size))
+    return json.loads(row[:size].tobytes())
+
+
+def agree(what: str, **values: Any) -> None:
+    """Compares JSON-serialisable values, in one exchange of a hash; all processes must call it.
+
+    Args:
+      what: is begun.
+      **values: by name, what each process has found out for itself.
+
+    Raises:
+      DisagreementError: in every process, if any two differ: names, processes and values.
+    """
+    text = json.dumps(values, sort_keys=True)
+    if len(set(gather(what, hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    differences = []
+    everywhere = gather(what, values)
+    for name in values:
+        found: dict[str, list[int]] = {}
+        for index, theirs in enumerate(everywhere):
+            found.setdefault(json.dumps(theirs[name], sort_keys=True), []).append(index)
+        if len(found) > 1:
+            them = " and ".join(f"{value} in {processes(them)}" for value, them in found.items())
+            differences.append(f"{name} is {them}")
+    raise DisagreementError(
+        f"the processes differ at {what}: {'; '.join(differences)}. All need the same data, model "
+        "and workdir: is there another copy on a host? A network file system may also be late "
+        "to show what is new: then the same command, a minute later, continues"
+    )
 
 
 def total(what: str, **values: float) -> dict[str, float]:
@@ -185,6 +236,23 @@ def should_stop(place: str) -> bool:
     return multihost_utils.reached_preemption_sync_point(next(_calls))
 
 
+def _padded(text: bytes, size: int) -> np.ndarray:
+    """To a power of two above the size: every other length would be another compilation."""
+    padded = np.zeros(1 << size.bit_length(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    return padded
+
+
+def _note_compilation_begins(event: str, *_: Any, **__: Any) -> None:
+    if _peers is not None and event.startswith(_COMPILATION):
+        _peers.compiles(True)
+
+
+def _note_compilation_ends(event: str, *_: Any, **__: Any) -> None:
+    if _peers is not None and event.startswith(_COMPILATION):
+        _peers.compiles(False)
+
+
 def _note_sigterm(*_: Any) -> None:
     global _asked_to_stop
     _asked_to_stop = True
@@ -209,9 +277,3 @@ def _common(arguments: list[str]) -> list[str]:
         if name != "process_id" and not follows:
             common.append(argument)
     return common
-
-
-def _free(address: str) -> str:
-    """The same host with a port that nobody uses, for JAX's own coordinator."""
-    with socket.create_server(("", 0)) as server:
-        return f"{address.rpartition(':')[0]}:{server.getsockname()[1]}"

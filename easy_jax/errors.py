@@ -3,6 +3,7 @@
 from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import ConfigError
 from easy_jax.data import DataError
+from easy_jax.distributed import DisagreementError
 from easy_jax.fitting import TrainingError
 from easy_jax.loss_table import LossTableError
 from easy_jax.models.hugging_face import WeightsError
@@ -12,6 +13,7 @@ USER_ERRORS = (
     CheckpointError,
     ConfigError,
     DataError,
+    DisagreementError,
     LossTableError,
     ScoringError,
     TrainingError,

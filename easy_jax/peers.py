@@ -1,9 +1,10 @@
 """The processes of a run know of each other: who is missing at the start, who is lost on the way.
 
 JAX's own coordination service ends a run whose processes do not come together or fall silent,
-but cannot say which. So process 0 calls the roll on the coordinator's port, before JAX connects,
-and the connections stay open: a killed process closes its own at once, one whose machine is cut
-off goes silent. Whoever notices tells the others, and all end with the same message.
+but cannot say which. So process 0 calls the roll on the coordinator's port, stops listening there
+before JAX's service starts to, and the connections stay open: a killed process closes its own at
+once, one whose machine is cut off goes silent. Whoever notices tells the others, and all end with
+the same message.
 
 Messages are JSON, a line each: `hello`, `go`, `beat`, `end`, `bye`.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 EXIT_PEERS = 76  # a process was lost: the same command again continues
 _MAX_LINE = 1 << 16
+_COMPILING = ", compiling"
 
 
 class PeersError(RuntimeError):
@@ -36,15 +38,15 @@ class _Line:
         self._lock = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """Sends a message; one to a peer that is gone is lost, its end shows in `receive`."""
+        """Sends a message; one to a peer that is gone is lost, its end shows in `read`."""
         with self._lock, contextlib.suppress(OSError):
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self) -> Iterator[dict[str, Any]]:
-        """The messages that have arrived; waits for some data.
+    def read(self) -> None:
+        """Takes in what has arrived; waits for some data.
 
         Raises:
-          EOFError: the other side is gone, or does not speak our language.
+          EOFError: the other side is gone.
         """
         try:
             data = self.connection.recv(_MAX_LINE)
@@ -54,10 +56,16 @@ class _Line:
             raise EOFError(str(error)) from error
         if not data:
             raise EOFError("closed")
-        *lines, self._buffer = (self._buffer + data).split(b"\n")
-        if len(self._buffer) > _MAX_LINE:
-            raise EOFError("a line is too long")
-        for line in lines:
+        self._buffer += data
+
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Those that have been read; what the caller does not take is kept for the next call.
+
+        Raises:
+          EOFError: the other side does not speak our language.
+        """
+        while b"\n" in self._buffer:
+            line, _, self._buffer = self._buffer.partition(b"\n")
             try:
                 message = json.loads(line)
             except ValueError as error:
@@ -65,15 +73,20 @@ class _Line:
             if not isinstance(message, dict):
                 raise EOFError("not an object")
             yield message
+        if len(self._buffer) > _MAX_LINE:
+            raise EOFError("a line is too long")
 
-    def first(self, seconds: float) -> dict[str, Any]:
-        """The first message, if it comes within the time; else an empty one."""
+    def next(self, seconds: float) -> dict[str, Any]:
+        """The next message, if it comes within the time; else an empty one."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(EOFError):
-            while (left := deadline - time.monotonic()) > 0:
-                self.connection.settimeout(left)
-                for message in self.receive():
+            while True:
+                for message in self.messages():
                     return message
+                if (left := deadline - time.monotonic()) <= 0:
+                    break
+                self.connection.settimeout(left)
+                self.read()
         return {}
 
     def close(self) -> None:
@@ -88,11 +101,7 @@ class Peers:
       count, index: number of processes, and which this one is.
       timeout: seconds to wait for the others to come, and to be silent.
       run: what all must have in common, such as the command line.
-      jax_address: in process 0, makes the address of JAX's own coordinator.
       end: called with exit code and message when the run cannot go on; ends the process.
-
-    Attributes:
-      jax_address: of JAX's coordinator, the same in every process.
 
     Raises:
       PeersError: processes are missing, doubled, or of another run.
@@ -106,7 +115,6 @@ class Peers:
         *,
         timeout: float,
         run: Any,
-        jax_address: Callable[[], str],
         end: Callable[[int, str], None] | None = None,
     ):
         host, _, port = address.rpartition(":")
@@ -120,6 +128,7 @@ class Peers:
         self._end = end if end is not None else _exit
         self._interval = min(5.0, timeout / 5)
         self._place = "start"
+        self._compiles = False
         self._closing = False
         self._names = {0: f"process 0 ({address})"}
         self._lines: dict[int, _Line] = {}
@@ -128,15 +137,19 @@ class Peers:
             "host": socket.gethostname(), "pid": os.getpid(),
         }  # fmt: skip
         if index == 0:
-            self.jax_address = self._call_the_roll(jax_address)
+            self._call_the_roll()
         else:
-            self.jax_address = self._answer()
+            self._answer()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
 
     def at(self, place: str) -> None:
         """Notes where this process is; said to the others if the run stops moving."""
         self._place = place
+
+    def compiles(self, does: bool) -> None:
+        """Notes whether this process is compiling, which may take longer than the timeout."""
+        self._compiles = does
 
     def fail(self, code: int, message: str) -> None:
         """Tells the others that this process ends, and why; they end with the same code."""
@@ -155,7 +168,8 @@ class Peers:
 
     # The start.
 
-    def _call_the_roll(self, jax_address: Callable[[], str]) -> str:
+    def _call_the_roll(self) -> None:
+        """Listens until all have said hello; who says nothing keeps nobody waiting."""
         deadline = time.monotonic() + self._timeout
         try:
             server = socket.create_server(("", self._address[1]), backlog=self._count)
@@ -164,26 +178,52 @@ class Peers:
                 f"process 0 cannot listen on port {self._address[1]}: {error}; does another run "
                 "use it? Choose another port in --coordinator_address"
             ) from error
-        with server:
-            while len(self._lines) < self._count - 1:
-                server.settimeout(max(deadline - time.monotonic(), 0.001))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
-                    missing = sorted(set(range(1, self._count)) - self._lines.keys())
-                    self._refuse(
-                        f"{_processes(missing)} of {self._count} did not come within "
-                        f"{self._timeout:g} s; look at their logs"
-                    )
-                self._enter(connection, deadline)
-        address = jax_address() if self._count > 1 else ""
+        strangers: set[_Line] = set()
+        with server, selectors.DefaultSelector() as selector:
+            server.settimeout(1.0)
+            selector.register(server, selectors.EVENT_READ)
+            try:
+                while len(self._lines) < self._count - 1:
+                    self._wait(selector, strangers, deadline)
+            finally:
+                for line in strangers:
+                    line.close()
         for line in self._lines.values():
-            line.send(go=address)
-        return address
+            line.send(go=True)
 
-    def _enter(self, connection: socket.socket, deadline: float) -> None:
-        line = _Line(connection)
-        hello = line.first(min(deadline - time.monotonic(), 5.0))
+    def _wait(
+        self, selector: selectors.BaseSelector, strangers: set[_Line], deadline: float
+    ) -> None:
+        """Takes in whoever connects or says something next."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            missing = sorted(set(range(1, self._count)) - self._lines.keys())
+            self._refuse(
+                f"{processes(missing)} of {self._count} did not come within "
+                f"{self._timeout:g} s; look at their logs"
+            )
+        for key, _ in selector.select(left):
+            if key.data is None:
+                server: Any = key.fileobj
+                with contextlib.suppress(TimeoutError):  # it is gone already
+                    line = _Line(server.accept()[0])
+                    strangers.add(line)
+                    selector.register(line.connection, selectors.EVENT_READ, line)
+            elif (hello := self._hear(key.data)) is not None:
+                selector.unregister(key.fileobj)
+                strangers.remove(key.data)
+                self._enter(key.data, hello)
+
+    @staticmethod
+    def _hear(line: _Line) -> dict[str, Any] | None:
+        """A message, None as long as it is not whole, an empty one of who is gone."""
+        try:
+            line.read()
+            return next(line.messages(), None)
+        except EOFError:
+            return {}
+
+    def _enter(self, line: _Line, hello: dict[str, Any]) -> None:
         index = hello.get("hello")
         if not isinstance(index, int) or not 0 <= index < 1 << 20:
             line.close()  # a port scanner, say
@@ -215,7 +255,7 @@ class Peers:
             line.close()
         raise PeersError(message)
 
-    def _answer(self) -> str:
+    def _answer(self) -> None:
         """Connects to process 0 and waits until all are there."""
         where = ":".join(map(str, self._address))
         deadline = time.monotonic() + self._timeout
@@ -227,10 +267,10 @@ class Peers:
                 continue
             line.send(**self._hello)
             # Process 0 may have started later, and has more time then; it says who is missing.
-            answer = line.first(self._timeout + 2 * self._interval)
+            answer = line.next(self._timeout + 2 * self._interval)
             if "go" in answer:
                 self._lines[0] = line
-                return str(answer["go"])
+                return
             line.close()
             if "end" in answer:
                 raise PeersError(str(answer.get("reason")))
@@ -248,30 +288,32 @@ class Peers:
         now = told = beaten = time.monotonic()
         heard = dict.fromkeys(self._lines, now)
         places = dict.fromkeys([*self._lines, self._index], ("start", now))
+        pause = 0.0  # at first: something may have come together with the call to go
         for index, line in self._lines.items():
             line.connection.settimeout(self._timeout)
             selector.register(line.connection, selectors.EVENT_READ, index)
         while heard and not (self._closing and self._index != 0):
-            for key, _ in selector.select(timeout=self._interval / 2):
-                index, now = key.data, time.monotonic()
-                heard[index] = now
-                for message in self._messages(index):
+            ready = {key.data for key, _ in selector.select(timeout=pause)}
+            now, pause = time.monotonic(), self._interval / 2
+            heard |= dict.fromkeys(ready, now)
+            for index in list(heard):
+                for message in self._messages(index, index in ready):
                     if "end" in message:
                         self._over(int(message["end"]), str(message.get("reason")))
                         return
                     if "bye" in message:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(self._lines[index].connection)
                         del heard[index], places[index]
                         break
                     if places[index][0] != message.get("beat"):
                         places[index] = (str(message.get("beat")), now)
-            now = time.monotonic()
-            if places[self._index][0] != self._place:
-                places[self._index] = (self._place, now)
+            place = f"{self._place}{_COMPILING if self._compiles else ''}"
+            if places[self._index][0] != place:
+                places[self._index] = (place, now)
             if now - beaten >= self._interval:
                 beaten = now
                 for index in heard:
-                    self._lines[index].send(beat=self._place)
+                    self._lines[index].send(beat=place)
             silent = [index for index, last in heard.items() if now - last > self._timeout]
             if silent and not self._closing:
                 names = ", ".join(self._names[index] for index in silent)
@@ -282,14 +324,18 @@ class Peers:
                 told = now
                 print(f"easy-jax: {_standstill(places, now)}", file=sys.stderr, flush=True)
 
-    def _messages(self, index: int) -> list[dict[str, Any]]:
-        """What has arrived; the end of the connection is a message, too."""
+    def _messages(self, index: int, has_more: bool) -> Iterator[dict[str, Any]]:
+        """What has been said; the end of the connection is a message, too."""
+        line = self._lines[index]
         try:
-            return list(self._lines[index].receive())
+            if has_more:
+                line.read()
+            yield from line.messages()
         except EOFError:
             if self._closing:
-                return [{"bye": index}]
-            return [{"end": EXIT_PEERS, "reason": f"{self._names[index]} is gone"}]
+                yield {"bye": index}
+            else:
+                yield {"end": EXIT_PEERS, "reason": f"{self._names[index]} is gone"}
 
     def _tell(self, code: int, reason: str) -> None:
         for line in self._lines.values():
@@ -316,11 +362,19 @@ def _standstill(places: dict[int, tuple[str, float]], now: float) -> str:
     for index, (place, _) in sorted(places.items()):
         by_place.setdefault(place, []).append(index)
     seconds = now - max(since for _, since in places.values())
-    where = "; ".join(f"{_processes(found)} at {place}" for place, found in by_place.items())
+    where = "; ".join(f"{processes(found)} at {place}" for place, found in by_place.items())
+    if any(place.endswith(_COMPILING) for place in by_place):
+        where += ". To compile a large program can take that long"
     return f"nothing has moved for {seconds:.0f} s: {where}"
 
 
-def _processes(indices: list[int]) -> str:
+def processes(indices: list[int]) -> str:
+    """Processes as a message names them: `processes 0, 3`.
+
+    Example:
+      >>> processes([1])
+      'process 1'
+    """
     some = ", ".join(map(str, indices[:20])) + (" ..." if len(indices) > 20 else "")
     return f"process{'es' if len(indices) > 1 else ''} {some}"
 

@@ -27,7 +27,7 @@ class Run:
     def peer(self, index, count=None, run="same", timeout=None):
         return Peers(
             self.address, count or self.count, index, timeout=timeout or self.timeout, run=run,
-            jax_address=lambda: "here:1", end=lambda *why: self.ended.put((index, *why)),
+            end=lambda *why: self.ended.put((index, *why)),
         )  # fmt: skip
 
     def together(self, *makers):
@@ -63,7 +63,6 @@ def leave(peers):
 def test_all_come_and_all_leave():
     run = Run(3)
     peers = run.all()
-    assert [peer.jax_address for peer in peers] == ["here:1"] * 3
     time.sleep(1.2 * TIMEOUT)  # beats keep them together
     leave(peers)
     time.sleep(0.5)
@@ -134,6 +133,57 @@ def test_strangers_at_the_port_are_ignored():
     leave(run.together(lambda: run.peer(0), stranger))
 
 
+def test_who_says_nothing_keeps_nobody_waiting():
+    run = Run(2)
+    start = time.monotonic()
+
+    def others():
+        time.sleep(0.3)
+        with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+            line.sendall(b'{"hello"')
+            peer = run.peer(1)
+        return peer
+
+    peers = run.together(lambda: run.peer(0), others)
+    assert time.monotonic() - start < 0.5 * TIMEOUT
+    leave(peers)
+
+
+def test_a_greeting_in_two_pieces():
+    run = Run(3)
+
+    def slow():
+        time.sleep(0.3)
+        hello = json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n"
+        with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+            line.sendall(hello[:10])
+            time.sleep(0.5)
+            line.sendall(hello[10:])
+            return json.loads(line.recv(10_000))
+
+    first, answer, last = run.together(lambda: run.peer(0), slow, lambda: run.peer(2))
+    assert answer == {"go": True}
+    leave([first, last])
+
+
+def test_what_comes_together_with_the_call_to_go_is_heard():
+    run = Run(2)
+
+    def leader():
+        with socket.create_server(("", int(run.address.split(":")[1]))) as server:
+            line, _ = server.accept()
+            line.recv(10_000)
+            line.sendall(b'{"go": true}\n{"end": 7, "reason": "it is over"}\n')
+            return line
+
+    line, peer = run.together(leader, lambda: run.peer(1))
+    start = time.monotonic()
+    assert run.ends(1) == {1: (7, "it is over")}
+    assert time.monotonic() - start < 0.3 * TIMEOUT
+    peer.close()
+    line.close()
+
+
 def test_a_process_that_starts_again_before_all_are_there():
     run = Run(2)
     port = int(run.address.split(":")[1])
@@ -184,7 +234,7 @@ def test_a_silent_process_ends_the_others_in_time(silent):
             lines.extend(server.accept()[0] for _ in range(2))
         for line in lines:
             line.recv(10_000)
-            line.sendall(b'{"go": ""}\n')
+            line.sendall(b'{"go": true}\n')
 
     def mute_follower():
         time.sleep(0.3)
@@ -221,6 +271,7 @@ def test_a_run_that_does_not_move_is_told_by_place(capsys):
     peers = run.all()
     for index, peer in enumerate(peers):
         peer.at("step 8" if index != 1 else "step 7")
+        peer.compiles(index != 1)
     told = ""
     for _ in range(200):
         told += capsys.readouterr().err
@@ -229,18 +280,18 @@ def test_a_run_that_does_not_move_is_told_by_place(capsys):
         time.sleep(0.1)
     leave(peers)
     assert "nothing has moved for" in told
-    assert "processes 0, 2 at step 8; process 1 at step 7" in told
+    assert "processes 0, 2 at step 8, compiling; process 1 at step 7. To compile a large" in told
     assert run.ended.empty()
 
 
 @pytest.mark.parametrize("address", ["host", "host:", ":123", "host:port", "host:99999"])
 def test_bad_address(address):
     with pytest.raises(PeersError, match=r"it must be HOST:PORT"):
-        Peers(address, 2, 0, timeout=1.0, run="", jax_address=str)
+        Peers(address, 2, 0, timeout=1.0, run="")
 
 
 def test_port_in_use():
     with socket.create_server(("", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(PeersError, match=r"cannot listen on port \d+: .*--coordinator_address"):
-            Peers(address, 2, 0, timeout=1.0, run="", jax_address=str)
+            Peers(address, 2, 0, timeout=1.0, run="")
