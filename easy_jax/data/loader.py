@@ -125,6 +125,11 @@ def training_loader(
     Every example is seen exactly `epochs` times: batches run on from one epoch into the
     next, and only the very last one is padded.
 
+    Of a packed source the rows of all epochs are worked out at once, before the first batch: how
+    many there are depends on the order of each epoch, and the schedule of the learning rate needs
+    the number of steps. That takes some 90 us and 40 bytes (with `max_segments=1` 0.1 us and 130
+    bytes) for every example and epoch.
+
     Args:
       source: the data; a field `weight`, if it has one, is multiplied into `weight_N`.
       batch_size: global, over all processes.
@@ -169,6 +174,7 @@ def training_loader(
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
     share = _share(batch_size, rows)
     if isinstance(source, PackedSource):
+        # Not lazily: their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
         dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
         return Loader(dataset, threads, prefetch)
