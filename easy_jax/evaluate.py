@@ -89,12 +89,14 @@ def _sums(
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
+      DisagreementError: processes with more or fewer examples than others.
       Stopped: after a SIGTERM.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
     graphdef, state = nnx.split(eval_view(model))
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
+    distributed.agree("the start of an evaluation", examples=len(source), batches=loader.steps)
     state = sharding.shard_tree(state, mesh)
     first, second, count = 0.0, 0.0, 0
     results = scoring.per_example(graphdef, state, function, loader, mesh)

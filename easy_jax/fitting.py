@@ -101,6 +101,7 @@ def fit(
     Raises:
       TrainingError: the loss, or something that is about to be saved, is not finite.
       CheckpointError: the directory has a checkpoint of another run, or cannot be written.
+      DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh.
     """
@@ -139,7 +140,9 @@ def fit(
     losses: list[float] = []  # since the last checkpoint
     stopped = False
     with Checkpointer(directory, identity, keep, keep_best) as checkpointer:
-        if checkpointer.latest_step() is not None:
+        latest = checkpointer.latest_step()
+        distributed.agree(f"the start of {name}", **identity, checkpoint=latest)
+        if latest is not None:
             state, saved = checkpointer.restore(state, batches)
             first, seconds = int(jax.device_get(state.step)), saved["seconds"]
         elapsed = seconds

@@ -62,10 +62,10 @@ class LanguageExperiment:
         methods = self.config.selected_methods()
         measured = until in ("evaluate", "report")
         path = self.workdir / "cells.jsonl"
-        rows = {row["method"]: row for row in metrics.read_lines(path)}
         if any(method.weighting != "none" for method in methods):
             self._table()
-        distributed.barrier("reading the results")  # before one process adds to them
+        found = distributed.broadcast("reading the results", lambda: metrics.read_lines(path))
+        rows = {row["method"]: row for row in found}
         if measured and BASE not in rows:
             rows[BASE] = {"method": BASE, **self._measure(self.model)}
             metrics.append_line(path, rows[BASE])
@@ -146,7 +146,9 @@ class LanguageExperiment:
     def _export(self, method: LanguageMethodConfig, model: Transformer) -> None:
         """A folder for `transformers`; one that is there is complete, and is this model's."""
         folder = self.workdir / "exported" / method.name
-        if not (folder / "config.json").exists():
+        if not distributed.broadcast(
+            "looking for an export", lambda: (folder / "config.json").exists()
+        ):
             with files.local_folder(folder) as local:
                 hugging_face.export(model, local, base=self.config.model.path)
         self.terminal.print(f"{method.name}: exported to {folder}")

@@ -4,7 +4,8 @@ A directory with
   part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P;
                              for text, if asked for, token_losses list<float32>
   metadata.json              fingerprints of model and data, loss, size; once complete, quantiles
-Parts are written whole or not at all, so an interrupted table is resumed at its missing rows.
+Parts are written whole or not at all, so an interrupted table is resumed at its missing rows;
+the metadata come first, so that it is known what a part is of.
 """
 
 import dataclasses
@@ -63,15 +64,20 @@ class LossTable:
                 "continues where it stopped"
             )
         table = cls(directory, metadata)
-        seen_N = seen_ids(directory, metadata["num_examples"])
-        seen_N[metadata["dropped_ids"]] = True
+        table.check_rows()
+        return table
+
+    def check_rows(self) -> None:
+        """Raises LossTableError unless every example that was not dropped has one row."""
+        seen_N = seen_ids(self.directory, self.num_examples)
+        seen_N[self.metadata["dropped_ids"]] = True
         if not seen_N.all():
             missing = np.flatnonzero(~seen_N)
             raise LossTableError(
-                f"the loss table in {directory} has no row for {missing.size} of {seen_N.size} "
-                f"examples, ids {missing[:10].tolist()}; run the scoring again, it adds them"
+                f"the loss table in {self.directory} has no row for {missing.size} of "
+                f"{seen_N.size} examples, ids {missing[:10].tolist()}; run the scoring again, it "
+                "adds them"
             )
-        return table
 
     @property
     def num_examples(self) -> int:
@@ -173,14 +179,26 @@ class LossTable:
 
 
 def read_metadata(directory: Path) -> dict[str, Any] | None:
-    """The metadata of a table, complete or not; None if there is none."""
+    """The metadata of a table, complete or not; None if there is none.
+
+    Raises:
+      LossTableError: it cannot be read, or there are rows that it does not describe.
+    """
     path = directory / "metadata.json"
     if not path.exists():
+        rows = [*directory.glob("part-*.parquet"), *directory.glob("dropped-*.json")]
+        if rows:
+            raise LossTableError(
+                f"{min(rows)} is there, but no metadata.json, which says of what model and data it "
+                f"is; delete {directory} and score again"
+            )
         return None
     try:
         metadata = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise LossTableError(f"{path} is not JSON: {error}; delete it and score again") from error
+        raise LossTableError(
+            f"{path} is not JSON: {error}; delete {directory} and score again"
+        ) from error
     if metadata.get("format_version") != FORMAT_VERSION:
         raise LossTableError(
             f"{path} has format version {metadata.get('format_version')}; this is for "

@@ -39,8 +39,12 @@ def score(
     """Scores every example once with the frozen model; returns the loss table.
 
     Complete tables are opened, not made again; interrupted ones are continued at their
-    missing rows. The model runs in eval mode, whatever mode it is in. Memory: a part
-    (`rows_per_part` rows of 16 bytes) and one bit array, whatever the size of the data.
+    missing rows. The model runs in eval mode, whatever mode it is in.
+
+    Memory of each process, beside the data: 18 bytes for every example of the data set (its id
+    twice, 8 bytes each, and a flag), 42 for a moment at the start, and for packed text some 36
+    more; and until a part is written, up to 260 bytes for each of its rows, and with token losses
+    120 more and 8 for each of them.
 
     Args:
       model: the pre-trained (for vision: linear-probed) model.
@@ -60,6 +64,7 @@ def score(
     Raises:
       LossTableError: the directory has a table of another model, data set or loss.
       ScoringError: bad examples, by id.
+      DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
       ValueError: a loss function with token losses where none are asked for, or without.
 
@@ -84,14 +89,18 @@ def score(
         "num_examples": len(source),
         "token_losses": token_losses,
     }
-    metadata = loss_table.read_metadata(directory)
+    distributed.agree("the start of scoring", **identity, batch_size=batch_size)
+    metadata = distributed.broadcast(
+        "reading the loss table's metadata", lambda: loss_table.read_metadata(directory)
+    )
     if metadata is not None:
         loss_table.check_metadata(directory, metadata, identity)
     done_N = loss_table.seen_ids(directory, len(source))
     # Examples dropped before are looked at again where they are to be errors now.
     dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
     done_N[list(dropped)] = True
-    distributed.barrier("reading the loss table")  # before anybody writes
+    found = f"{done_N.sum()} of {len(source)}, {fingerprints.of_arrays({'done': done_N})}"
+    distributed.agree("reading the loss table", rows=found)  # before anybody writes
     if metadata is not None and metadata["complete"] and done_N.all():
         return LossTable(directory, metadata)
     directory.mkdir(parents=True, exist_ok=True)
@@ -115,8 +124,10 @@ def score(
                         f"{2 + len(tokens)} arrays; token losses are the third"
                     )
                 # Not earlier: a call with a mistake would leave a table that refuses the next.
+                # Not later: a part must never be there without it.
                 if distributed.leads():
                     loss_table.write_metadata(directory, {**header, "complete": False})
+                distributed.barrier("writing the loss table's metadata")
             with np.errstate(invalid="ignore", divide="ignore"):
                 loss = nll_sum / count
             usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
@@ -140,13 +151,19 @@ def score(
     if on_bad_example == "error":
         _raise_bad(bad, len(source))
     distributed.barrier("the end of scoring")
-    if distributed.leads():
+
+    def complete() -> dict[str, Any]:
         dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
         summary = loss_table.summarise(directory, token_losses)
-        complete = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
-        loss_table.write_metadata(directory, complete)
-    distributed.barrier("the loss table's summary")
-    return LossTable.open(directory)
+        metadata = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
+        LossTable(directory, metadata).check_rows()  # the median is of all rows, or of none
+        loss_table.write_metadata(directory, metadata)
+        return metadata
+
+    table = LossTable(directory, distributed.broadcast("the loss table's summary", complete))
+    if not distributed.leads():  # it has
+        table.check_rows()
+    return table
 
 
 def _raise_bad(bad: dict[int, str], num_examples: int) -> None:

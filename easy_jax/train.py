@@ -132,8 +132,10 @@ class Experiment:
                         f"temperature {table.temperature:.4g} nats"
                     )
             return {}
-        rows = {row_key(row): row for row in metrics.read_lines(self._cells_path)}
-        distributed.barrier("reading the results")  # before one process adds to them
+        found = distributed.broadcast(
+            "reading the results", lambda: metrics.read_lines(self._cells_path)
+        )
+        rows = {row_key(row): row for row in found}
         for cell in cells(config):
             last = cell_stages(config, cell)[-1].name
             if until == "train" or cell.key not in rows:

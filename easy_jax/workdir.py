@@ -2,11 +2,16 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from easy_jax import config as config_lib
 from easy_jax import distributed, files
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
+from easy_jax.peers import processes
 
 
 def open_workdir(
@@ -15,18 +20,22 @@ def open_workdir(
     """Makes a workdir for a configuration, or checks that an existing one belongs to it.
 
     Raises:
-      ConfigError: it cannot be written, or belongs to another configuration (the fields
-        that differ are named).
+      ConfigError: it cannot be written, is not shared by all processes, or belongs to another
+        configuration (the fields that differ are named).
     """
     workdir = files.path(workdir)
     path = workdir / "config.json"
     text = config_lib.to_json(config)
+
+    def stored() -> Any:
+        if not path.exists():
+            files.write(path, text + "\n")
+        return json.loads(path.read_text())
+
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if distributed.leads() and not path.exists():
-            files.write(path, text + "\n")
-        distributed.barrier("opening the workdir")
-        found = json.loads(path.read_text())
+        found = distributed.broadcast("opening the workdir", stored)
+        _check_shared(workdir)
         (workdir / "checkpoints").mkdir(exist_ok=True)
         if files.is_local(workdir) and not os.access(workdir, os.W_OK):
             raise PermissionError(f"no permission to write in {workdir}")
@@ -45,3 +54,29 @@ def open_workdir(
             "Choose another with --workdir, or delete it"
         )
     return workdir
+
+
+def _check_shared(workdir: Path) -> None:
+    """Raises ConfigError, in all processes, if one does not see what process 0 writes.
+
+    It is written under a new name: a network file system may remember for a minute of a name
+    that was looked for before that it is not there.
+    """
+
+    def write() -> str:
+        mark = workdir / f".mark-{secrets.token_hex(8)}"
+        mark.write_bytes(b"")
+        return mark.name
+
+    if jax.process_count() == 1:
+        return
+    mark = workdir / distributed.broadcast("marking the workdir", write)
+    seen = distributed.gather("looking for the mark in the workdir", mark.exists())
+    if distributed.leads():
+        mark.unlink()
+    blind = [index for index, found in enumerate(seen) if not found]
+    if blind:
+        raise ConfigError(
+            f"{processes(blind)} cannot see what process 0 writes into the workdir {workdir}; it "
+            "must be a folder that all share: choose another with --workdir"
+        )

@@ -25,6 +25,8 @@ class Processes:
       timeout: their `--peer_timeout`, seconds.
       only: start these alone of them.
       prefix: of the command, for example of a shell.
+      program: what Python is to run.
+      folders: where each process is started; default: all in the root.
     """
 
     def __init__(
@@ -36,6 +38,8 @@ class Processes:
         timeout=60,
         only=None,
         prefix=(),
+        program=("-m", "easy_jax.main"),
+        folders=None,
     ):
         env = {
             **os.environ, "PYTHONPATH": str(root), "COLUMNS": "200",
@@ -52,10 +56,11 @@ class Processes:
         self.all = [
             subprocess.Popen(
                 [
-                    *prefix, sys.executable, "-m", "easy_jax.main", *arguments, *cluster,
+                    *prefix, sys.executable, *program, *arguments, *cluster,
                     *([f"--process_id={index}"] if count > 1 else []),
                 ],
-                cwd=root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=folders[index] if folders else root, env=env, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             )
             for index in (range(count) if only is None else only)
         ]  # fmt: skip

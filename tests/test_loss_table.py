@@ -326,6 +326,28 @@ def test_interrupted_scoring_is_refused_for_another_model(tmp_path):
         score(make_model(seed=1), ArraySource(arrays), tmp_path, **OPTIONS)
 
 
+def test_rows_without_metadata_are_refused(tmp_path):
+    arrays = make_arrays(65)
+    interrupt(tmp_path, arrays, 45)
+    (tmp_path / "metadata.json").unlink()
+    content = sorted(tmp_path.iterdir())
+    with pytest.raises(LossTableError, match=r"part-00000-00000.parquet is there, but no metadata"):
+        score(make_model(), ArraySource(arrays), tmp_path, **OPTIONS)
+    assert sorted(tmp_path.iterdir()) == content
+
+
+def test_a_table_that_loses_rows_is_not_completed(tmp_path):
+    def lose(_):
+        (tmp_path / "part-00000-00000.parquet").unlink(missing_ok=True)
+
+    arrays = make_arrays(65)
+    with pytest.raises(LossTableError, match=r"no row for \d+ of 65 examples.* run the scoring"):
+        score(make_model(), ArraySource(arrays), tmp_path, progress=lose, **OPTIONS)
+    assert not loss_table.read_metadata(tmp_path)["complete"]
+    table = score(make_model(), ArraySource(arrays), tmp_path, **OPTIONS)
+    assert table.temperature == float(np.median(table.loss_N()))
+
+
 def test_complete_table_is_not_scored_again(tmp_path):
     arrays = make_arrays(20)
     first = score(make_model(), ArraySource(arrays), tmp_path, **OPTIONS)

@@ -1,11 +1,15 @@
-"""One run in 1, 2 and 4 real processes: the same loss table, temperature, parameters, results."""
+"""One run in 1, 2 and 4 real processes: the same loss table, temperature, parameters, results.
+
+And what two processes do that have not found the same.
+"""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny_language
-from processes import run
+from processes import Processes, run
 from safetensors.numpy import load_file
 
 from easy_jax import train
@@ -31,11 +35,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(root, folder, tmp_path_factory):
-    """By number of processes: workdir and what was printed."""
+    """By number of processes: workdir and what was printed.
+
+    Two of them are late to see what the other has written."""
     runs = {}
     for count in COUNTS:
         workdir = tmp_path_factory.mktemp(f"run{count}")
-        runs[count] = workdir, run(root, _arguments("run", folder, workdir), count)
+        options = {"program": [root / "tests" / "late_lookups.py"]} if count == 2 else {}
+        runs[count] = workdir, run(root, _arguments("run", folder, workdir), count, **options)
     return runs
 
 
@@ -55,8 +62,8 @@ def test_same_loss_table_and_temperature(runs, count):
     alone, ours = (LossTable.open(runs[n][0] / "loss_table") for n in (1, count))
     ids = np.concatenate([ids for ids, _, _ in ours.rows()])
     assert sorted(ids) == list(range(8 * STEPS))
-    np.testing.assert_allclose(ours.loss_N(), alone.loss_N(), rtol=1e-6)
-    assert ours.temperature == pytest.approx(alone.temperature, rel=1e-6)
+    np.testing.assert_allclose(ours.loss_N(), alone.loss_N(), rtol=3e-6)
+    assert ours.temperature == pytest.approx(alone.temperature, rel=3e-6)
     assert ours.temperature == np.median(ours.loss_N())
     writers = {path.name.split("-")[1] for path in ours.directory.glob("part-*.parquet")}
     assert len(writers) == 2  # of four processes, two hold copies
@@ -92,3 +99,75 @@ def test_same_results_written_once(runs, count):
     lines = [json.loads(line) for line in (ours / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert ["loss table:" in text for text in printed] == [True] + [False] * (count - 1)
+
+
+@pytest.fixture(scope="module")
+def checks(root, tmp_path_factory):
+    """Exit codes, complaints and what came out (`tests/two_processes.py`), of each of two
+    processes; the second has another copy of the training data."""
+    folders = [tmp_path_factory.mktemp(f"host{host}") for host in range(2)]
+    for folder in folders:
+        (folder / "model").mkdir()
+        tiny_language.write_folder(folder / "model")
+    data = folders[1] / "model" / "train.jsonl"
+    data.write_text(data.read_text().replace("one", "two", 1))
+    config = f"--config={root}/tests/tiny_language.py:model"
+    workdir = tmp_path_factory.mktemp("shared") / "run"
+    program = [root / "tests" / "two_processes.py"]
+    with Processes(
+        root, ["score", config, f"--workdir={workdir}"], 2, program=program, folders=folders
+    ) as processes:
+        codes, _, complaints = processes.wait()
+    found = [folder / "results.json" for folder in folders]
+    assert all(path.exists() for path in found), complaints
+    return codes, complaints, [json.loads(path.read_text()) for path in found]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (
+            "other_data",
+            'DisagreementError: the processes differ at the start of scoring: data is "[0-9a-f]+" '
+            'in process 0 and "[0-9a-f]+" in process 1. All need',
+        ),
+        (
+            "other_rows",
+            'DisagreementError: the processes differ at reading the loss table: rows is "64 of 64, '
+            '[0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All need',
+        ),
+        (
+            "other_checkpoint",
+            "DisagreementError: the processes differ at the start of fit: checkpoint is 8 in "
+            "process 0 and null in process 1. All need",
+        ),
+        (
+            "other_workdir",
+            "ConfigError: process 1 cannot see what process 0 writes into the workdir .*workdir; "
+            "it must be a folder that all share",
+        ),
+    ],
+)
+def test_a_difference_is_told_by_all(checks, what, message):
+    for results in checks[2]:
+        assert re.match(message, results[what]), results[what]
+
+
+def test_other_data_on_one_host(checks):
+    codes, complaints, _ = checks
+    assert codes == [2, 2], complaints
+    for complaint in complaints:
+        assert "easy-jax: the processes differ at the start of scoring: data is " in complaint
+
+
+def test_the_metadata_are_there_before_the_first_part(checks):
+    for results in checks[2]:
+        assert len(results["parts_after_metadata"]) == 4
+        assert all(results["parts_after_metadata"])
+
+
+def test_one_port_is_enough_and_compilations_are_noticed(checks):
+    for results in checks[2]:
+        assert results["port"] is True
+        assert results["compilation"][0] is True
+        assert results["compilation"][-1] is False

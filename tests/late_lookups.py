@@ -1,0 +1,59 @@
+"""`easy-jax` on a file system that remembers of some names, as NFS does of all, that they were
+not there: for half a minute, whatever another process has written since."""
+
+import io
+import os
+import time
+
+from easy_jax.main import cli
+
+SECONDS = 30.0
+NAMES = {"config.json", "metadata.json", "cells.jsonl"}  # what one process writes and all need
+
+_missed: dict[str, float] = {}
+_stat, _open, _replace = os.stat, io.open, os.replace
+
+
+def _key(path):
+    return os.path.abspath(path)  # noqa: PTH100, pathlib's would come here again
+
+
+def _find(call, path, *args, **kwargs):
+    """Calls what looks a name up, or says that it is not there."""
+    if not isinstance(path, str | os.PathLike) or os.path.basename(path) not in NAMES:  # noqa: PTH119
+        return call(path, *args, **kwargs)
+    key = _key(path)
+    if time.monotonic() - _missed.get(key, -SECONDS) < SECONDS:
+        raise FileNotFoundError(2, "No such file or directory (remembered)", str(path))
+    try:
+        return call(path, *args, **kwargs)
+    except FileNotFoundError:
+        _missed[key] = time.monotonic()
+        raise
+
+
+def _stat_late(path, *args, **kwargs):
+    return _find(_stat, path, *args, **kwargs)
+
+
+def _open_late(path, mode="r", *args, **kwargs):
+    if "r" in mode:
+        return _find(_open, path, mode, *args, **kwargs)
+    _forget(path)
+    return _open(path, mode, *args, **kwargs)
+
+
+def _replace_late(source, target):
+    _replace(source, target)
+    _forget(target)
+
+
+def _forget(path):
+    """A process knows what it writes itself."""
+    if isinstance(path, str | os.PathLike):
+        _missed.pop(_key(path), None)
+
+
+if __name__ == "__main__":
+    os.stat, io.open, os.replace = _stat_late, _open_late, _replace_late
+    cli()

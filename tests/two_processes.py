@@ -1,0 +1,132 @@
+"""Two processes try what only several can, one thing after the other; each writes what came out
+into `results.json`.
+
+Started like `easy-jax`, each in a folder of its own, with its own copy of the model and the data.
+At the end the run itself goes on.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax._src import distributed as jax_distributed
+
+from easy_jax import distributed, loss_table, main, scoring, train
+from easy_jax.checkpoint import Checkpointer
+from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.data import ArraySource
+from easy_jax.fitting import fit
+from easy_jax.losses import squared_error
+
+_SIZE = 64
+
+
+def _source(odd=0.0):
+    """`odd` is added to one of the examples."""
+    x = np.linspace(0, 1, _SIZE, dtype=np.float32)[:, None]
+    x[5] += odd
+    return ArraySource({"x": x, "y": 2 * x})
+
+
+def _loss(model, batch):
+    return squared_error(model(batch["x"]), batch["y"])
+
+
+def _model():
+    return nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+
+
+def _score(directory, source):
+    scoring.score(_model(), source, directory, loss_fn=_loss, batch_size=8, rows_per_part=8)
+
+
+def _fit(directory):
+    stage = StageConfig(epochs=1, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.1))
+    fit(_model(), _source(), directory, stage=stage, loss_fn=_loss, save_every_steps=8)
+
+
+# What is tried: `(config, folder, patch) -> what is written`. All share the folder.
+
+
+def parts_after_metadata(config, folder, patch):
+    """Whether the metadata, which take their time, were there when each part was written."""
+    write, write_part, there = loss_table.write_metadata, loss_table.write_part, []
+
+    def slowly(directory, metadata):
+        time.sleep(1.0)
+        write(directory, metadata)
+
+    def watched(directory, *args):
+        there.append((directory / "metadata.json").exists())
+        write_part(directory, *args)
+
+    patch.setattr(loss_table, "write_metadata", slowly)
+    patch.setattr(loss_table, "write_part", watched)
+    _score(folder / "table", _source())
+    return there
+
+
+def other_data(config, folder, patch):
+    _score(folder / "other", _source(odd=float(jax.process_index())))
+
+
+def other_rows(config, folder, patch):
+    """Process 1 sees half of the rows of a complete table."""
+    if not distributed.leads():
+        patch.setattr(loss_table, "seen_ids", lambda *_: np.arange(_SIZE) < _SIZE // 2)
+    _score(folder / "table", _source())
+
+
+def other_checkpoint(config, folder, patch):
+    """Process 1 does not see the checkpoint of a finished stage."""
+    _fit(folder / "fit")
+    if not distributed.leads():
+        patch.setattr(Checkpointer, "latest_step", lambda self: None)
+    _fit(folder / "fit")
+
+
+def other_workdir(config, folder, patch):
+    train.open_workdir(config, Path.cwd() / "workdir")
+
+
+def compilation(config, folder, patch):
+    """What the watch is told of one."""
+    told = []
+    patch.setattr(distributed._peers, "compiles", told.append)
+    jax.jit(lambda x: 3 * x + 1)(np.float32(2)).block_until_ready()
+    return told
+
+
+def port(config, folder, patch):
+    """Whether JAX's service is where the roll was called."""
+    return jax_distributed.global_state.coordinator_address == main._COORDINATOR.value
+
+
+CHECKS = (
+    parts_after_metadata, other_data, other_rows, other_checkpoint, other_workdir, compilation,
+    port,
+)  # fmt: skip
+
+
+def _then(go_on):
+    def run(config, workdir, until):
+        results = {}
+        for check in CHECKS:
+            with pytest.MonkeyPatch.context() as patch:
+                try:
+                    results[check.__name__] = check(config, Path(workdir).parent, patch)
+                except ValueError as error:
+                    results[check.__name__] = f"{type(error).__name__}: {error}"
+        Path("results.json").write_text(json.dumps(results))
+        return go_on(config, workdir, until)
+
+    return run
+
+
+if __name__ == "__main__":
+    train.run = _then(train.run)
+    main.cli()
