@@ -166,7 +166,7 @@ def broadcast(what: str, make: Callable[[], Any]) -> Any:
     return json.loads(row[:size].tobytes())
 
 
-def agree(what: str, **values: Any) -> None:
+def agree(what: str, /, **values: Any) -> None:
     """Compares JSON-serialisable values, in one exchange of a hash; all processes must call it.
 
     Args:

@@ -141,7 +141,7 @@ def fit(
     stopped = False
     with Checkpointer(directory, identity, keep, keep_best) as checkpointer:
         latest = checkpointer.latest_step()
-        distributed.agree(f"the start of {name}", **identity, checkpoint=latest)
+        distributed.agree(f"the start of {name}", **{**identity, "checkpoint": latest})
         if latest is not None:
             state, saved = checkpointer.restore(state, batches)
             first, seconds = int(jax.device_get(state.step)), saved["seconds"]
