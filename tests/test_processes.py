@@ -62,8 +62,8 @@ def test_same_loss_table_and_temperature(runs, count):
     alone, ours = (LossTable.open(runs[n][0] / "loss_table") for n in (1, count))
     ids = np.concatenate([ids for ids, _, _ in ours.rows()])
     assert sorted(ids) == list(range(8 * STEPS))
-    np.testing.assert_allclose(ours.loss_N(), alone.loss_N(), rtol=3e-6)
-    assert ours.temperature == pytest.approx(alone.temperature, rel=3e-6)
+    np.testing.assert_allclose(ours.loss_N(), alone.loss_N(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(ours.temperature, alone.temperature, rtol=1e-6, atol=1e-6)
     assert ours.temperature == np.median(ours.loss_N())
     writers = {path.name.split("-")[1] for path in ours.directory.glob("part-*.parquet")}
     assert len(writers) == 2  # of four processes, two hold copies
