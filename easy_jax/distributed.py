@@ -1,7 +1,7 @@
 """Several processes, one run: starting them, agreeing among them, stopping them in good order."""
 
 import contextlib
-import hashlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -17,6 +17,7 @@ import numpy as np
 from jax._src import clusters  # not public, but what `jax.distributed.initialize` goes by
 from jax.experimental import multihost_utils
 
+from easy_jax import fingerprint as fingerprints
 from easy_jax.config import ConfigError
 from easy_jax.peers import Peers, processes
 
@@ -98,8 +99,9 @@ def initialize(
         heartbeat_timeout_seconds=2 * int(timeout) + 10,  # ours come first, and name the process
     )  # fmt: skip
     _peers = peers
-    jax.monitoring.register_scalar_listener(_note_compilation_begins)
-    jax.monitoring.register_event_duration_secs_listener(_note_compilation_ends)
+    begins, ends = (functools.partial(_note_compilation, begins) for begins in (True, False))
+    jax.monitoring.register_scalar_listener(begins)
+    jax.monitoring.register_event_duration_secs_listener(ends)
 
 
 def shutdown() -> None:
@@ -176,8 +178,7 @@ def agree(what: str, /, **values: Any) -> None:
     Raises:
       DisagreementError: in every process, if any two differ: names, processes and values.
     """
-    text = json.dumps(values, sort_keys=True)
-    if len(set(gather(what, hashlib.sha256(text.encode()).hexdigest()))) == 1:
+    if len(set(gather(what, fingerprints.of_json(values)))) == 1:
         return
     differences = []
     everywhere = gather(what, values)
@@ -243,14 +244,9 @@ def _padded(text: bytes, size: int) -> np.ndarray:
     return padded
 
 
-def _note_compilation_begins(event: str, *_: Any, **__: Any) -> None:
+def _note_compilation(begins: bool, event: str, *_: Any, **__: Any) -> None:
     if _peers is not None and event.startswith(_COMPILATION):
-        _peers.compiles(True)
-
-
-def _note_compilation_ends(event: str, *_: Any, **__: Any) -> None:
-    if _peers is not None and event.startswith(_COMPILATION):
-        _peers.compiles(False)
+        _peers.compiles(begins)
 
 
 def _note_sigterm(*_: Any) -> None:

@@ -62,14 +62,14 @@ def _check_shared(workdir: Path) -> None:
     It is written under a new name: a network file system may remember for a minute of a name
     that was looked for before that it is not there.
     """
+    if jax.process_count() == 1:
+        return
 
     def write() -> str:
         mark = workdir / f".mark-{secrets.token_hex(8)}"
         mark.write_bytes(b"")
         return mark.name
 
-    if jax.process_count() == 1:
-        return
     mark = workdir / distributed.broadcast("marking the workdir", write)
     seen = distributed.gather("looking for the mark in the workdir", mark.exists())
     if distributed.leads():

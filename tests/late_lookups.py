@@ -23,7 +23,7 @@ def _find(call, path, *args, **kwargs):
     if not isinstance(path, str | os.PathLike) or os.path.basename(path) not in NAMES:  # noqa: PTH119
         return call(path, *args, **kwargs)
     key = _key(path)
-    if time.monotonic() - _missed.get(key, -SECONDS) < SECONDS:
+    if key in _missed and time.monotonic() - _missed[key] < SECONDS:
         raise FileNotFoundError(2, "No such file or directory (remembered)", str(path))
     try:
         return call(path, *args, **kwargs)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
-    "theory", "config", "files", "peers", "distributed", "fingerprint", "sharding", "data",
+    "theory", "config", "files", "fingerprint", "peers", "distributed", "sharding", "data",
     "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
     "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
     "page", "figures", "report", "language_report", "terminal", "workdir", "language",

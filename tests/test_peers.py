@@ -19,7 +19,8 @@ class Run:
     """The processes of a run as threads; whatever would end one goes into `ended`."""
 
     def __init__(self, count, timeout=TIMEOUT):
-        self.address = f"127.0.0.1:{free_port()}"
+        self.port = free_port()
+        self.address = f"127.0.0.1:{self.port}"
         self.count = count
         self.timeout = timeout
         self.ended = queue.Queue()
@@ -29,6 +30,10 @@ class Run:
             self.address, count or self.count, index, timeout=timeout or self.timeout, run=run,
             end=lambda *why: self.ended.put((index, *why)),
         )  # fmt: skip
+
+    def connect(self):
+        """A connection to process 0 of somebody else."""
+        return socket.create_connection(("127.0.0.1", self.port))
 
     def together(self, *makers):
         """What each maker gives or raises, all started at the same time."""
@@ -110,7 +115,7 @@ def test_a_wrong_process_is_refused(other, message):
     def wrong():
         time.sleep(0.3)
         if other["index"] == 0:  # it says so itself, whatever it listens to
-            with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+            with run.connect() as line:
                 line.sendall(json.dumps({"hello": 0, "count": 3, "run": "same"}).encode() + b"\n")
                 return PeersError(json.loads(line.recv(10_000))["reason"])
         return run.peer(**other)
@@ -126,7 +131,7 @@ def test_strangers_at_the_port_are_ignored():
     def stranger():
         time.sleep(0.3)
         for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hello": "you"}\n', b""):
-            with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+            with run.connect() as line:
                 line.sendall(text)
         return run.peer(1)
 
@@ -139,7 +144,7 @@ def test_who_says_nothing_keeps_nobody_waiting():
 
     def others():
         time.sleep(0.3)
-        with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+        with run.connect() as line:
             line.sendall(b'{"hello"')
             peer = run.peer(1)
         return peer
@@ -155,7 +160,7 @@ def test_a_greeting_in_two_pieces():
     def slow():
         time.sleep(0.3)
         hello = json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n"
-        with socket.create_connection(("127.0.0.1", int(run.address.split(":")[1]))) as line:
+        with run.connect() as line:
             line.sendall(hello[:10])
             time.sleep(0.5)
             line.sendall(hello[10:])
@@ -170,7 +175,7 @@ def test_what_comes_together_with_the_call_to_go_is_heard():
     run = Run(2)
 
     def leader():
-        with socket.create_server(("", int(run.address.split(":")[1]))) as server:
+        with socket.create_server(("", run.port)) as server:
             line, _ = server.accept()
             line.recv(10_000)
             line.sendall(b'{"go": true}\n{"end": 7, "reason": "it is over"}\n')
@@ -186,12 +191,11 @@ def test_what_comes_together_with_the_call_to_go_is_heard():
 
 def test_a_process_that_starts_again_before_all_are_there():
     run = Run(2)
-    port = int(run.address.split(":")[1])
 
     def again():
         time.sleep(0.3)
         hello = {"hello": 2, "count": 3, "run": "same"}
-        with socket.create_connection(("127.0.0.1", port)) as line:
+        with run.connect() as line:
             line.sendall(json.dumps(hello).encode() + b"\n")
             time.sleep(0.2)
         return run.peer(2)
@@ -226,11 +230,10 @@ def test_a_killed_process_ends_the_others_at_once(lost):
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_process_ends_the_others_in_time(silent):
     run = Run(3)
-    port = int(run.address.split(":")[1])
     lines = []
 
     def mute_leader():
-        with socket.create_server(("", port)) as server:
+        with socket.create_server(("", run.port)) as server:
             lines.extend(server.accept()[0] for _ in range(2))
         for line in lines:
             line.recv(10_000)
@@ -238,7 +241,7 @@ def test_a_silent_process_ends_the_others_in_time(silent):
 
     def mute_follower():
         time.sleep(0.3)
-        lines.append(socket.create_connection(("127.0.0.1", port)))
+        lines.append(run.connect())
         lines[0].sendall(json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n")
 
     expected = {0, 1, 2} - {silent}

@@ -103,7 +103,7 @@ def run(
                 again = number * unit == rows
                 return (first if again else measure(make(number * unit), topology)).fits
 
-            largest[first.name] = parts * largest_batch(fits, start=rows // unit)
+            largest[first.name] = parts * largest_batch(fits, start=max(1, rows // unit))
 
     if what != "score":
         for method in _distinct(config.selected_methods()):

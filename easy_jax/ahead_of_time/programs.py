@@ -1,6 +1,7 @@
 """The product's own training and scoring steps, lowered for a topology without weights or data."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -64,7 +65,7 @@ def train_program(
     frozen = nnx.state(model)
     resident = tree_bytes(_placed(frozen, mesh))
     if method.trainable == "lora":
-        model = nnx.eval_shape(lambda model: _with_adapters(config, model), model)
+        model = nnx.eval_shape(functools.partial(_with_adapters, config), model)
     graphdef, *states = nnx.split(model, trainable_filter(method, model.config), ...)
     params, rest = states
     stage = stage_of(config.finetune, method)

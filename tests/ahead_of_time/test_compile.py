@@ -25,13 +25,14 @@ SMALL = {
 ROWS, LENGTH = 32, 256
 
 
-def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath:standard", **fields):
+def _compile(
+    tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath.py:standard", **fields
+):
     folder = tmp_path / family
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SMALL[family], **fields}))
-    name, method = config.split(":")
     command = [
-        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{name}.py:{method}",
+        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{config}",
         "--topology=v5e:4x4", f"--config.model.path={folder}", f"--config.text.max_length={LENGTH}",
         f"--config.text.row_length={LENGTH}", f"--config.scoring.batch_size={ROWS}",
         f"--config.finetune.batch_size={ROWS}", "--config.finetune.micro_batches=1", *arguments,
@@ -45,7 +46,7 @@ def _compile(tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath:s
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    [("gemma2", "gemma2_2b_metamath:standard"), ("llama", "llama32_3b_metamath:standard")],
+    [("gemma2", "gemma2_2b_metamath.py:standard"), ("llama", "llama32_3b_metamath.py:standard")],
 )
 def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
     code, out, err = _compile(tmp_path, "--json", family=family, config=config)
@@ -88,7 +89,7 @@ def test_adapters_alone(tmp_path):
     for method in ("standard", "lora"):
         code, out, err = _compile(
             tmp_path, "--json", "--program=train", "--config.model.lora_rank=4", family="llama",
-            config=f"llama32_3b_metamath:{method}",
+            config=f"llama32_3b_metamath.py:{method}",
         )  # fmt: skip
         assert code == 0, err
         (results[method],) = json.loads(out)["programs"]

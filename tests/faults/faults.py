@@ -207,13 +207,14 @@ class Faults:
     def _continue(self, workdir):
         """The same command again; it says from where, and the result is the calm run's."""
         parts, saved = self.stamps(workdir), self.saved(workdir)
-        unfinished = " and an unfinished save" if self.is_saving(workdir) else ""
+        unfinished = self.is_saving(workdir)
         printed = self.again(workdir)
         self.check_origin(printed, saved)
         self.check_same(workdir)
         assert set(parts) <= set(self.stamps(workdir)), "a part was written again"
-        self.unfinished += bool(unfinished)
-        return f"left {len(parts)} parts of the table and steps {saved}{unfinished}"
+        self.unfinished += unfinished
+        more = " and an unfinished save" if unfinished else ""
+        return f"left {len(parts)} parts of the table and steps {saved}{more}"
 
 
 def main():
