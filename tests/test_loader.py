@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from easy_jax.data import ArraySource, DataError, scoring_loader, training_loader
+from easy_jax.data import ArraySource, DataError, Reading, scoring_loader, training_loader
 
 SIZES = (1, 7, 8, 65)
 BATCH_SIZES = (8, 16)
@@ -147,8 +147,8 @@ def test_position_can_be_saved_and_restored_in_the_middle_of_an_epoch():
 
 def test_position_does_not_depend_on_reading_ahead():
     loaders = [
-        training_loader(squares(65), 8, epochs=1, seed=2, threads=threads, prefetch=prefetch)
-        for threads, prefetch in ((1, 1), (4, 16))
+        training_loader(squares(65), 8, epochs=1, seed=2, reading=reading)
+        for reading in (Reading(threads=1, prefetch=1), Reading(threads=4, prefetch=16))
     ]
     first, second = map(iter, loaders)
     for _ in range(4):

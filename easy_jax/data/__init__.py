@@ -2,6 +2,7 @@
 
 from easy_jax.data.loader import AnySource, Loader, scoring_loader, training_loader
 from easy_jax.data.packing import PackedSource, Ragged
+from easy_jax.data.reading import Reading
 from easy_jax.data.sources import ArraySource, DataError, Source, TfdsSource, fingerprint
 from easy_jax.data.text import TokenSource
 
@@ -12,6 +13,7 @@ __all__ = [
     "Loader",
     "PackedSource",
     "Ragged",
+    "Reading",
     "Source",
     "TfdsSource",
     "TokenSource",

@@ -1,13 +1,14 @@
 """Grain loaders: every example once for scoring, shuffled epochs for training.
 
 Order is decided on positions alone: positions are shuffled, repeated and cut into *global*
-batches, each process takes its rows of a batch, and only then are records read.
-So the global batch at a step does not depend on the number of processes, shuffling costs
-nothing, and the state of an iterator is one integer.
+batches, each process takes its rows of a batch, and only then are records read, in threads of
+this process or in worker processes (`Reading`). So the global batch at a step does not depend on
+the number of processes, threads or workers, shuffling costs nothing, and the state of an iterator
+is one integer.
 
 Every batch has the fields of the records and
   `example_id`  int64 [b]    position in the source; -1 for padding
-  `mask`        bool [b]     False for padding (a copy of the batch's first record)
+  `mask`        bool [b]     False for padding (a copy of a record of the batch)
   `weight`      float32 [b]  training only
 Of a packed source (`easy_jax.data.packing`) the same holds with rows in the place of examples:
 a batch size counts rows, and these three fields are [b, S].
@@ -15,7 +16,8 @@ a batch size counts rows, and these three fields are [b, S].
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import grain
 import jax
@@ -23,7 +25,8 @@ import numpy as np
 
 from easy_jax import sharding
 from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
-from easy_jax.data.sources import DataError, Source
+from easy_jax.data.reading import Reading, iterate
+from easy_jax.data.sources import DataError, Record, Source
 
 Batch = dict[str, np.ndarray]
 AnySource = Source | PackedSource
@@ -34,20 +37,20 @@ _RESERVED = ("example_id", "mask")
 class Loader:
     """Batches of one process, in an order that is fixed by its arguments.
 
-    Iterating gives a Grain iterator, whose position can be saved and restored.
+    Iterating gives a Grain iterator, whose position can be saved and restored; to be closed if
+    it is left early.
     `steps` is the number of batches, the same in every process.
     """
 
     def __init__(
         self,
         dataset: grain.MapDataset[Batch],
-        threads: int,
-        prefetch: int,
+        reading: Reading,
         order: np.ndarray | list[np.ndarray] | None = None,
     ):
         self._dataset = dataset
+        self._reading = reading
         self._order = order
-        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
 
     @property
     def steps(self) -> int:
@@ -63,8 +66,8 @@ class Loader:
         mine = [order[i] for i in np.flatnonzero(chosen)]
         return np.sort(np.concatenate(mine)) if mine else np.zeros(0, np.int64)
 
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._dataset.to_iter_dataset(self._options))
+    def __iter__(self) -> grain.DatasetIterator[Batch]:
+        return iterate(self._dataset, self._reading)
 
 
 def scoring_loader(
@@ -73,8 +76,7 @@ def scoring_loader(
     *,
     ids: np.ndarray | None = None,
     rows: np.ndarray | None = None,
-    threads: int = 2,
-    prefetch: int = 4,
+    reading: Reading | None = None,
 ) -> Loader:
     """Every example exactly once, in order of id; the last batch is padded.
 
@@ -84,7 +86,7 @@ def scoring_loader(
       ids: the examples to read; default: all.
       rows: of every global batch, those that this process reads; default: what its devices
         need on a mesh with all devices on the data axis (`sharding.process_rows`).
-      threads, prefetch: reader threads and batches read ahead.
+      reading: threads, read-ahead and worker processes; default: as the source says.
 
     Raises:
       DataError: an empty source, ids out of range or given twice.
@@ -98,14 +100,14 @@ def scoring_loader(
     """
     ids = _checked_ids(source, ids)
     share = _share(batch_size, rows)
+    reading = _reading(source) if reading is None else reading
     if isinstance(source, PackedSource):
         packed = source.rows(ids)
-        dataset = _packed(source, packed, batch_size, share)
-        return Loader(dataset, threads, prefetch, packed)
-    read = _Reader(source, batch_size, share, weight_N=None)
+        return Loader(_packed(source, packed, batch_size, share), reading, packed)
+    read = _Reader(functools.partial(_read, source), batch_size, share)
     starts = grain.MapDataset.range(0, len(ids), batch_size)
     dataset = starts.map(lambda start: read(ids[start : start + batch_size]))
-    return Loader(dataset, threads, prefetch, ids)
+    return Loader(dataset, reading, ids)
 
 
 def training_loader(
@@ -117,8 +119,7 @@ def training_loader(
     weight_N: np.ndarray | None = None,
     token_weight: Ragged | None = None,
     rows: np.ndarray | None = None,
-    threads: int = 2,
-    prefetch: int = 4,
+    reading: Reading | None = None,
 ) -> Loader:
     """Shuffled epochs, each in its own order, with the weights joined by id.
 
@@ -131,15 +132,17 @@ def training_loader(
     bytes) for every example and epoch.
 
     Args:
-      source: the data; a field `weight`, if it has one, is multiplied into `weight_N`.
+      source: the data; a field `weight`, if it has one, is multiplied into `weight_N`. Where it
+        has random views (`training_batch`), these are read.
       batch_size: global, over all processes.
       epochs: passes over the data.
-      seed: of the order; equal seeds give equal orders on any number of processes.
+      seed: of the order and the views; equal seeds give equal batches on any number of
+        processes.
       weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
         that is NaN is an example dropped while scoring: it is left out of training.
       token_weight: weights of the target tokens, of packed sources only. An example that has
         none was dropped while scoring, and is left out.
-      rows, threads, prefetch: as in `scoring_loader`.
+      rows, reading: as in `scoring_loader`.
 
     Raises:
       DataError: an empty source; weights of another length, negative or infinite.
@@ -173,15 +176,17 @@ def training_loader(
     order = _ShuffledEpochs(ids, seed, epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
     share = _share(batch_size, rows)
+    reading = _reading(source) if reading is None else reading
     if isinstance(source, PackedSource):
         # Not lazily: their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
         dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
-        return Loader(dataset, threads, prefetch)
-    read = _Reader(source, batch_size, share, weight_N)
+        return Loader(dataset, reading)
+    records = functools.partial(_read_views, source, seed)
+    read = _Reader(records, batch_size, share, weight_N)
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
-    dataset = starts.map(lambda start: read(order.slice(start, start + batch_size)))
-    return Loader(dataset, threads, prefetch)
+    dataset = starts.map(lambda start: read(*order.slice(start, start + batch_size)))
+    return Loader(dataset, reading)
 
 
 class _ShuffledEpochs:
@@ -195,23 +200,32 @@ class _ShuffledEpochs:
     def __init__(self, ids: np.ndarray, seed: int, epochs: int):
         self._ids = ids
         self._seed = seed
-        self._stop = len(ids) * epochs
+        self._epochs = epochs
         # Two epochs are in use at a time: reader threads run ahead into the next one.
         self.epoch = functools.lru_cache(maxsize=2)(self._permuted)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process has a cache of its own
+        return _ShuffledEpochs, (self._ids, self._seed, self._epochs)
 
     def _permuted(self, epoch: int) -> np.ndarray:
         # Raw bits, sorted: NumPy may change `permutation` between versions, these never.
         bits = np.random.Philox([self._seed, epoch]).random_raw(len(self._ids))
         return self._ids[np.argsort(bits, kind="stable")]
 
-    def slice(self, start: int, stop: int) -> np.ndarray:
-        """Places start to stop of all epochs, one after the other; cut at the end of the last."""
+    def slice(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and epochs at the places start to stop of all epochs, one after the other; cut at
+        the end of the last."""
         size = len(self._ids)
-        stop = min(stop, self._stop)
+        stop = min(stop, size * self._epochs)
         epochs = range(start // size, (stop - 1) // size + 1)
-        return np.concatenate(
-            [self.epoch(e)[max(start - e * size, 0) : stop - e * size] for e in epochs]
-        )
+        ids = [self.epoch(e)[max(start - e * size, 0) : stop - e * size] for e in epochs]
+        return np.concatenate(ids), np.arange(start, stop) // size
+
+
+def _reading(source: AnySource) -> Reading:
+    """How a source says that it is to be read."""
+    reading: Reading = getattr(source, "reading", Reading())
+    return reading
 
 
 def _share(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
@@ -249,39 +263,65 @@ def _packed(
 
 
 class _Reader:
-    """Global batch of ids -> this process's rows, read, stacked, padded and checked."""
+    """Global batch of ids -> this process's rows, read, stacked, padded and checked.
+
+    Args:
+      records: positions, and epochs when training, of equal length -> their records, stacked.
+      batch_size, share: of the global batch; the rows to read.
+      weight_N: by id, when training.
+    """
 
     def __init__(
-        self, source: Source, batch_size: int, share: np.ndarray, weight_N: np.ndarray | None
+        self,
+        records: Callable[..., Batch],
+        batch_size: int,
+        share: np.ndarray,
+        weight_N: np.ndarray | None = None,
     ):
-        self._rows = share
-        self._source = source
+        self._records = records
         self._batch_size = batch_size
+        self._rows = share
         self._weight_N = weight_N
 
-    def __call__(self, ids: np.ndarray) -> Batch:
+    def __call__(self, ids: np.ndarray, *epochs: np.ndarray) -> Batch:
         padding = np.full(self._batch_size - len(ids), PADDING_ID, np.int64)
         id_b = np.concatenate([ids.astype(np.int64), padding])[self._rows]
         mask_b = id_b != PADDING_ID
-        positions = np.where(mask_b, id_b, ids[0]).tolist()
-        batch = _read(self._source, positions)
+        rows = self._rows[mask_b] if mask_b.any() else np.zeros(1, np.int64)
+        positions = ids[rows].tolist()
+        batch = self._records(positions, *(epoch[rows].tolist() for epoch in epochs))
+        _check(batch, positions)
         own_weight_b = batch.pop("weight", None)
         if self._weight_N is not None:
             weight_b = self._weight_N[positions]
             if own_weight_b is not None:
                 weight_b = weight_b * _check_own_weight(own_weight_b, positions)
-            batch["weight"] = np.where(mask_b, weight_b, 0.0).astype(np.float32)
+            batch["weight"] = weight_b.astype(np.float32)
+        if not mask_b.all():  # what is read is read once, and padding copies the first of it
+            row_b = np.where(mask_b, np.cumsum(mask_b) - 1, 0)
+            batch = {name: array[row_b] for name, array in batch.items()}
+            if self._weight_N is not None:
+                batch["weight"] = np.where(mask_b, batch["weight"], np.float32(0.0))
         return {**batch, "example_id": id_b, "mask": mask_b}
 
 
 def _read(source: Source, positions: list[int]) -> Batch:
-    """The records at these positions, stacked and checked."""
+    """The records at these positions, stacked."""
     if hasattr(source, "batch"):
-        batch = dict(source.batch(positions))
-    elif hasattr(source, "__getitems__"):
-        batch = _stack(source.__getitems__(positions), positions)
-    else:
-        batch = _stack([source[position] for position in positions], positions)
+        return dict(source.batch(positions))
+    if hasattr(source, "__getitems__"):
+        return _stack(source.__getitems__(positions), positions)
+    return _stack([source[position] for position in positions], positions)
+
+
+def _read_views(source: Source, seed: int, positions: list[int], epochs: list[int]) -> Batch:
+    """The records at these positions in the views of these epochs, if the source has any."""
+    if hasattr(source, "training_batch"):
+        return dict(source.training_batch(positions, epochs, seed))
+    return _read(source, positions)
+
+
+def _check(batch: Batch, positions: list[int]) -> None:
     clash = [name for name in _RESERVED if name in batch]
     if clash:
         raise DataError(f"records have fields {clash}, which the loader makes itself; rename them")
@@ -290,10 +330,9 @@ def _read(source: Source, positions: list[int]) -> Batch:
             finite = np.isfinite(array).reshape(len(positions), -1).all(axis=1)
             bad = sorted({positions[row] for row in np.flatnonzero(~finite)})
             raise DataError(f"field {name!r} has NaN or infinite values in example ids {bad}")
-    return batch
 
 
-def _stack(records: list[Mapping[str, np.ndarray]], positions: list[int]) -> Batch:
+def _stack(records: list[Record], positions: list[int]) -> Batch:
     names = records[0].keys()
     batch = {}
     for name in names:

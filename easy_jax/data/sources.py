@@ -1,7 +1,7 @@
 """Sources: random-access collections of records. An example's id is its position."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,6 +24,15 @@ class Source(Protocol):
     Optional, where they are cheaper: `batch(positions) -> record of stacked arrays` or
     `__getitems__(positions) -> list of records`, to read a batch at once, and
     `fingerprint() -> str`, to identify the data without reading everything.
+
+    Optional, of a source with random views: `training_batch(positions, epochs, seed) -> record
+    of stacked arrays`, which training reads in place of the above. Row i is a view of example
+    positions[i] in epoch epochs[i], a pure function of these two and the seed: it must not
+    depend on the other rows, on earlier calls, or on the thread or process it runs in. Scoring
+    and evaluation never call it, so what they see is fixed. With it `views`, a dataclass of all
+    that decides them: training does not continue with others.
+
+    Optional: `reading: Reading` (`easy_jax.data.reading`), how a loader reads if it is not told.
     """
 
     def __len__(self) -> int: ...
@@ -96,38 +105,12 @@ class TfdsSource:
     def __init__(
         self, name: str, split: str, data_dir: str | os.PathLike[str], fields: Mapping[str, str]
     ):
-        import tensorflow_datasets as tfds
-
-        try:
-            builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
-            self._data = builder.as_data_source(split=split)
-        except Exception as error:
-            # The rest of an error of TFDS is a list of all the data sets it knows.
-            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise DataError(
-                f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason}. "
-                "Prepare it first, with tfds.builder(..., file_format='array_record')"
-                ".download_and_prepare()"
-            ) from error
-        missing = [field for field in fields if field not in builder.info.features]
-        if missing:
-            raise DataError(
-                f"TFDS data set {name!r} has no fields {missing}; it has "
-                f"{sorted(builder.info.features)}"
-            )
+        builder, self._data = open_tfds(name, split, data_dir, fields)
         self._fields = dict(fields)
         self._identity = {
-            "name": builder.info.full_name,
-            "split": split,
-            "fields": self._fields,
+            **tfds_identity(builder, split), "fields": self._fields,
             "num_examples": len(self._data),
-            "checksums": {
-                split_name: [info.num_examples, info.num_bytes]
-                for split_name, info in builder.info.splits.items()
-            },
-        }
-        if len(self._data) == 0:
-            raise DataError(f"split {split!r} of TFDS data set {name!r} is empty")
+        }  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._data)
@@ -144,6 +127,55 @@ class TfdsSource:
     def fingerprint(self) -> str:
         """Hash of name, version, split and sizes: TFDS versions its content."""
         return fingerprints.of_json(self._identity)
+
+
+def open_tfds(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str],
+    fields: Collection[str],
+    *,
+    decoders: Any = None,
+    fix: str = "Prepare it first, with tfds.builder(..., file_format='array_record')"
+    ".download_and_prepare()",
+) -> tuple[Any, Any]:
+    """The builder and the data source of a prepared split that has these fields.
+
+    Raises:
+      DataError: the data set is not prepared there (the message ends with `fix`), has no such
+        field or is empty.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
+        data = builder.as_data_source(split=split, decoders=decoders)
+    except Exception as error:
+        # The rest of an error of TFDS is a list of all the data sets it knows.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(
+            f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason}. {fix}"
+        ) from error
+    missing = [field for field in fields if field not in builder.info.features]
+    if missing:
+        raise DataError(
+            f"TFDS data set {name!r} has no fields {missing}; it has "
+            f"{sorted(builder.info.features)}"
+        )
+    if len(data) == 0:
+        raise DataError(f"split {split!r} of TFDS data set {name!r} is empty")
+    return builder, data
+
+
+def tfds_identity(builder: Any, split: str) -> dict[str, Any]:
+    """What a split is known by: TFDS versions its content."""
+    return {
+        "name": builder.info.full_name,
+        "split": split,
+        "checksums": {
+            name: [info.num_examples, info.num_bytes] for name, info in builder.info.splits.items()
+        },
+    }
 
 
 def fingerprint(source: Any) -> str:

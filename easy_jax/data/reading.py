@@ -1,0 +1,83 @@
+"""How a loader reads ahead: in threads of this process, or in worker processes."""
+
+import dataclasses
+from typing import Any
+
+import grain
+from absl import flags
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reading:
+    """How a loader reads; its batches do not depend on it.
+
+    Attributes:
+      threads: reader threads; each makes a whole batch. With workers: of each worker.
+      prefetch: batches read ahead; fewer than `threads` leave threads idle. With workers: of
+        each worker.
+      workers: processes that read instead of this one, for sources that hold Python's lock.
+        They begin as fresh interpreters: a script that uses them needs the guard
+        `if __name__ == "__main__"`.
+    """
+
+    threads: int = 2
+    prefetch: int = 4
+    workers: int = 0
+
+
+def iterate(dataset: grain.MapDataset[Any], reading: Reading) -> grain.DatasetIterator[Any]:
+    """The elements in order; the state of the iterator is their number so far.
+
+    Example:
+      >>> numbers = iterate(grain.MapDataset.range(10), Reading(threads=1, prefetch=2))
+      >>> next(numbers), next(numbers), numbers.get_state()
+      (0, 1, {'next_index': 2})
+    """
+    if reading.workers == 0:
+        return iter(dataset.to_iter_dataset(_options(reading)))
+    return _WorkerIterator(dataset, reading)
+
+
+class _WorkerIterator(grain.DatasetIterator[Any]):
+    """Elements that worker processes read; its state is that of the iterator without workers.
+
+    Grain's own has a state per worker: a run could not continue with another number of them.
+    """
+
+    def __init__(self, dataset: grain.MapDataset[Any], reading: Reading):
+        super().__init__()
+        self._dataset = dataset
+        self._reading = reading
+        self._position = 0
+        self._elements: grain.DatasetIterator[Any] | None = None
+
+    def __next__(self) -> Any:
+        left = len(self._dataset) - self._position
+        if left <= 0:
+            self.close()
+            raise StopIteration
+        if self._elements is None:  # not before: the position may yet be moved
+            if not flags.FLAGS.is_parsed():  # Grain has flags; a script without absl parses none
+                flags.FLAGS.mark_as_parsed()
+            rest = self._dataset[self._position :].to_iter_dataset(_options(self._reading))
+            workers = grain.MultiprocessingOptions(num_workers=min(self._reading.workers, left))
+            self._elements = iter(rest.mp_prefetch(workers))
+        element = next(self._elements)
+        self._position += 1
+        return element
+
+    def get_state(self) -> dict[str, int]:
+        return {"next_index": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.close()
+        self._position = state["next_index"]
+
+    def close(self) -> None:
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None
+
+
+def _options(reading: Reading) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=reading.threads, prefetch_buffer_size=reading.prefetch)
