@@ -12,6 +12,7 @@ weights, fine-tune with the weighted loss, and show what was learnt against what
 
 from easy_jax.config import (
     ExperimentConfig,
+    ImageDataConfig,
     LanguageConfig,
     LanguageMethodConfig,
     MeshConfig,
@@ -22,10 +23,13 @@ from easy_jax.config import (
 )
 from easy_jax.data import (
     ArraySource,
+    ImageSource,
     PackedSource,
     Ragged,
+    Reading,
     TfdsSource,
     TokenSource,
+    load_images,
     scoring_loader,
     text,
     training_loader,
@@ -64,6 +68,8 @@ __all__ = [
     "ArraySource",
     "ExperimentConfig",
     "Fit",
+    "ImageDataConfig",
+    "ImageSource",
     "LanguageConfig",
     "LanguageMethodConfig",
     "LossTable",
@@ -72,6 +78,7 @@ __all__ = [
     "OptimizerConfig",
     "PackedSource",
     "Ragged",
+    "Reading",
     "ResNet",
     "ResNetConfig",
     "StageConfig",
@@ -95,6 +102,7 @@ __all__ = [
     "interpolate",
     "kl_dro_weights",
     "linear_cross_entropy",
+    "load_images",
     "lora",
     "make_mesh",
     "make_optimizer",

@@ -89,9 +89,38 @@ def squared_error(
     return sum_B, jnp.ones_like(sum_B)
 
 
+def normalised_images(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The images of a batch as a model takes them, [B, H, W, C].
+
+    uint8 pixels x become (x / 255 - image_mean) / image_std, float32, with the batch's fields of
+    these names, [B, C]; floats stay as they are.
+
+    Raises:
+      ValueError: uint8 images without these fields.
+
+    Example:
+      >>> white = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
+      >>> half = jnp.full((1, 3), 0.5)
+      >>> batch = {"image": white, "image_mean": half, "image_std": half}
+      >>> normalised_images(batch).tolist()
+      [[[[1.0, 1.0, 1.0]]]]
+    """
+    image_BHWC = batch["image"]
+    if image_BHWC.dtype != jnp.uint8:
+        return image_BHWC
+    if "image_mean" not in batch or "image_std" not in batch:
+        raise ValueError(
+            "images are uint8, and the batch has no fields image_mean and image_std to normalise "
+            "them with; give these, or float images"
+        )
+    mean, std = (batch[name][:, None, None, :] for name in ("image_mean", "image_std"))
+    return (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
+
+
 def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
-    """`softmax_cross_entropy` of an image model on a batch with `image`, `label`, `mask`."""
-    logits_BK = model(batch["image"], batch["mask"])
+    """`softmax_cross_entropy` of an image model on a batch with `image` (see
+    `normalised_images`), `label`, `mask`."""
+    logits_BK = model(normalised_images(batch), batch["mask"])
     return softmax_cross_entropy(logits_BK, batch["label"])
 
 

@@ -1,5 +1,7 @@
 """Data sources, their records, and the loaders for scoring and for training."""
 
+from easy_jax.data.image_datasets import load_images
+from easy_jax.data.image_source import ImageSource
 from easy_jax.data.loader import AnySource, Loader, scoring_loader, training_loader
 from easy_jax.data.packing import PackedSource, Ragged
 from easy_jax.data.reading import Reading
@@ -10,6 +12,7 @@ __all__ = [
     "AnySource",
     "ArraySource",
     "DataError",
+    "ImageSource",
     "Loader",
     "PackedSource",
     "Ragged",
@@ -18,6 +21,7 @@ __all__ = [
     "TfdsSource",
     "TokenSource",
     "fingerprint",
+    "load_images",
     "scoring_loader",
     "training_loader",
 ]

@@ -1,0 +1,117 @@
+"""The source of an image data set: encoded images in, views and labels out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image
+
+from easy_jax import fingerprint as fingerprints
+from easy_jax.data import images
+from easy_jax.data.image_stores import ImageStore
+from easy_jax.data.images import Views
+from easy_jax.data.loader import Batch
+from easy_jax.data.reading import Reading
+from easy_jax.data.sources import DataError, Record
+
+
+class ImageSource:
+    """Images decoded and cut as they are read, in whatever thread or process reads.
+
+    A record is `{"image": uint8 [S, S, 3], "label": int32, "image_mean": float32 [3],
+    "image_std": float32 [3]}`; the last two, in units of the largest value, are what
+    `easy_jax.losses` normalises with on the device.
+
+    Args:
+      store: encoded images and labels.
+      views: how they are cut.
+      mean, std: per channel, of images in [0, 1].
+      positions: the examples of the store that are the source's, in its order; default: all.
+      reading: threads, read-ahead and worker processes.
+
+    Example:
+      >>> import tempfile
+      >>> from pathlib import Path
+      >>> from PIL import Image
+      >>> from easy_jax.data.image_stores import FolderImages
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> (folder / "red").mkdir()
+      >>> Image.new("RGB", (40, 30), "red").save(folder / "red" / "1.png")
+      >>> source = ImageSource(FolderImages(folder), Views(image_size=8, resize_size=9))
+      >>> record = source[0]
+      >>> record["image"].shape, record["image"][0, 0].tolist(), int(record["label"])
+      ((8, 8, 3), [255, 0, 0], 0)
+    """
+
+    def __init__(
+        self,
+        store: ImageStore,
+        views: Views,
+        *,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        positions: np.ndarray | None = None,
+        reading: Reading | None = None,
+    ):
+        self.store = store
+        self.views = views
+        self.num_classes = store.num_classes
+        self.reading = Reading() if reading is None else reading
+        self._mean = np.array(mean, np.float32)
+        self._std = np.array(std, np.float32)
+        self._positions = np.arange(len(store)) if positions is None else np.asarray(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> Record:
+        return {name: array[0] for name, array in self.batch([position]).items()}
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The records at these positions in their scoring views, each field stacked."""
+        return self._batch(positions, lambda row, image: images.scoring_view(image, self.views))
+
+    def training_batch(self, positions: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
+        """The same in training views, each a function of (seed, epoch, position)."""
+
+        def view(row: int, image: Image.Image) -> Image.Image:
+            uniform = images.uniforms(seed, epochs[row], positions[row])
+            return images.training_view(image, self.views, uniform)
+
+        return self._batch(positions, view)
+
+    def fingerprint(self) -> str:
+        """Of the store, the choice of examples, and all that decides scoring views.
+
+        What only training sees, `augment` and `color_jitter`, is not in it.
+        """
+        views = dataclasses.asdict(self.views)
+        fixed = {name: views[name] for name in ("image_size", "resize_size", "interpolation")}
+        arrays = {"positions": self._positions, "mean": self._mean, "std": self._std}
+        return fingerprints.of_json(
+            {"store": self.store.fingerprint(), "arrays": fingerprints.of_arrays(arrays), **fixed}
+        )
+
+    def _batch(
+        self, positions: Sequence[int], view: Callable[[int, Image.Image], Image.Image]
+    ) -> Batch:
+        size, count = self.views.image_size, len(positions)
+        image_BHWC = np.empty((count, size, size, 3), np.uint8)
+        label_B = np.empty(count, np.int32)
+        stored = self._positions[positions].tolist()
+        for row, (encoded, label) in enumerate(self.store.read(stored)):
+            where = f"{self.store.where(stored[row])} (example id {positions[row]})"
+            if not 0 <= label < self.num_classes:
+                raise DataError(
+                    f"{where} has label {label}; the data set has {self.num_classes} classes (0 "
+                    f"to {self.num_classes - 1})"
+                )
+            image = images.decode(encoded, where, self.views.resize_size)
+            image_BHWC[row] = np.asarray(view(row, image))
+            label_B[row] = label
+        return {
+            "image": image_BHWC,
+            "label": label_B,
+            "image_mean": np.tile(self._mean, (count, 1)),
+            "image_std": np.tile(self._std, (count, 1)),
+        }

@@ -1,0 +1,191 @@
+"""From encoded bytes to the pixels a model sees: decoding, and the views of an image.
+
+A view is a uint8 square. The scoring view of an image is always the same. A training view is a
+pure function of the image and a few uniform numbers, which are a pure function of (seed, epoch,
+example id): what a run sees does not depend on threads, processes or where it was resumed.
+
+Pixels stay uint8 up to the device, where `easy_jax.losses` normalises them: exact, a quarter of
+the bytes in read-ahead, between processes and over the host's link, and the two operations
+vanish into the first convolution.
+"""
+
+import dataclasses
+import io
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from easy_jax.data.sources import DataError
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
+NUM_UNIFORMS = 6  # crop (2), flip, brightness, contrast, saturation
+_FORMATS = ("JPEG", "PNG", "WEBP")
+# Greys are repeated, palettes looked up, CMYK mixed, alpha dropped. Others (16-bit greys, floats)
+# Pillow would clip.
+_TO_RGB = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
+_RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's mode L
+_STREAM = 0x11A6E5  # keeps these numbers apart from the order's, which are of (seed, epoch)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Views:
+    """How images become squares of equal size.
+
+    Attributes:
+      image_size: side of a view, in pixels.
+      resize_size: what the shorter side is resized to before the crop; at least `image_size`.
+      interpolation: of the resize; both widen their filter where they shrink an image.
+      augment: random training views; without, they are the scoring views.
+      color_jitter: j: brightness, contrast and saturation are each multiplied by a factor from
+        [1 - j, 1 + j].
+    """
+
+    image_size: int = 224
+    resize_size: int = 256
+    interpolation: Interpolation = "bilinear"
+    augment: bool = True
+    color_jitter: float = 0.2
+
+
+def decode(encoded: bytes, where: str, resize_size: int = 0) -> Image.Image:
+    """An RGB image from the bytes of a JPEG, PNG or WebP file.
+
+    A JPEG whose sides are all at least four times what they will be resized to is decoded at a
+    half, quarter or eighth of its size, never below twice the target: the decoder then
+    averages blocks, which the resize would do anyway (less than a level of difference on
+    average). Orientation tags are ignored, as `tf.image` and torchvision do.
+
+    Args:
+      encoded: the file's content.
+      where: names the image in errors.
+      resize_size: what its shorter side will be resized to; 0: decode it whole.
+
+    Raises:
+      DataError: no image or a damaged one, more than `MAX_PIXELS` pixels, or pixels that are
+        not 8-bit colours or greys. Damage that the decoder does not notice stays unnoticed.
+
+    Example:
+      >>> file = io.BytesIO()
+      >>> Image.new("L", (4, 3), 200).save(file, "PNG")
+      >>> image = decode(file.getvalue(), "grey.png")
+      >>> image.size, image.getpixel((0, 0))
+      ((4, 3), (200, 200, 200))
+    """
+    if not encoded:
+        raise DataError(f"{where} is empty: it has 0 bytes")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        if image.width * image.height <= MAX_PIXELS:
+            if resize_size:
+                width, height = _resized(image.size, resize_size)
+                image.draft(None, (2 * width, 2 * height))
+            image.load()
+    except Image.UnidentifiedImageError as error:
+        raise DataError(f"{where} is no JPEG, PNG or WebP image, or its head is damaged") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _too_large(where) from error
+    except Exception as error:  # Pillow's decoders have no narrower one in common
+        raise DataError(f"{where} is damaged: {error}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(where)
+    if image.mode not in _TO_RGB:
+        raise DataError(
+            f"{where} has pixels of Pillow's mode {image.mode!r}, which are no 8-bit colours; "
+            "convert the file to 8-bit RGB or grey"
+        )
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of the direct way
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _too_large(where: str) -> DataError:
+    return DataError(
+        f"{where} has more than {MAX_PIXELS:,} pixels: a decompression bomb, or a picture to make "
+        "smaller first"
+    )
+
+
+def uniforms(seed: int, epoch: int, example_id: int) -> np.ndarray:
+    """The numbers that decide a training view: float64 [NUM_UNIFORMS] in [0, 1).
+
+    Example:
+      >>> bool((uniforms(0, 1, 2) == uniforms(0, 1, 2)).all())
+      True
+    """
+    # Raw bits: NumPy may change its distributions between versions, these never.
+    bits = np.random.Philox([seed, epoch, example_id, _STREAM]).random_raw(NUM_UNIFORMS)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def scoring_view(image: Image.Image, views: Views) -> Image.Image:
+    """The fixed view: shorter side resized, central square."""
+    size = views.image_size
+    width, height = _resized(image.size, views.resize_size)
+    return _cut(image, views, round((width - size) / 2), round((height - size) / 2))
+
+
+def training_view(image: Image.Image, views: Views, uniform: np.ndarray) -> Image.Image:
+    """A random view: shorter side resized, random square, flip, colours (paper.md section 2).
+
+    Args:
+      image: RGB.
+      views: what to do; without `augment` this is the scoring view.
+      uniform: [NUM_UNIFORMS] in [0, 1), of `uniforms`.
+    """
+    if not views.augment:
+        return scoring_view(image, views)
+    size = views.image_size
+    width, height = _resized(image.size, views.resize_size)
+    left, top = (
+        int(u * (side - size + 1)) for u, side in zip(uniform[:2], (width, height), strict=True)
+    )
+    view = _cut(image, views, left, top)
+    if uniform[2] < 0.5:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if views.color_jitter:
+        view = jitter(view, *(1.0 + views.color_jitter * (2.0 * uniform[3:] - 1.0)))
+    return view
+
+
+def jitter(
+    image: Image.Image, brightness: float, contrast: float, saturation: float
+) -> Image.Image:
+    """Multiplies brightness, contrast (about the mean grey m) and saturation (about the grey g):
+
+        brightness * (contrast * (saturation * x + (1 - saturation) * g(x)) + (1 - contrast) * m)
+
+    This is one affine map of the colours, rounded and clipped once. Before rounding and
+    clipping the three commute, so their order, which torchvision draws, does not matter.
+    """
+    mean = float(np.asarray(image.convert("L")).mean())
+    mix = saturation * np.eye(3) + (1.0 - saturation) * _GREY[None, :]
+    offset = np.full((3, 1), brightness * (1.0 - contrast) * mean)
+    matrix = np.hstack([brightness * contrast * mix, offset])
+    return image.convert("RGB", tuple(matrix.reshape(-1).tolist()))
+
+
+def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    """Width and height with the shorter side at `shorter`, the longer one rounded down."""
+    width, height = size
+    if width <= height:
+        return shorter, shorter * height // width
+    return shorter * width // height, shorter
+
+
+def _cut(image: Image.Image, views: Views, left: int, top: int) -> Image.Image:
+    """A square of the resized image. Pillow resizes no more than that, and reads beyond the
+    square's edge where the filter does."""
+    size = views.image_size
+    width, height = _resized(image.size, views.resize_size)
+    x, y = image.width / width, image.height / height
+    box = (
+        left * x,
+        top * y,
+        min((left + size) * x, image.width),
+        min((top + size) * y, image.height),
+    )
+    return image.resize((size, size), _RESAMPLE[views.interpolation], box)

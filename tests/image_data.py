@@ -1,0 +1,87 @@
+"""Small image data sets on disk, in the forms that are read."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+
+def picture(number: int, width: int = 48, height: int = 36) -> np.ndarray:
+    """A smooth image of its own, uint8 [height, width, 3]."""
+    rng = np.random.default_rng(number)
+    y, x = np.mgrid[:height, :width]
+    waves = [
+        np.sin(x / a + p) + np.cos(y / b - p)
+        for a, b, p in zip(*rng.uniform(3, 12, (2, 3)), rng.uniform(0, 6, 3), strict=True)
+    ]
+    return (127.5 + 60.0 * np.stack(waves, axis=-1)).round().clip(0, 255).astype(np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str = "JPEG", mode: str | None = None, **options) -> bytes:
+    """The bytes of an image file."""
+    image = Image.fromarray(array)
+    file = io.BytesIO()
+    (image if mode is None else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_folder(path: Path, classes=("bird", "cat", "dog"), per_class: int = 6) -> Path:
+    """`path/<class>/<number>.jpg`; image i of class c is picture(100 c + i)."""
+    for label, name in enumerate(classes):
+        (path / name).mkdir(parents=True)
+        for number in range(per_class):
+            data = encoded(picture(100 * label + number), quality=95)
+            (path / name / f"{number:03d}.jpg").write_bytes(data)
+    return path
+
+
+def write_parquet(path: Path, examples, *, struct: bool = False, **names: str) -> Path:
+    """A file of (bytes, label) pairs; images as structs, as `datasets` of Hugging Face has them."""
+    images = [data for data, _ in examples]
+    if struct:
+        images = [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(images)]
+    columns = {
+        names.get("image", "image"): images,
+        names.get("label", "label"): [label for _, label in examples],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=4)
+    return path
+
+
+def write_tfds(data_dir: Path, name: str, version: str, num_classes: int, splits) -> Path:
+    """A data set as TFDS prepares it, in ArrayRecord: split -> (bytes, label) pairs.
+
+    TFDS stores the encoded bytes that it is given: no TensorFlow is needed.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = data_dir / name / version
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "label": tfds.features.ClassLabel(num_classes=num_classes),
+            "file_name": tfds.features.Text(),
+        }
+    )
+    identity = tfds.core.DatasetIdentity(
+        name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name=name
+    )
+    writer = tfds.core.SequentialWriter(
+        tfds.core.DatasetInfo(builder=identity, features=features),
+        max_examples_per_shard=7,
+        file_format=tfds.core.FileFormat.ARRAY_RECORD,
+    )
+    writer.initialize_splits(list(splits))
+    for split, examples in splits.items():
+        records = [
+            {"image": data, "label": label, "file_name": f"{i}.jpg"}
+            for i, (data, label) in enumerate(examples)
+        ]
+        writer.add_examples({split: records})
+    writer.close_all()
+    return data_dir
