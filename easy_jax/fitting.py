@@ -1,5 +1,6 @@
 """One training stage: loader -> weighted step -> log and checkpoints. Resumable."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,6 +24,7 @@ from easy_jax.data.loader import PADDING_ID
 from easy_jax.losses import LossFn
 from easy_jax.metrics import MetricsLog
 from easy_jax.step import StepFn, TrainState, init_train_state, make_train_step
+from easy_jax.throughput import Throughput
 
 
 class TrainingError(RuntimeError):
@@ -69,6 +71,7 @@ def fit(
     keep_best: bool = False,
     on_epoch: Callable[[int, nnx.State], None] | None = None,
     progress: Callable[[int], None] | None = None,
+    on_speed: Callable[[dict[str, float]], None] | None = None,
 ) -> Fit:
     """Trains a model on weighted examples; called again, it continues or returns the result.
 
@@ -90,13 +93,16 @@ def fit(
       name: in logs and errors.
       identity: what the stage's result depends on, beside what is recorded anyway
         (stage, seed, weights); a checkpoint with another identity is refused.
-      log: where metrics go.
+      log: where metrics and speed go.
       log_every_steps, save_every_steps: intervals.
       keep, keep_best: how many checkpoints to keep, the latest; and whether to keep the one
         with the lowest mean loss since the checkpoint before it, too.
       on_epoch: called with the number of epochs done and the model's variables; may raise
         `Stopped`, and is not called again for that epoch.
       progress: called with the number of steps done since the last call.
+      on_speed: called every `log_every_steps` with `examples_per_second`, `steps_per_second` and
+        `input_wait`, the share of time in which the devices waited for data
+        (`easy_jax.throughput`).
 
     Raises:
       TrainingError: the loss, or something that is about to be saved, is not finite.
@@ -104,6 +110,9 @@ def fit(
       DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh.
+
+    Warns:
+      InputBoundWarning: the devices wait for data a fifth of the time.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
@@ -129,27 +138,32 @@ def fit(
         "seed": seed,
         "sfa_beta": sfa_beta,
         "weights": weights_fingerprint(weight_N, token_weight),
-        **_packing(source),
+        **_arrangement(source),
         "steps": total,
     }
-    batches = iter(loader)
     first, seconds = 0, 0.0
     steps_per_epoch = total / stage.epochs
+    examples = len(source) if weight_N is None else np.count_nonzero(~np.isnan(weight_N))
+    examples_per_step = examples / steps_per_epoch
     epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
     pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
     losses: list[float] = []  # since the last checkpoint
     stopped = False
-    with Checkpointer(directory, identity, keep, keep_best) as checkpointer:
+    with (
+        contextlib.closing(iter(loader)) as batches,
+        Checkpointer(directory, identity, keep, keep_best) as checkpointer,
+    ):
         latest = checkpointer.latest_step()
         distributed.agree(f"the start of {name}", **{**identity, "checkpoint": latest})
         if latest is not None:
             state, saved = checkpointer.restore(state, batches)
             first, seconds = int(jax.device_get(state.step)), saved["seconds"]
         elapsed = seconds
+        throughput = Throughput(name)
         clock = time.perf_counter()
         with jax.transfer_guard("disallow"):
             for step in range(first + 1, total + 1):
-                batch = next(batches)
+                batch = throughput.fetch(batches)
                 example_id = batch.pop("example_id")
                 state, metrics = train_step(state, sharding.shard_batch(batch, mesh))
                 if step in average_at:
@@ -159,6 +173,13 @@ def fit(
                 if pending is not None:  # one step late: the device is busy with the next one
                     losses.append(_record(name, pending, log, log_every_steps))
                 pending = (step, example_id, metrics)
+                if step % log_every_steps == 0:
+                    speed = throughput.read(metrics)
+                    speed["examples_per_second"] = examples_per_step * speed["steps_per_second"]
+                    if log is not None:
+                        log.write(name, "speed", step, speed)
+                    if on_speed is not None:
+                        on_speed(speed)
                 if progress is not None:
                     progress(1)
                 if step in epoch_ends and on_epoch is not None:
@@ -169,6 +190,7 @@ def fit(
                         except distributed.Stopped:  # while it evaluated; what is trained is saved
                             stopped = True
                     clock = time.perf_counter()
+                    throughput.restart()
                 stopped = stopped or distributed.should_stop(f"{name}, step {step}")
                 if stopped or step % save_every_steps == 0 or step == total:
                     losses.append(_record(name, pending, log, log_every_steps))
@@ -181,6 +203,7 @@ def fit(
                         mean = sum(losses) / len(losses)
                         checkpointer.save(state, batches, step, {"seconds": elapsed}, mean)
                     losses = []
+                    throughput.restart()
                 if stopped:
                     break
     if stopped:
@@ -188,11 +211,12 @@ def fit(
     return Fit(state.model_state(), total, elapsed, first)
 
 
-def _packing(source: data.AnySource) -> dict[str, Any]:
-    """How examples are put into rows: batches and their order depend on it, losses do not."""
+def _arrangement(source: data.AnySource) -> dict[str, Any]:
+    """What training sees of a source and scoring does not: rows of packed text, random views."""
     if isinstance(source, data.PackedSource):
         return {"rows": [source.row_length, source.max_segments]}
-    return {}
+    views = getattr(source, "views", None)
+    return {} if views is None else {"views": dataclasses.asdict(views)}
 
 
 def weights_fingerprint(

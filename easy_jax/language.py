@@ -133,6 +133,7 @@ class LanguageExperiment:
             log=log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
             keep_best=config.keep_best, progress=self.terminal.advance,
+            on_speed=self.terminal.speed,
         )  # fmt: skip
         if 0 < result.resumed_from < result.steps:
             self.terminal.print(f"{name}: continued from step {result.resumed_from}")

@@ -1,5 +1,6 @@
 """Scoring: one frozen, jitted, mesh-sharded pass over the data, into a loss table."""
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,9 @@ from easy_jax import fingerprint as fingerprints
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view
+from easy_jax.throughput import Throughput
+
+_SPEED_EVERY = 50  # batches
 
 
 class ScoringError(ValueError):
@@ -225,12 +229,17 @@ def per_example(
     """
     score_step = make_score_step(graphdef, loss_fn, mesh)
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
-    for batch in loader:
-        arrays = {name: array for name, array in batch.items() if name != "example_id"}
-        result = score_step(state, sharding.shard_batch(arrays, mesh))
-        if pending is not None:
-            yield _collect(*pending, mesh)
-        pending = (batch, result)
+    throughput = Throughput("scoring")
+    with contextlib.closing(iter(loader)) as batches:
+        for number in range(1, loader.steps + 1):
+            batch = throughput.fetch(batches)
+            arrays = {name: array for name, array in batch.items() if name != "example_id"}
+            result = score_step(state, sharding.shard_batch(arrays, mesh))
+            if pending is not None:
+                yield _collect(*pending, mesh)
+            pending = (batch, result)
+            if number % _SPEED_EVERY == 0:
+                throughput.read(result)  # warns where the devices wait for data
     if pending is not None:
         yield _collect(*pending, mesh)
 

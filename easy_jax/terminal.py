@@ -1,5 +1,6 @@
 """What a person sees while an experiment runs: one bar with the time left, and messages."""
 
+import time
 from types import TracebackType
 from typing import Any
 
@@ -10,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class Terminal:
     """A progress bar over all training steps of an experiment.
 
-    Outside of a terminal (CI, a log file, a pod) only the messages are printed; by one process
-    of several: the others are quiet.
+    Outside of a terminal (CI, a log file, a pod) only the messages are printed, and once a minute
+    the speed; by one process of several: the others are quiet.
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
@@ -22,12 +23,13 @@ class Terminal:
             MofNCompleteColumn(),
             TextColumn("steps,"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("left"),
+            TextColumn("left{task.fields[speed]}"),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._task = self._progress.add_task("starting", total=None)
+        self._task = self._progress.add_task("starting", total=None, speed="")
+        self._said = time.monotonic()  # when the speed was printed
 
     def start(self, total: int) -> None:
         """Sets the number of steps of the whole experiment."""
@@ -40,6 +42,17 @@ class Terminal:
     def advance(self, steps: int) -> None:
         """Counts steps as done."""
         self._progress.update(self._task, advance=steps)
+
+    def speed(self, values: dict[str, float]) -> None:
+        """Shows examples per second and, if it is much, the time lost waiting for data."""
+        text = f"{values['examples_per_second']:,.0f} examples/s"
+        if values["input_wait"] > 0.05:
+            text += f", {values['input_wait']:.0%} waiting for data"
+        self._progress.update(self._task, speed=f", {text}")
+        if not self._console.is_terminal and time.monotonic() - self._said > 60.0:
+            self._said = time.monotonic()
+            task = self._progress.tasks[0]
+            self.print(f"{task.description}: {text}")
 
     def print(self, what: Any) -> None:
         """Prints a message or a table above the bar."""

@@ -197,7 +197,7 @@ class Experiment:
             log=self._log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
             keep_best=config.keep_best, on_epoch=on_epoch,
-            progress=self.terminal.advance,
+            progress=self.terminal.advance, on_speed=self.terminal.speed,
         )  # fmt: skip
         if name in self._trained:
             pass  # trained a moment ago and since dropped from memory

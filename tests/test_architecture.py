@@ -7,7 +7,8 @@ from pathlib import Path
 ORDER = [
     "theory", "config", "files", "fingerprint", "peers", "distributed", "sharding", "data",
     "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
-    "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
+    "throughput", "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics",
+    "fitting", "plan",
     "page", "figures", "report", "language_report", "terminal", "workdir", "language",
     "ahead_of_time", "train",
     "theory_report", "errors", "main",

@@ -90,9 +90,14 @@ def rows_without_time(workdir):
 
 
 def metrics_by_step(workdir):
-    """Logged values, in full precision; steps that were taken again after a kill count once."""
+    """Logged values but for the speed, in full precision; steps that were taken again after a
+    kill count once."""
     entries = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {(entry["stage"], entry["kind"], entry["step"]): entry for entry in entries}
+    return {
+        (entry["stage"], entry["kind"], entry["step"]): entry
+        for entry in entries
+        if entry["kind"] != "speed"
+    }
 
 
 def files(folder):

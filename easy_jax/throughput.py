@@ -1,0 +1,92 @@
+"""How fast a loop over batches is, and whether its devices wait for data."""
+
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+
+T = TypeVar("T")
+
+_SHARE = 0.2  # of the time, lost to waiting: worth a warning
+_SECONDS = 10.0  # not before: a share of less says little
+
+
+class InputBoundWarning(UserWarning):
+    """The devices wait for data; the message says how much, and what to change."""
+
+
+class Throughput:
+    """Steps per second of a loop, and the share of time that devices lose waiting for batches.
+
+    A step runs on the devices while the next batch is fetched, so only what a fetch takes
+    beyond a step is lost. How long a step takes by itself is asked once in an interval, by
+    waiting for one (`read`); between these the loop is not held up.
+
+    Args:
+      name: of the loop, in the warning.
+
+    Example:
+      >>> throughput = Throughput("fit")
+      >>> batches = iter([1, 2])
+      >>> [throughput.fetch(batches) for _ in range(2)]
+      [1, 2]
+      >>> sorted(throughput.read(running=jax.numpy.zeros(())))
+      ['input_wait', 'steps_per_second']
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self._lost, self._elapsed = 0.0, 0.0
+        self._compiled = False
+        self._warned = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins an interval anew, after something that is no step."""
+        self._start = time.perf_counter()
+        self._waits: list[float] = []
+
+    def fetch(self, batches: Iterator[T]) -> T:
+        """The next batch; called once a step, after the step before has been dispatched."""
+        if self._waits and not self._compiled:  # what came before was compilation
+            self._compiled = True
+            self.restart()
+        start = time.perf_counter()
+        batch = next(batches)
+        self._waits.append(time.perf_counter() - start)
+        return batch
+
+    def read(self, running: Any) -> dict[str, float]:
+        """Ends an interval, and begins the next.
+
+        Args:
+          running: arrays of the step that was dispatched last, the one before being done.
+
+        Returns:
+          `steps_per_second`, and `input_wait`, the share of time lost, in [0, 1].
+
+        Warns:
+          InputBoundWarning: once, if a fifth of more than ten seconds was lost.
+        """
+        start = time.perf_counter()
+        jax.block_until_ready(running)
+        now = time.perf_counter()
+        step, elapsed = now - start, now - self._start
+        lost = sum(max(0.0, wait - step) for wait in self._waits)
+        self._lost += lost
+        self._elapsed += elapsed
+        values = {"steps_per_second": len(self._waits) / elapsed, "input_wait": lost / elapsed}
+        self.restart()
+        if not self._warned and self._elapsed > _SECONDS and self._lost > _SHARE * self._elapsed:
+            self._warned = True
+            warnings.warn(
+                f"{self._name}: the devices wait for data {self._lost / self._elapsed:.0%} of the "
+                "time. Read with more threads or worker processes (`Reading`; of images: "
+                "data.threads, data.workers), or make the files smaller: images much larger than "
+                "resize_size cost time to decode",
+                InputBoundWarning,
+                stacklevel=2,
+            )
+        return values
