@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from easy_jax import fingerprint as fingerprints
-from easy_jax.data.sources import DataError, open_tfds, tfds_identity
+from easy_jax.data.sources import PREPARE_TFDS, DataError, open_tfds, tfds_identity
 
 Location = str | os.PathLike[str]
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
@@ -299,13 +299,13 @@ class TfdsImages:
         *,
         image_field: str = "image",
         label_field: str = "label",
-        **fix: str,
+        fix: str = PREPARE_TFDS,
     ):
         import tensorflow_datasets as tfds
 
         builder, self._data = open_tfds(
             name, split, data_dir, (image_field, label_field),
-            decoders={image_field: tfds.decode.SkipDecoding()}, **fix,
+            decoders={image_field: tfds.decode.SkipDecoding()}, fix=fix,
         )  # fmt: skip
         features = builder.info.features
         for field, kind in ((image_field, "Image"), (label_field, "ClassLabel")):

@@ -9,6 +9,9 @@ import numpy as np
 from easy_jax import fingerprint as fingerprints
 
 Record = Mapping[str, np.ndarray]
+PREPARE_TFDS = (
+    "Prepare it first, with tfds.builder(..., file_format='array_record').download_and_prepare()"
+)
 
 
 class DataError(ValueError):
@@ -136,8 +139,7 @@ def open_tfds(
     fields: Collection[str],
     *,
     decoders: Any = None,
-    fix: str = "Prepare it first, with tfds.builder(..., file_format='array_record')"
-    ".download_and_prepare()",
+    fix: str = PREPARE_TFDS,
 ) -> tuple[Any, Any]:
     """The builder and the data source of a prepared split that has these fields.
 
