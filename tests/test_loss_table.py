@@ -298,9 +298,7 @@ def test_interrupted_scoring_continues_at_the_missing_rows(limit, tmp_path):
     source = CountingSource(arrays)
     table = score(make_model(), source, tmp_path / "broken", **OPTIONS)
     missing = [i for i in range(65) if i not in saved]
-    assert set(source.read) == set(missing)
-    # The padding of the last batch repeats one of its examples.
-    assert len(source.read) - len(missing) == -len(missing) % 8
+    assert sorted(source.read) == missing  # each once: padding is not read
     assert_same_tables(table, whole)
 
 
