@@ -38,15 +38,14 @@ def write_folder(path: Path, classes=("bird", "cat", "dog"), per_class: int = 6)
     return path
 
 
-def write_parquet(path: Path, examples, *, struct: bool = False, **names: str) -> Path:
+def write_parquet(
+    path: Path, examples, *, struct: bool = False, image: str = "image", label: str = "label"
+) -> Path:
     """A file of (bytes, label) pairs; images as structs, as `datasets` of Hugging Face has them."""
     images = [data for data, _ in examples]
     if struct:
         images = [{"bytes": data, "path": f"{i}.jpg"} for i, data in enumerate(images)]
-    columns = {
-        names.get("image", "image"): images,
-        names.get("label", "label"): [label for _, label in examples],
-    }
+    columns = {image: images, label: [number for _, number in examples]}
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=4)
     return path

@@ -11,12 +11,11 @@ import numpy as np
 from easy_jax.config import ImageDataConfig, ImageDataName
 from easy_jax.data.image_source import ImageSource
 from easy_jax.data.image_stores import FolderImages, ImageStore, ParquetImages, TfdsImages
-from easy_jax.data.images import Views
+from easy_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Colour, Views
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError
 
 Split = Literal["train", "validation", "test"]
-Colour = tuple[float, float, float]
 
 _TRAIN_TEST = {"train": "train", "test": "test"}
 _MAX_THREADS = 8  # a view holds Python's lock for about a tenth of its time
@@ -40,8 +39,8 @@ class ImageDataSet:
     num_classes: int | None
     splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: _TRAIN_TEST)
     validation_share: float = 0.1
-    mean: Colour = (0.485, 0.456, 0.406)
-    std: Colour = (0.229, 0.224, 0.225)
+    mean: Colour = IMAGENET_MEAN
+    std: Colour = IMAGENET_STD
     photos: bool = True
     dead: str = ""
 

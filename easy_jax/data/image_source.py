@@ -25,7 +25,7 @@ class ImageSource:
     Args:
       store: encoded images and labels.
       views: how they are cut.
-      mean, std: per channel, of images in [0, 1].
+      mean, std: per channel, of images in [0, 1]; default: ImageNet's.
       positions: the examples of the store that are the source's, in its order; default: all.
       reading: threads, read-ahead and worker processes.
 
@@ -48,8 +48,8 @@ class ImageSource:
         store: ImageStore,
         views: Views,
         *,
-        mean: Sequence[float] = (0.485, 0.456, 0.406),
-        std: Sequence[float] = (0.229, 0.224, 0.225),
+        mean: Sequence[float] = images.IMAGENET_MEAN,
+        std: Sequence[float] = images.IMAGENET_STD,
         positions: np.ndarray | None = None,
         reading: Reading | None = None,
     ):

@@ -19,7 +19,10 @@ from PIL import Image
 from easy_jax.data.sources import DataError
 
 Interpolation = Literal["bilinear", "bicubic"]
+Colour = tuple[float, float, float]
 
+IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
+IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
 NUM_UNIFORMS = 6  # crop (2), flip, brightness, contrast, saturation
 _FORMATS = ("JPEG", "PNG", "WEBP")
