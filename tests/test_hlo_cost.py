@@ -141,6 +141,34 @@ ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> bf16[{out}] {{
     assert _cost(text).flops == flops
 
 
+def test_an_asynchronous_slice_moves_the_slice_once_and_takes_no_time():
+    text = """
+ENTRY %main (a: f32[4,100]) -> f32[1,100] {
+  %a = f32[4,100]{1,0:T(8,128)} parameter(0)
+  %s = ((f32[4,100]{1,0:T(8,128)}), f32[1,100]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%a), slice={[0:1], [0:100]}
+  ROOT %d = f32[1,100]{1,0:T(8,128)S(1)} slice-done(%s)
+}
+"""  # noqa: E501
+    result = _cost(text)
+    assert result.hbm_bytes == 4 * 100  # read; what is written is on the chip
+    assert result.seconds == 0
+
+
+def test_the_gradient_of_a_maximum_over_windows_takes_as_long_as_its_bytes():
+    """The compiler tells no cycles of it."""
+    text = """
+ENTRY %main (x: f32[4,100], g: f32[4,50], z: f32[]) -> f32[4,100] {
+  %x = f32[4,100]{1,0} parameter(0)
+  %g = f32[4,50]{1,0} parameter(1)
+  %z = f32[] parameter(2)
+  ROOT %s = f32[4,100]{1,0} select-and-scatter(%x, %g, %z), window={size=1x2 stride=1x2}
+}
+"""
+    result = _cost(text)
+    assert result.hbm_bytes == 4 * (400 + 200 + 1 + 400)
+    assert result.seconds == pytest.approx(result.hbm_bytes / V5E.chip.hbm_bandwidth)
+
+
 def test_real_programs_are_read_and_counted():
     """What XLA's CPU compiler writes: eight layers in a scan."""
 

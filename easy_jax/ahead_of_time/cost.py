@@ -4,7 +4,8 @@ XLA's own `cost_analysis()` counts a loop's body once, and a model scanned over 
 one loop. Here every instruction counts as often as it runs:
 
   time           the compiler's estimated cycles; of a Pallas kernel, which has none, its
-                 operations at half of the chip's peak
+                 operations at half of the chip's peak; of the gradient of a maximum over
+                 windows, which has none either, its HBM bytes at the chip's bandwidth
   operations     of matrix products and convolutions; of attention kernels, by formula
   HBM            bytes of operands and results that do not stay on the chip
   interconnect   bytes that a chip sends, as rings do it, and the time of the transfers that the
@@ -36,7 +37,8 @@ COLLECTIVES = (
 KERNEL_EFFICIENCY = 0.5  # share of the peak that a Pallas kernel is taken to reach
 _FREE = frozenset({
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id",
-    "after-all", "iota", "optimization-barrier", "copy-done", "async-update", "domain",
+    "after-all", "iota", "optimization-barrier", "copy-done", "slice-done",
+    "dynamic-slice-done", "async-update", "domain",
 })  # fmt: skip
 
 
@@ -46,7 +48,7 @@ class Cost:
 
     Attributes:
       flops: operations, kernels included; `kernel_flops`: of Pallas kernels alone.
-      cycles_seconds: the compiler's estimate, without kernels. `kernel_seconds`: theirs.
+      cycles_seconds: of all but kernels. `kernel_seconds`: theirs.
       hbm_bytes: read and written.
       unhidden_seconds: waiting for the interconnect.
       collectives: kind -> how often; `collective_bytes`: kind -> bytes sent.
@@ -164,10 +166,12 @@ class _Walk:
         elif opcode == "custom-call":
             self._kernel(cost, block, instruction)
         elif opcode not in _FREE and not _kind(instruction) and not opcode.startswith("async-"):
-            cycles = instruction.number(r'"estimated_cycles":"(\d+)"')
-            cost.cycles_seconds = (cycles or 0) / self.topology.chip.clock
             cost.flops = self._flops(block, instruction)
             cost.hbm_bytes = self._hbm_bytes(block, instruction)
+            cycles = instruction.number(r'"estimated_cycles":"(\d+)"')
+            cost.cycles_seconds = (cycles or 0) / self.topology.chip.clock
+            if opcode == "select-and-scatter" and cycles is None:
+                cost.cycles_seconds = cost.hbm_bytes / self.topology.chip.hbm_bandwidth
         return cost
 
     # Matrix products.
@@ -210,6 +214,9 @@ class _Walk:
             return 2 * _hbm(block[instruction.operands[1]].shapes)
         if opcode == "copy-start":
             return _hbm(instruction.shapes[:2])
+        if opcode in ("slice-start", "dynamic-slice-start"):  # (operands, the slice, a counter)
+            source, *_, part, _ = instruction.shapes
+            return part.bytes * (source.in_hbm + part.in_hbm)
         if opcode != "fusion":
             return _hbm((*_given(block, instruction), *instruction.shapes))
         inner = self.program.inside(instruction)
