@@ -6,7 +6,7 @@ from easy_jax.data import DataError
 from easy_jax.distributed import DisagreementError
 from easy_jax.fitting import TrainingError
 from easy_jax.loss_table import LossTableError
-from easy_jax.models.hugging_face import WeightsError
+from easy_jax.models.weight_files import WeightsError
 from easy_jax.scoring import ScoringError
 
 USER_ERRORS = (

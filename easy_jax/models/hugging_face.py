@@ -9,31 +9,30 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from easy_jax import distributed, files, sharding
+from easy_jax import distributed, sharding
 from easy_jax.config import ConfigError
-from easy_jax.models import transformer_config
+from easy_jax.models import transformer_config, weight_files
 from easy_jax.models.lora import merged_kernel
 from easy_jax.models.transformer import Linear, Remat, Transformer, abstract
+from easy_jax.models.weight_files import WeightsError, resolve
 
 MAX_SHARD_BYTES = 5 * 10**9
-_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_PICKLES = (".bin", ".pt", ".pth")
+_CONVERT = "transformers' save_pretrained(..., safe_serialization=True)"
 _LINEAR = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
     "o": "self_attn.o_proj", "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
@@ -47,10 +46,6 @@ _NORMS = {
         "mlp_post_norm": "post_feedforward_layernorm",
     },
 }
-
-
-class WeightsError(ValueError):
-    """Pre-trained weights are missing, damaged or of another model; the message says which."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +93,11 @@ def load(
     placed = dict(nnx.to_flat_state(sharding.tree_shardings(state, mesh)))
     variables = dict(nnx.to_flat_state(state))
     places = _places(model)
-    files = _tensor_files(folder)
+    files = weight_files.tensor_files(folder, convert=_CONVERT)
     _check_names(folder, places, files, tied=config.tied)
     arrays: dict[tuple[Any, ...], jax.Array] = {}
-    for name, tensor in _read_tensors(files, places.keys()):
+    for name, tensor in weight_files.read_tensors(files, places.keys()):
+        weight_files.check_float(files[name], name, tensor)
         place = places[name]
         variable = variables[place.path].get_value()
         arrays[place.path] = _write(
@@ -134,95 +130,54 @@ def export(
       WeightsError: the folder is not empty, or the base is another model.
     """
     folder, base = Path(folder), resolve(base)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"{folder} is not empty; export into a new folder")
     if read_config(base) != model.config:
         raise WeightsError(f"the base model in {base} is not the one that was trained")
     places = _places(model)
-    dtypes = {name: _dtype(path, name) for name, path in _tensor_files(base).items()}
+    files = weight_files.tensor_files(base, convert=_CONVERT)
+    dtypes = {name: weight_files.tensor_dtype(path, name) for name, path in files.items()}
     kernels = _kernels(model)
     flat = dict(nnx.to_flat_state(nnx.state(model)))
     shapes = {name: _checkpoint_shape(flat[place.path].get_value(), place)
               for name, place in places.items()}  # fmt: skip
     sizes = {name: dtypes[name].itemsize * int(np.prod(shapes[name])) for name in places}
     shards = _shards(sizes, max_shard_bytes)
-    distributed.barrier("the start of an export")
-    temporary = folder.with_name(folder.name + ".tmp")
-    if distributed.leads():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name in names:
-            place = places[name]
-            value = kernels.get(place.path, flat[place.path].get_value)
-            tensors[name] = _read_out(value(), place, shapes[name]).astype(dtypes[name])
-            weight_map[name] = file
+    with weight_files.new_folder(folder) as temporary:
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors"
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for name in names:
+                place = places[name]
+                value = kernels.get(place.path, flat[place.path].get_value)
+                tensors[name] = _read_out(value(), place, shapes[name]).astype(dtypes[name])
+                weight_map[name] = file
+            if distributed.leads():
+                save_file(tensors, temporary / file, metadata={"format": "pt"})
         if distributed.leads():
-            save_file(tensors, temporary / file, metadata={"format": "pt"})
-    if distributed.leads():
-        _finish(folder, temporary, base, len(shards), weight_map, sizes)
-    distributed.barrier("the end of an export")
+            _write_beside(temporary, base, len(shards), weight_map, sizes)
 
 
-def _finish(
+def _write_beside(
     folder: Path,
-    temporary: Path,
     base: Path,
     num_shards: int,
     weight_map: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> None:
-    """Adds what is beside the tensors, and gives the folder its name."""
+    """What is beside the tensors: their index, the configuration and the tokenizer."""
     if num_shards > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / weight_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
     for file in ("config.json", *_TOKENIZER_FILES):
         if (base / file).exists():
-            shutil.copyfile(base / file, temporary / file)
-    if folder.exists():
-        folder.rmdir()
-    files.publish(temporary, folder)
-
-
-def resolve(folder: str | os.PathLike[str]) -> Path:
-    """A local folder: the one given, or the cached or downloaded snapshot of a model's name.
-
-    Raises:
-      WeightsError: neither a folder nor a name that can be had.
-    """
-    path = Path(folder)
-    if path.is_dir():
-        return path
-    name = os.fspath(folder)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise WeightsError(f"there is no folder {path} with a model")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{name} is neither a local folder nor a model that can be downloaded: {reason}"
-        ) from error
+            shutil.copyfile(base / file, folder / file)
 
 
 def read_config(folder: Path) -> transformer_config.TransformerConfig:
     """The configuration in a checkpoint's `config.json`."""
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no {path}: this is not a model's folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not a JSON object")
+    content = weight_files.read_config(folder)
     try:
         return transformer_config.from_hugging_face(content)
     except ConfigError as error:
@@ -264,105 +219,19 @@ def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
 # Reading.
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of every tensor, by the tensor's name."""
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index} is not an index of safetensors: {error!r}") from error
-        for name, path in files.items():
-            if path.parent != folder or ".." in path.parts:
-                raise WeightsError(f"{index}: the file of {name}, {path}, is not in its folder")
-    else:
-        path = folder / "model.safetensors"
-        if not path.exists():
-            pickles = sorted(
-                p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth")
-            )
-            advice = (
-                f"{pickles} are pickles, which can run code when opened, and are not read: "
-                "convert them with transformers' save_pretrained(..., safe_serialization=True)"
-                if pickles
-                else "copy model.safetensors, or its shards and their index, there"
-            )
-            raise WeightsError(f"there is no model.safetensors in {folder}; {advice}")
-        with _open(path) as file:
-            files = dict.fromkeys(file.keys(), path)
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except FileNotFoundError as error:
-        raise WeightsError(f"there is no {path}, which the index names") from error
-    except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is damaged or not a safetensors file: {error}; copy it again"
-        ) from error
-
-
 def _check_names(
     folder: Path, places: Mapping[str, _Place], files: Mapping[str, Path], tied: bool
 ) -> None:
-    missing = sorted(places.keys() - files.keys())
-    if missing:
-        raise WeightsError(
-            f"the checkpoint in {folder} lacks {len(missing)} tensors: {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}"
-        )
-    extra = sorted(
-        name for name in files.keys() - places.keys() if not name.endswith("rotary_emb.inv_freq")
-    )
-    if tied and "lm_head.weight" in extra:
-        names = ["lm_head.weight", "model.embed_tokens.weight"]
-        head, embedding = (_get(files[name], name) for name in names)
-        if not np.array_equal(head, embedding):
+    found = {name for name in files if not name.endswith("rotary_emb.inv_freq")}
+    weight_files.check_names(folder, places, found - {"lm_head.weight"} if tied else found)
+    if tied and "lm_head.weight" in found:
+        both = ["lm_head.weight", "model.embed_tokens.weight"]
+        (_, one), (_, other) = weight_files.read_tensors(files, both)
+        if not np.array_equal(one, other):
             raise WeightsError(
                 f"{files['lm_head.weight']}: lm_head.weight differs from the embedding, though "
                 "config.json has tie_word_embeddings"
             )
-        extra.remove("lm_head.weight")
-    if extra:
-        raise WeightsError(
-            f"the checkpoint in {folder} has {len(extra)} tensors that the model has no place for: "
-            f"{', '.join(extra[:5])}{' ...' if len(extra) > 5 else ''}"
-        )
-
-
-def _get(path: Path, name: str) -> np.ndarray:
-    with _open(path) as file:
-        return file.get_tensor(name)
-
-
-def _dtype(path: Path, name: str) -> np.dtype:
-    names = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    with _open(path) as file:
-        found = file.get_slice(name).get_dtype()
-    if found not in names:
-        raise WeightsError(f"{path}: {name} has dtype {found}; supported: {sorted(names)}")
-    return jnp.dtype(names[found])
-
-
-def _read_tensors(files: Mapping[str, Path], names: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """One tensor after the other, file by file."""
-    for path in sorted({files[name] for name in names}):
-        with _open(path) as file:
-            there = set(file.keys())
-            for name in sorted(name for name in names if files[name] == path):
-                if name not in there:
-                    raise WeightsError(f"{path} has no tensor {name}, which the index places there")
-                try:
-                    tensor = file.get_tensor(name)
-                # AttributeError: a dtype that NumPy does not have, such as float8.
-                except (safetensors.SafetensorError, OSError, AttributeError) as error:
-                    raise WeightsError(f"{path}: {name} cannot be read: {error}") from error
-                if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                    raise WeightsError(f"{path}: {name} has dtype {tensor.dtype}, not a float's")
-                yield name, tensor
 
 
 def _write(
