@@ -1,13 +1,18 @@
 """SmolLM2 in easy_jax and in PyTorch: what the two language benchmarks share."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 import easy_jax as ej
+
+# The package index has torchvision for CUDA, which does not import beside a PyTorch for CPUs, and
+# `transformers` imports it where it is installed. A language model does without.
+sys.modules["torchvision"] = None  # type: ignore[assignment]
+import transformers  # noqa: E402
 
 PROBLEMS = Path(__file__).parent.parent / "tests" / "oracle" / "problems.jsonl"
 EOS = "<|im_end|>"

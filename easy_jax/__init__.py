@@ -46,7 +46,7 @@ from easy_jax.losses import (
     squared_error,
 )
 from easy_jax.merge import interpolate, wise_ft
-from easy_jax.models import eval_view, hugging_face, lora, train_view
+from easy_jax.models import eval_view, hugging_face, lora, timm_weights, train_view
 from easy_jax.models.resnet import ResNet
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
@@ -115,6 +115,7 @@ __all__ = [
     "squared_error",
     "temperature",
     "text",
+    "timm_weights",
     "train_view",
     "training_loader",
     "wise_ft",

@@ -8,9 +8,9 @@ ORDER = [
     "theory", "config", "files", "fingerprint", "peers", "distributed", "sharding", "data",
     "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
     "throughput", "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics",
-    "fitting", "plan",
+    "fitting", "plan", "results",
     "page", "figures", "report", "language_report", "terminal", "workdir", "language",
-    "ahead_of_time", "train",
+    "vision", "ahead_of_time", "train",
     "theory_report", "errors", "main",
 ]  # fmt: skip
 

@@ -25,6 +25,7 @@ from easy_jax.config.language import (
     TextConfig,
 )
 from easy_jax.config.vision import (
+    RESNETS,
     ExperimentConfig,
     GlyphDataConfig,
     HeadStage,
@@ -33,11 +34,13 @@ from easy_jax.config.vision import (
     MethodConfig,
     ResNetConfig,
     Trainable,
+    TransferDataConfig,
     Weighting,
 )
 
 __all__ = [
     "ALPACA",
+    "RESNETS",
     "Averaging",
     "ConfigError",
     "ExperimentConfig",
@@ -59,6 +62,7 @@ __all__ = [
     "StageConfig",
     "TextConfig",
     "Trainable",
+    "TransferDataConfig",
     "Weighting",
     "differences",
     "to_json",

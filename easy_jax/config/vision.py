@@ -1,4 +1,4 @@
-"""Experiments with images: letters, then handwritten digits, by every method."""
+"""Experiments with images: one task, then another, by every method."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from easy_jax.config.base import (
     require,
 )
 
-Weighting = Literal["none", "flow", "uniform", "shuffled", "mean_one"]
+Weighting = Literal["none", "flow", "flow_online", "uniform", "shuffled", "mean_one"]
 Trainable = Literal["all", "head", "bn_head"]
 HeadStage = Literal["none", "unweighted", "weighted"]
 ImageDataName = Literal[
@@ -25,19 +25,76 @@ ImageDataName = Literal[
 ]  # fmt: skip
 
 
+# The networks that timm has by these names: kind of block, and blocks per stage.
+RESNETS: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
+    "resnet18": ("basic", (2, 2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6, 3)),
+    "resnet50": ("bottleneck", (3, 4, 6, 3)),
+    "resnet101": ("bottleneck", (3, 4, 23, 3)),
+}
+
+
 @dataclasses.dataclass(slots=True)
 class ResNetConfig:
-    """A ResNet for small images: 3x3 stem, basic blocks, width doubling per stage."""
+    """A residual network; the default is a small one for small images.
+
+    Attributes:
+      in_channels: of the images.
+      width: channels of the stem and inside the blocks of the first stage; every stage doubles
+        it, and halves height and width. A bottleneck's output is four times as wide.
+      depths: blocks per stage.
+      block: `basic`, two 3x3 convolutions, or `bottleneck`, 1x1, 3x3 (with the stride) and 1x1.
+      stem: `small`, a 3x3 convolution, or `imagenet`, a 7x7 one and a maximum over 3x3, both of
+        stride 2.
+      path: of pre-trained weights of timm or torchvision: a folder, or a name for
+        `huggingface_hub` such as `timm/resnet50.a1_in1k`. Empty: random ones.
+      dtype: of the computation; parameters, BatchNorm and the head are float32.
+    """
 
     in_channels: int = 1
     width: int = 16
     depths: tuple[int, ...] = (1, 1, 1)
+    block: Literal["basic", "bottleneck"] = "basic"
+    stem: Literal["small", "imagenet"] = "small"
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        *,
+        in_channels: int = 3,
+        path: str = "",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> "ResNetConfig":
+        """One of `RESNETS`.
+
+        Raises:
+          ConfigError: an unknown name.
+
+        Example:
+          >>> ResNetConfig.named("resnet50").depths
+          (3, 4, 6, 3)
+        """
+        require(name in RESNETS, "the name of the network", name, f"one of {list(RESNETS)}")
+        block, depths = RESNETS[name]
+        return cls(in_channels, 64, depths, block, "imagenet", path, dtype)
+
+    def name(self) -> str | None:
+        """Which of `RESNETS` it is, None if it is another; input channels may be any."""
+        for name in RESNETS:
+            named = self.named(name, in_channels=self.in_channels, path=self.path, dtype=self.dtype)
+            if named == self:
+                return name
+        return None
 
     def validate(self, path: str = "model") -> None:
         require(self.in_channels > 0, f"{path}.in_channels", self.in_channels, "positive")
         require(self.width > 0, f"{path}.width", self.width, "positive")
         ok = len(self.depths) > 0 and all(depth > 0 for depth in self.depths)
         require(ok, f"{path}.depths", self.depths, "one positive number of blocks per stage")
+        choice(self, path, "block", "stem", "dtype")
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,12 +104,16 @@ class MethodConfig:
     Attributes:
       name: the row in the results.
       start: fine-tune from the pre-trained body with a new head, or from the probed model.
-      weighting: example weights from the loss table (`flow`) or a control made of them.
+      weighting: example weights from the loss table (`flow`), or a control made of them; or, as
+        the authors' code does, from the frozen probed model's loss on the very view that is
+        trained on (`flow_online`), at the loss table's temperature.
       trainable: which parameters move.
       anchor, anchor_strength: l1 or l2 distance to the starting weights, heads left out.
       averaging, alpha: WiSE-FT after training, or SFA during it, and its coefficient: the
         share of the fine-tuned weights (`wise_ft`) or of the starting weights (`sfa`).
       head_stage: a last stage that trains the head alone, with or without the weights.
+      learning_rates: of this method, in place of the experiment's.
+      head_learning_rate: of its last stage; 0: the fine-tuning's.
     """
 
     name: str = "standard"
@@ -64,11 +125,14 @@ class MethodConfig:
     averaging: Averaging = "none"
     alpha: float = 0.5
     head_stage: HeadStage = "none"
+    learning_rates: tuple[float, ...] = ()
+    head_learning_rate: float = 0.0
 
     def validate(self, path: str) -> None:
         require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
         choice(self, path, "start", "weighting", "trainable", "anchor", "averaging", "head_stage")
-        finite_at_least_zero(self, path, "anchor_strength")
+        finite_at_least_zero(self, path, "anchor_strength", "head_learning_rate")
+        _check_rates(self.learning_rates, f"{path}.learning_rates")
         require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
         if self.head_stage == "weighted":
             require(
@@ -104,6 +168,11 @@ class GlyphDataConfig:
         require(len(self.label_noise) > 0, f"{path}.label_noise", self.label_noise, "not empty")
         for share in self.label_noise:
             require(0.0 <= share < 1.0, f"{path}.label_noise", share, "at least 0 and below 1")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What reports call the two tasks."""
+        return "letters", "digits"
 
 
 @dataclasses.dataclass(slots=True)
@@ -166,6 +235,36 @@ class ImageDataConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class TransferDataConfig:
+    """Two data sets of images.
+
+    Attributes:
+      pretrain: what the network was pre-trained on; its test split tells what is kept. Its other
+        splits are only needed where the network is not given (`model.path`) but trained.
+      target: what it is fine-tuned on.
+    """
+
+    pretrain: ImageDataConfig = dataclasses.field(
+        default_factory=lambda: ImageDataConfig("imagenet2012")
+    )
+    target: ImageDataConfig = dataclasses.field(default_factory=ImageDataConfig)
+
+    def validate(self, path: str = "data") -> None:
+        self.pretrain.validate(f"{path}.pretrain")
+        self.target.validate(f"{path}.target")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What reports call the two tasks."""
+        return self.pretrain.name, self.target.name
+
+    @property
+    def label_noise(self) -> tuple[float, ...]:
+        """Labels are as they are."""
+        return (0.0,)
+
+
+@dataclasses.dataclass(slots=True)
 class ExperimentConfig:
     """Everything that decides an experiment's numbers, plus how often to save and print.
 
@@ -174,7 +273,11 @@ class ExperimentConfig:
       seeds: one full repetition each: data split, label noise, initialisation and order.
       learning_rates: every method is trained at each; the choice uses validation data only.
       pretrain, probe, finetune, head: the stages (paper.md section 2, a to d). The peak
-        learning rate of `finetune` and `head` comes from the grid.
+        learning rate of `finetune` and `head` comes from the grid. Weights that are given
+        (`model.path`) are not trained: `pretrain` is not read.
+      frozen_batch_norm: stages, of `probe`, `finetune` and `head`, in which BatchNorm normalises
+        by its running statistics and leaves them; in the others by the batch's, as in the
+        authors' code.
       only: names of methods to run; empty means all.
       eval_every_epochs: points of the learning curves.
       save_every_steps: how often a running stage is saved.
@@ -186,12 +289,13 @@ class ExperimentConfig:
     seeds: tuple[int, ...] = (0,)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     model: ResNetConfig = dataclasses.field(default_factory=ResNetConfig)
-    data: GlyphDataConfig = dataclasses.field(default_factory=GlyphDataConfig)
+    data: GlyphDataConfig | TransferDataConfig = dataclasses.field(default_factory=GlyphDataConfig)
     pretrain: StageConfig = dataclasses.field(default_factory=StageConfig)
     probe: StageConfig = dataclasses.field(default_factory=StageConfig)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
     head: StageConfig = dataclasses.field(default_factory=StageConfig)
+    frozen_batch_norm: tuple[str, ...] = ()
     learning_rates: tuple[float, ...] = (0.03,)
     methods: tuple[MethodConfig, ...] = ()
     only: tuple[str, ...] = ()
@@ -218,13 +322,22 @@ class ExperimentConfig:
         self.mesh.validate("config.mesh")
         self.model.validate("config.model")
         self.data.validate("config.data")
+        channels = 1 if isinstance(self.data, GlyphDataConfig) else 3
+        require(
+            self.model.in_channels == channels, "config.model.in_channels",
+            self.model.in_channels, f"{channels}, as the images have",
+        )  # fmt: skip
+        if isinstance(self.data, GlyphDataConfig):
+            ok = not self.model.path
+            require(ok, "config.model.path", self.model.path, "empty: letters are trained on first")
+        for name in self.frozen_batch_norm:
+            ok = name in ("probe", "finetune", "head")
+            require(ok, "config.frozen_batch_norm", name, "one of probe, finetune, head")
         self.scoring.validate("config.scoring")
         for stage in ("pretrain", "probe", "finetune", "head"):
             getattr(self, stage).validate(f"config.{stage}")
         require(len(self.learning_rates) > 0, "config.learning_rates", (), "not empty")
-        for rate in self.learning_rates:
-            ok = math.isfinite(rate) and rate >= 0
-            require(ok, "config.learning_rates", rate, "finite and at least 0")
+        _check_rates(self.learning_rates, "config.learning_rates")
         names = [method.name for method in self.methods]
         require(len(names) > 0, "config.methods", names, "not empty")
         require(len(set(names)) == len(names), "config.methods", names, "distinct names")
@@ -249,3 +362,8 @@ class ExperimentConfig:
     def _only(self) -> list[str]:
         # On the command line `--config.only=a,b` arrives as one string.
         return [name for entry in self.only for name in entry.split(",")]
+
+
+def _check_rates(rates: tuple[float, ...], path: str) -> None:
+    for rate in rates:
+        require(math.isfinite(rate) and rate >= 0, path, rate, "finite and at least 0")

@@ -20,7 +20,9 @@ from easy_jax.config import ResNetConfig
 _KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 
 
-def _conv(in_features: int, features: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+def _conv(
+    in_features: int, features: int, size: int, stride: int, dtype: Any, rngs: nnx.Rngs
+) -> nnx.Conv:
     # Explicit symmetric padding: "SAME" pads strided convolutions unlike PyTorch does.
     return nnx.Conv(
         in_features,
@@ -29,6 +31,7 @@ def _conv(in_features: int, features: int, size: int, stride: int, rngs: nnx.Rng
         strides=(stride, stride),
         padding=size // 2,
         use_bias=False,
+        dtype=dtype,
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         kernel_metadata={"logical_axes": _KERNEL_AXES},
         rngs=rngs,
@@ -36,7 +39,10 @@ def _conv(in_features: int, features: int, size: int, stride: int, rngs: nnx.Rng
 
 
 class BatchNorm(nnx.BatchNorm):
-    """NNX batch norm that keeps padding out of its statistics; PyTorch's momentum 0.1."""
+    """Batch norm in float32, as PyTorch's with its momentum of 0.1, that leaves padding out.
+
+    A batch is normalised by its biased variance; the running one learns from the unbiased.
+    """
 
     def __init__(self, features: int, rngs: nnx.Rngs):
         super().__init__(
@@ -49,17 +55,29 @@ class BatchNorm(nnx.BatchNorm):
         )
 
     def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
-        if mask_B is None or self.use_running_average:
-            return super().__call__(x_BHWC)
-        mean_C, square_C = _moments(x_BHWC, mask_B)
-        var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
-        # Padding alone (the last micro-batches of a run) has no statistics to learn from.
-        momentum = jnp.where(jnp.any(mask_B), self.momentum, 1.0)
-        self.mean[...] = momentum * self.mean + (1.0 - momentum) * mean_C
-        self.var[...] = momentum * self.var + (1.0 - momentum) * var_C
+        """Normalised and scaled, in the dtype of `x_BHWC`; where `mask_B` is False, anything."""
+        if self.use_running_average:
+            mean_C, var_C = self.mean[...], self.var[...]
+        else:
+            # About the running mean: about 0, a large mean would drown a small variance.
+            shift_C = self.mean[...]
+            mean_C, square_C = _moments(x_BHWC, shift_C, mask_B)
+            var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
+            mean_C += shift_C
+            self._learn(mean_C, var_C, _size(x_BHWC, mask_B))
         assert self.scale is not None and self.bias is not None
         scale_C = jax.lax.rsqrt(var_C + self.epsilon) * self.scale[...]
-        return (x_BHWC - _spread(mean_C)) * _spread(scale_C) + _spread(self.bias[...])
+        y_BHWC = (x_BHWC - _spread(mean_C)) * _spread(scale_C) + _spread(self.bias[...])
+        return y_BHWC.astype(x_BHWC.dtype)
+
+    def _learn(self, mean_C: jax.Array, var_C: jax.Array, size: jax.Array) -> None:
+        # Fewer than two values have no unbiased variance; most often there are none, in the
+        # last micro-batches of a run, which are padding alone.
+        enough = size > 1.0
+        momentum = jnp.where(enough, self.momentum, 1.0)
+        var_C = var_C * (size / jnp.where(enough, size - 1.0, 1.0))
+        self.mean[...] = momentum * self.mean + (1.0 - momentum) * mean_C
+        self.var[...] = momentum * self.var + (1.0 - momentum) * var_C
 
 
 def _spread(value_C: jax.Array) -> jax.Array:
@@ -67,67 +85,121 @@ def _spread(value_C: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _moments(x_BHWC: jax.Array, mask_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Means of x and x^2 over the examples that are not padding; 0 if there are none.
+def _moments(
+    x_BHWC: jax.Array, shift_C: jax.Array, mask_B: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Means of x - shift and its square over the examples that are not padding; 0 without any.
 
     Masking sums over an example, and a gradient in one pass over x, cost as much as no mask;
     `jnp.mean(where=...)` and its gradient are 7 % of a small network's training step.
     """
-    size = _size(x_BHWC, mask_B)
+    size = jnp.maximum(_size(x_BHWC, mask_B), 1.0)
+    x_BHWC = x_BHWC - _spread(shift_C)
 
     def mean(y_BHWC: jax.Array) -> jax.Array:
-        y_BC = jnp.sum(y_BHWC, axis=(1, 2), dtype=jnp.float32)
-        return jnp.sum(jnp.where(mask_B[:, None], y_BC, 0.0), axis=0) / size
+        y_BC = jnp.sum(y_BHWC, axis=(1, 2))
+        if mask_B is not None:
+            y_BC = jnp.where(mask_B[:, None], y_BC, 0.0)
+        return jnp.sum(y_BC, axis=0) / size
 
     return mean(x_BHWC), mean(jnp.square(x_BHWC))
 
 
-def _size(x_BHWC: jax.Array, mask_B: jax.Array) -> jax.Array:
-    examples = jnp.maximum(jnp.sum(mask_B, dtype=jnp.float32), 1.0)
-    return examples * (x_BHWC.shape[1] * x_BHWC.shape[2])
+def _size(x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+    """The number of values of a channel, padding left out."""
+    batch, height, width, _ = x_BHWC.shape
+    examples = batch if mask_B is None else jnp.sum(mask_B, dtype=jnp.float32)
+    return jnp.asarray(examples, jnp.float32) * (height * width)
 
 
-def _moments_forward(x_BHWC: jax.Array, mask_B: jax.Array) -> tuple[Any, Any]:
-    return _moments(x_BHWC, mask_B), (x_BHWC, mask_B)
+def _moments_forward(
+    x_BHWC: jax.Array, shift_C: jax.Array, mask_B: jax.Array | None
+) -> tuple[Any, Any]:
+    return _moments(x_BHWC, shift_C, mask_B), (x_BHWC, shift_C, mask_B)
 
 
-def _moments_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None]:
-    x_BHWC, mask_B = residuals
-    mean_C, square_C = (cotangent / _size(x_BHWC, mask_B) for cotangent in cotangents)
-    gradient_BHWC = _spread(mean_C) + _spread(2.0 * square_C) * x_BHWC
-    gradient_BHWC = jnp.where(mask_B[:, None, None, None], gradient_BHWC, 0.0)
-    return gradient_BHWC.astype(x_BHWC.dtype), None
+def _moments_backward(residuals: Any, cotangents: Any) -> tuple[jax.Array, None, None]:
+    """With respect to x alone: what is made of the moments does not depend on the shift."""
+    x_BHWC, shift_C, mask_B = residuals
+    size = jnp.maximum(_size(x_BHWC, mask_B), 1.0)
+    mean_C, square_C = (cotangent / size for cotangent in cotangents)
+    gradient_BHWC = _spread(mean_C) + _spread(2.0 * square_C) * (x_BHWC - _spread(shift_C))
+    if mask_B is not None:
+        gradient_BHWC = jnp.where(mask_B[:, None, None, None], gradient_BHWC, 0.0)
+    return gradient_BHWC.astype(x_BHWC.dtype), None, None
 
 
 _moments.defvjp(_moments_forward, _moments_backward)
 
 
-class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+class _Block(nnx.Module):
+    """What both kinds of block share: a shortcut around convolutions with BatchNorm.
 
-    def __init__(self, in_features: int, features: int, stride: int, rngs: nnx.Rngs):
-        self.conv1 = _conv(in_features, features, 3, stride, rngs)
-        self.bn1 = BatchNorm(features, rngs)
-        self.conv2 = _conv(features, features, 3, 1, rngs)
-        self.bn2 = BatchNorm(features, rngs)
+    Its constructor is called last: random numbers are drawn in timm's order of the parameters.
+    """
+
+    def __init__(self, in_features: int, features: int, stride: int, dtype: Any, rngs: nnx.Rngs):
         self.has_projection = stride != 1 or in_features != features
         if self.has_projection:
-            self.downsample_conv = _conv(in_features, features, 1, stride, rngs)
+            self.downsample_conv = _conv(in_features, features, 1, stride, dtype, rngs)
             self.downsample_bn = BatchNorm(features, rngs)
 
     def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
-        y_BHWC = nnx.relu(self.bn1(self.conv1(x_BHWC), mask_B))
-        y_BHWC = self.bn2(self.conv2(y_BHWC), mask_B)
+        y_BHWC = self.convolve(x_BHWC, mask_B)
         if self.has_projection:
             x_BHWC = self.downsample_bn(self.downsample_conv(x_BHWC), mask_B)
         return nnx.relu(x_BHWC + y_BHWC)
 
+    def convolve(self, x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+        raise NotImplementedError
+
+
+class BasicBlock(_Block):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016)."""
+
+    expansion = 1
+
+    def __init__(self, in_features: int, width: int, stride: int, dtype: Any, rngs: nnx.Rngs):
+        self.conv1 = _conv(in_features, width, 3, stride, dtype, rngs)
+        self.bn1 = BatchNorm(width, rngs)
+        self.conv2 = _conv(width, width, 3, 1, dtype, rngs)
+        self.bn2 = BatchNorm(width, rngs)
+        super().__init__(in_features, width, stride, dtype, rngs)
+
+    def convolve(self, x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+        y_BHWC = nnx.relu(self.bn1(self.conv1(x_BHWC), mask_B))
+        return self.bn2(self.conv2(y_BHWC), mask_B)
+
+
+class Bottleneck(_Block):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride in the 3x3, which makes it v1.5."""
+
+    expansion = 4
+
+    def __init__(self, in_features: int, width: int, stride: int, dtype: Any, rngs: nnx.Rngs):
+        features = self.expansion * width
+        self.conv1 = _conv(in_features, width, 1, 1, dtype, rngs)
+        self.bn1 = BatchNorm(width, rngs)
+        self.conv2 = _conv(width, width, 3, stride, dtype, rngs)
+        self.bn2 = BatchNorm(width, rngs)
+        self.conv3 = _conv(width, features, 1, 1, dtype, rngs)
+        self.bn3 = BatchNorm(features, rngs)
+        super().__init__(in_features, features, stride, dtype, rngs)
+
+    def convolve(self, x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+        y_BHWC = nnx.relu(self.bn1(self.conv1(x_BHWC), mask_B))
+        y_BHWC = nnx.relu(self.bn2(self.conv2(y_BHWC), mask_B))
+        return self.bn3(self.conv3(y_BHWC), mask_B)
+
+
+_BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottleneck": Bottleneck}
+
 
 class ResNet(nnx.Module):
-    """A residual network with a 3x3 stem for small images.
+    """A residual network with random weights; `timm_weights.load` has pre-trained ones.
 
     Args:
-      config: widths, depths and input channels.
+      config: sizes and dtype; its `path` is not read.
       num_classes: outputs of the head.
       rngs: NNX random streams; `params` is used.
 
@@ -140,16 +212,20 @@ class ResNet(nnx.Module):
     """
 
     def __init__(self, config: ResNetConfig, num_classes: int, *, rngs: nnx.Rngs):
-        self.conv1 = _conv(config.in_channels, config.width, 3, 1, rngs)
+        dtype = jnp.dtype(config.dtype)
+        self.has_pool = config.stem == "imagenet"
+        size, stride = (7, 2) if self.has_pool else (3, 1)
+        self.conv1 = _conv(config.in_channels, config.width, size, stride, dtype, rngs)
         self.bn1 = BatchNorm(config.width, rngs)
+        new_block = _BLOCKS[config.block]
         blocks = []
         features = config.width
         for stage, depth in enumerate(config.depths):
             width = config.width * 2**stage
             for block in range(depth):
                 stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(BasicBlock(features, width, stride, rngs))
-                features = width
+                blocks.append(new_block(features, width, stride, dtype, rngs))
+                features = new_block.expansion * width
         self.blocks = nnx.List(blocks)
         self.head = new_head(features, num_classes, rngs)
 
@@ -166,9 +242,12 @@ class ResNet(nnx.Module):
         """
         chex.assert_rank(image_BHWC, 4)
         x_BHWC = nnx.relu(self.bn1(self.conv1(image_BHWC), mask_B))
+        if self.has_pool:
+            # Padded by -inf, as in PyTorch.
+            x_BHWC = nnx.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x_BHWC = block(x_BHWC, mask_B)
-        return self.head(jnp.mean(x_BHWC, axis=(1, 2))).astype(jnp.float32)
+        return self.head(jnp.mean(x_BHWC, axis=(1, 2), dtype=jnp.float32))
 
 
 def new_head(features: int, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
