@@ -6,10 +6,13 @@ handwritten digits, by ten methods and three controls (see `METHODS`).
   easy-jax run --config=configs/quickstart.py          30 % of the training labels wrong
   easy-jax run --config=configs/quickstart.py:clean    labels as they are
   easy-jax run --config=configs/quickstart.py:full     both, 3 seeds, learning rates 0.003-0.1
+  easy-jax compare --config=configs/quickstart.py:compare   3 seeds, and WiSE-FT at every alpha
   easy-jax run --config=configs/quickstart.py:tiny     seconds; to see that everything works
 
 Hardware: 2 CPU cores. Time and results: README.md (default) and docs/results.md (`:full`).
 """
+
+import dataclasses
 
 from easy_jax.config import (
     ConfigError,
@@ -22,7 +25,7 @@ from easy_jax.config import (
     StageConfig,
 )
 
-ARGUMENTS = ("noisy", "clean", "full", "tiny")
+ARGUMENTS = ("noisy", "clean", "full", "compare", "tiny")
 METHODS = (
     MethodConfig("standard"),
     MethodConfig("probe_standard", start="probe"),
@@ -43,9 +46,17 @@ CONTROLS = (
     MethodConfig("control_mean_one", start="probe", weighting="mean_one"),
 )
 
+# Curves through `wise_ft` and `flow_wise_ft`.
+ALPHAS = tuple(
+    dataclasses.replace(method, name=f"{method.name}_{alpha:g}", alpha=alpha)
+    for method in METHODS
+    if method.averaging == "wise_ft"
+    for alpha in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+)
+
 
 def get_config(arg: str = "noisy") -> ExperimentConfig:
-    """The configuration of a setting: `noisy`, `clean`, `full` or `tiny`."""
+    """The configuration of a setting: `noisy`, `clean`, `full`, `compare` or `tiny`."""
     arg = arg or "noisy"
     if arg not in ARGUMENTS:
         raise ConfigError(f"quickstart.py:{arg} is unknown; use one of {', '.join(ARGUMENTS)}")
@@ -54,11 +65,12 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         optimizer = OptimizerConfig(learning_rate=learning_rate, weight_decay=5e-4)
         return StageConfig(epochs=epochs, batch_size=64, optimizer=optimizer)
 
+    noise = {"clean": (0.0,), "full": (0.3, 0.0)}.get(arg, (0.3,))
     config = ExperimentConfig(
         name="quickstart" if arg == "noisy" else f"quickstart-{arg}",
         seeds=(0,),
         model=ResNetConfig(in_channels=1, width=16, depths=(1, 1, 1)),
-        data=GlyphDataConfig(label_noise=(0.0,) if arg == "clean" else (0.3,)),
+        data=GlyphDataConfig(label_noise=noise),
         pretrain=stage(6, 0.1),
         # Of 0.03, 0.1, 0.3 and 1 the best on validation data with noisy labels, seeds 0 and 1.
         probe=stage(15, 0.1),
@@ -71,9 +83,11 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
     )
     if arg == "full":
         config.seeds = (0, 1, 2)
-        config.data.label_noise = (0.3, 0.0)
         config.learning_rates = (0.003, 0.01, 0.03, 0.1)
         config.methods = METHODS + CONTROLS
+    if arg == "compare":
+        config.seeds = (0, 1, 2)
+        config.methods = METHODS + ALPHAS
     if arg == "tiny":
         config.model = ResNetConfig(in_channels=1, width=8, depths=(1, 1))
         config.data = GlyphDataConfig(

@@ -196,12 +196,6 @@ def agree(what: str, /, **values: Any) -> None:
     )
 
 
-def total(what: str, **values: float) -> dict[str, float]:
-    """Sums over all processes, added in their order."""
-    parts = gather(what, values)
-    return {name: sum(part[name] for part in parts) for name in values}
-
-
 def barrier(what: str) -> None:
     """Waits until every process has come here."""
     gather(what, None)

@@ -27,7 +27,8 @@ def classification(
     *,
     batch_size: int = 256,
     mesh: Mesh | None = None,
-) -> dict[str, float]:
+    group_N: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Accuracy and mean loss over every example exactly once; in eval mode.
 
     Args:
@@ -35,9 +36,10 @@ def classification(
       source: records with `image` and `label`.
       batch_size: global.
       mesh: default: all devices on the data axis.
+      group_N: a group for every example, from 0, each with an example at least.
 
     Returns:
-      `accuracy` in percent, `loss` in nats, `count`.
+      `accuracy` in percent, `loss` in nats, `count`; with groups, also `group_accuracy`, a list.
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
@@ -49,8 +51,40 @@ def classification(
       >>> classification(Identity(), source, batch_size=8)["accuracy"]
       100.0
     """
-    nll, correct, count = _sums(model, source, nll_and_correct, batch_size, mesh)
-    return {"accuracy": 100.0 * correct / count, "loss": nll / count, "count": count}
+    nll_G, correct_G, count_G = _sums(model, source, nll_and_correct, batch_size, mesh, group_N)
+    count = count_G.sum()
+    result = {
+        "accuracy": float(100.0 * correct_G.sum() / count),
+        "loss": float(nll_G.sum() / count),
+        "count": int(count),
+    }
+    if group_N is not None:
+        result["group_accuracy"] = (100.0 * correct_G / count_G).tolist()
+    return result
+
+
+def loss_groups(loss_N: np.ndarray, groups: int = 10) -> np.ndarray:
+    """Groups of equal size (to within one) by loss: the deciles of the paper's Table 5.
+
+    Args:
+      loss_N: at least as many as groups; of equal ones, the first come first.
+
+    Returns:
+      int [N], 0 for the smallest losses, `groups - 1` for the largest.
+
+    Raises:
+      ValueError: fewer losses than groups, or one that is not finite.
+
+    Example:
+      >>> loss_groups(np.array([3.0, 1.0, 2.0, 4.0]), groups=2).tolist()
+      [1, 0, 0, 1]
+    """
+    loss_N = np.asarray(loss_N)
+    if len(loss_N) < groups or not np.isfinite(loss_N).all():
+        raise ValueError(f"{len(loss_N)} losses, not all finite or fewer than {groups} groups")
+    group_N = np.empty(len(loss_N), np.int64)
+    group_N[np.argsort(loss_N, kind="stable")] = np.arange(len(loss_N)) * groups // len(loss_N)
+    return group_N
 
 
 def language(
@@ -74,7 +108,8 @@ def language(
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
     """
-    nll, tokens, _ = _sums(model, source, losses.causal_lm_loss, batch_size, mesh)
+    sums = _sums(model, source, losses.causal_lm_loss, batch_size, mesh)
+    nll, tokens = (float(each.item()) for each in sums[:2])
     return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "tokens": int(tokens)}
 
 
@@ -84,8 +119,10 @@ def _sums(
     function: Callable[..., tuple[jax.Array, ...]],
     batch_size: int,
     mesh: Mesh | None,
-) -> tuple[float, float, int]:
-    """Sums of the two values that a function gives per example, and the number of examples.
+    group_N: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sums over each group of examples, [G] in float64, of the two values that a function gives
+    per example, and how many there are; without groups all are one.
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
@@ -98,16 +135,17 @@ def _sums(
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     distributed.agree("the start of an evaluation", examples=len(source), batches=loader.steps)
     state = sharding.shard_tree(state, mesh)
-    first, second, count = 0.0, 0.0, 0
+    group_N = np.zeros(len(source), np.int64) if group_N is None else group_N
+    sums_3G = np.zeros((3, group_N.max() + 1))
     results = scoring.per_example(graphdef, state, function, loader, mesh)
     for batch, (ids, first_b, second_b) in enumerate(results, 1):
-        first += float(first_b.sum(dtype=np.float64))
-        second += float(second_b.sum(dtype=np.float64))
-        count += len(ids)
+        for sums_G, value_b in zip(sums_3G, (first_b, second_b, np.ones(len(ids))), strict=True):
+            np.add.at(sums_G, group_N[ids], value_b)
         if distributed.should_stop(f"evaluation, batch {batch}"):
             raise distributed.Stopped("stopped while evaluating, before its result")
-    sums = distributed.total("evaluation", first=first, second=second, count=count)
-    return sums["first"], sums["second"], int(sums["count"])
+    parts = distributed.gather("evaluation", sums_3G.tolist())
+    first_G, second_G, count_G = np.sum(np.array(parts), axis=0)
+    return first_G, second_G, count_G
 
 
 def with_task_parts(

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from easy_jax.results import setting_name
+
 Row = Mapping[str, Any]
 
 # One colour per family, one marker per member.
@@ -58,10 +60,17 @@ def to_svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def scatter(rows: Sequence[Row]) -> Figure:
+def scatter(
+    rows: Sequence[Row], names: tuple[str, str], alpha_curves: Sequence[Row] = ()
+) -> Figure:
     """Pre-training accuracy kept against target accuracy: every method, every learning rate.
 
     A point is the mean over seeds; larger points are larger learning rates, joined by a line.
+
+    Args:
+      rows: of results.
+      names: of the pre-training and the target task.
+      alpha_curves: of `results.select`; dashed lines through the alphas of WiSE-FT.
     """
     noises = sorted({row["label_noise"] for row in rows}, reverse=True)
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -87,8 +96,15 @@ def scatter(rows: Sequence[Row]) -> Figure:
             x, y, size = np.array(points).T
             axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
             axis.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.8, linewidths=0)
-        axis.set_xlabel("target learnt: digits, test accuracy (%)")
-        axis.set_ylabel("pre-training kept: letters, test accuracy (%)")
+        for curve in alpha_curves:
+            if curve["label_noise"] == noise:
+                x, y = (
+                    [point[key] for point in curve["points"]]
+                    for key in ("target", "pretrain_after")
+                )
+                axis.plot(x, y, "--.", color=style(curve["method"])[0], linewidth=1.2, markersize=4)
+        axis.set_xlabel(f"target learnt: {names[1]}, test accuracy (%)")
+        axis.set_ylabel(f"pre-training kept: {names[0]}, test accuracy (%)")
         axis.set_title(setting_name(noise))
         axis.grid(alpha=0.3)
     handles = _markers(methods)
@@ -164,49 +180,67 @@ def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -
     return figure
 
 
-def learning_curves(curves: Mapping[str, Sequence[Row]]) -> Figure:
-    """Validation accuracy on both tasks during a method's stages, one after the other.
+def learning_curves(curves: Mapping[str, Sequence[Row]], names: tuple[str, str]) -> Figure:
+    """Validation accuracy during a method's stages, one after the other, on every task that has
+    validation data.
 
     Args:
-      curves: method -> entries with `step`, `target`, `pretrain`, in order.
+      curves: method -> entries with `step`, `target` and, if it was measured, `pretrain`, in order.
+      names: of the pre-training and the target task.
     """
-    figure = Figure(figsize=(11.0, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for method, entries in curves.items():
-        colour, marker = style(method)
-        steps = [entry["step"] for entry in entries]
-        for axis, key in ((left, "target"), (right, "pretrain")):
-            values = [entry[key] for entry in entries]
+    panels = {"target": f"target: {names[1]}", "pretrain": f"pre-training task: {names[0]}"}
+    shown = [key for key in panels if all(key in e for each in curves.values() for e in each)]
+    figure = Figure(figsize=(6.0 * len(shown) - 1.0, 4.0), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, key in zip(axes, shown, strict=True):
+        for method, entries in curves.items():
+            colour, marker = style(method)
+            steps, values = ([entry[field] for entry in entries] for field in ("step", key))
             axis.plot(steps, values, color=colour, marker=marker, markersize=5, linewidth=1.2,
                       label=method, alpha=0.85)  # fmt: skip
-    left.set_title("target: digits")
-    right.set_title("pre-training task: letters")
-    for axis in (left, right):
+        axis.set_title(panels[key])
         axis.set_xlabel("step")
         axis.set_ylabel("validation accuracy (%)")
         axis.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    return figure
+
+
+def deciles(rows: Sequence[Row]) -> Figure:
+    """Target accuracy by decile of the probed model's loss: every method, mean over seeds."""
+    figure = Figure(figsize=(8.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in rows):
+        colour, marker = style(method)
+        values = [row["target_by_decile"] for row in rows if row["method"] == method]
+        x = np.arange(1, len(values[0]) + 1)
+        axis.plot(x, np.mean(values, axis=0), color=colour, marker=marker, markersize=5,
+                  linewidth=1.2, alpha=0.85, label=method)  # fmt: skip
+        axis.set_xticks(x)
+    axis.set_xlabel("decile of the probed model's loss: easiest to hardest")
+    axis.set_ylabel("target test accuracy (%)")
+    axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     return figure
 
 
 def example_pictures(
-    image_NHW: np.ndarray, titles: Sequence[str], wrong_N: np.ndarray | None = None
+    image_NHWC: np.ndarray, titles: Sequence[str], wrong_N: np.ndarray | None = None
 ) -> Figure:
-    """A row-wise grid of small pictures, each with its title; wrong labels in colour."""
+    """A row-wise grid of small pictures, each with its title; wrong labels in colour.
+
+    Args:
+      image_NHWC: uint8 colours, or one channel of float in [-1, 1].
+      titles: N of them.
+      wrong_N: boolean.
+    """
     columns = 10
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(11.0, 1.5 * rows), layout="constrained")
     for index, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axis.axis("off")
         if index < len(titles):
-            axis.imshow(image_NHW[index], cmap="gray", vmin=-1.0, vmax=1.0)
+            axis.imshow(image_NHWC[index], cmap="gray", vmin=-1.0, vmax=1.0)
             is_wrong = wrong_N is not None and bool(wrong_N[index])
             axis.set_title(titles[index], fontsize=8, color=_WRONG if is_wrong else "black")
     return figure
-
-
-def setting_name(label_noise: float) -> str:
-    """How tables and figures call a setting."""
-    return (
-        f"{label_noise:.0%} of the training labels wrong" if label_noise else "labels as they are"
-    )

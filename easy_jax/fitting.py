@@ -23,6 +23,7 @@ from easy_jax.config import OptimizerConfig, Reduction, StageConfig
 from easy_jax.data.loader import PADDING_ID
 from easy_jax.losses import LossFn
 from easy_jax.metrics import MetricsLog
+from easy_jax.scoring import OnlineWeights
 from easy_jax.step import StepFn, TrainState, init_train_state, make_train_step
 from easy_jax.throughput import Throughput
 
@@ -57,6 +58,7 @@ def fit(
     loss_fn: LossFn,
     weight_N: np.ndarray | None = None,
     token_weight: data.Ragged | None = None,
+    online: OnlineWeights | None = None,
     trainable: Any = nnx.Param,
     anchored: Callable[[Any, Any], bool] | None = None,
     sfa_beta: float | None = None,
@@ -84,6 +86,7 @@ def fit(
       loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
       weight_N: by example id; default: 1. NaN leaves an example out.
       token_weight: by example id, of the target tokens of a packed source; default: 1.
+      online: weighs every batch anew, on top of these.
       trainable: NNX filter of the parameters to train.
       anchored: NNX filter of those that the anchor pulls back.
       sfa_beta: if given, after every quarter of the steps the trainable parameters become
@@ -138,6 +141,7 @@ def fit(
         "seed": seed,
         "sfa_beta": sfa_beta,
         "weights": weights_fingerprint(weight_N, token_weight),
+        **({} if online is None else {"online": online.fingerprint()}),
         **_arrangement(source),
         "steps": total,
     }
@@ -165,7 +169,8 @@ def fit(
             for step in range(first + 1, total + 1):
                 batch = throughput.fetch(batches)
                 example_id = batch.pop("example_id")
-                state, metrics = train_step(state, sharding.shard_batch(batch, mesh))
+                placed = sharding.shard_batch(batch, mesh)
+                state, metrics = train_step(state, placed if online is None else online(placed))
                 if step in average_at:
                     state = dataclasses.replace(
                         state, params=_average(state.params, start_params, sfa_beta)

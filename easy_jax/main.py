@@ -17,6 +17,7 @@ from easy_jax.peers import EXIT_PEERS, PeersError
 
 COMMANDS: dict[str, train.Until] = {
     "run": "report",
+    "compare": "report",
     "score": "score",
     "train": "train",
     "export": "export",

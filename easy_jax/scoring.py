@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, distributed, files, loss_table, sharding
+from easy_jax import data, distributed, files, loss_table, sharding, weighting
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
@@ -204,6 +205,52 @@ def make_score_step(
             return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
     return jax.jit(score_step, out_shardings=sharding.batch_sharding(mesh))
+
+
+class OnlineWeights:
+    """FLOW's weights of a batch as it is, from the frozen model: the way of the authors' code.
+
+    Where training sees random views, each view gets a weight of its own. It costs a forward pass in
+    every step, which the weights of a loss table do not.
+
+    Args:
+      model: frozen, in eval mode whatever mode it is in.
+      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
+      tau: the temperature, in nats.
+      mesh: where the batches are.
+
+    Raises:
+      ValueError: tau is not positive and finite.
+    """
+
+    def __init__(self, model: nnx.Module, *, loss_fn: Callable[..., Any], tau: float, mesh: Mesh):
+        weighting.flow_weights([0.0], tau)  # raises
+        graphdef, state = nnx.split(eval_view(model))
+        self._state = sharding.shard_tree(state, mesh)
+        self._weigh = _make_weigh(graphdef, loss_fn, tau, mesh)
+        self._identity = {"online": loss_name(loss_fn), "tau": tau}
+
+    def __call__(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
+        return {**batch, "weight": self._weigh(self._state, batch)}
+
+    def fingerprint(self) -> str:
+        """Of the model, the loss and the temperature."""
+        return fingerprints.of_json({**self._identity, "model": fingerprints.of_state(self._state)})
+
+
+@functools.lru_cache(maxsize=32)
+def _make_weigh(
+    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any], tau: float, mesh: Mesh
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], jax.Array]:
+    def weigh(state: nnx.State, batch: Mapping[str, jax.Array]) -> jax.Array:
+        with sharding.tracing_on(mesh):
+            nll_sum_B, count_B = loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+        loss_B = jnp.where(batch["mask"], nll_sum_B / count_B, 0.0)
+        weight_B = batch["weight"] * weighting.flow_weights(loss_B, tau)
+        return jnp.where(batch["mask"], weight_B, 0.0)
+
+    return jax.jit(weigh, out_shardings=sharding.batch_sharding(mesh))
 
 
 def per_example(

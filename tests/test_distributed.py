@@ -97,7 +97,6 @@ def test_bad_numbers(monkeypatch):
 def test_alone_nothing_is_exchanged():
     assert distributed.leads()
     assert distributed.gather("rows", {"a": [1]}) == [{"a": [1]}]
-    assert distributed.total("rows", a=1.5, b=2) == {"a": 1.5, "b": 2}
 
 
 def test_sigterm_asks_to_stop(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from helpers import load_config
 
 from easy_jax import config, plan, report, train
+from easy_jax import results as results_lib
 from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
 
 
@@ -71,7 +72,7 @@ def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
     names = [entry["stage"] for entry in _lines(tmp_path / "run" / "metrics.jsonl")]
     assert set(names) == set(plan.plan(config))
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("<figure>") == 5 and "<script" not in page
+    assert page.count("<figure>") == 6 and "<script" not in page
     for method in config.methods:
         assert f"<td>{method.name}</td>" in page
 
@@ -89,7 +90,8 @@ def _row(method, seed, rate, target, kept, **more):
         "method": method, "seed": seed, "label_noise": 0.0, "learning_rate": rate,
         "pretrain_before": 99.0, "pretrain_after": kept, "target": target,
         "mean": (kept + target) / 2, "seconds": 1.0,
-        "target_validation": target, "pretrain_validation": kept, **more,
+        "target_validation": target, "pretrain_validation": kept,
+        "target_by_decile": [target + 10, target - 10], **more,
     }  # fmt: skip
 
 
@@ -107,14 +109,15 @@ def test_selection_rules_use_validation_only():
         _row("a", 1, 0.1, target=70, kept=50),
         _row("a", 1, 0.01, target=70, kept=50),
     ]
-    results = report.select(ExperimentConfig(), rows)
+    results = results_lib.select(ExperimentConfig(), rows)
     assert [(r["seed"], r["learning_rate"]) for r in results["results"]] == [(0, 0.1), (1, 0.01)]
     assert [r["learning_rate"] for r in results["results_by_mean"]] == [0.01, 0.01]
     assert len(results["grid"]) == 3
-    line = report.summary(results["results"])[0.0][0]
-    assert line == ("a", "0.01 – 0.1", "30.0 ± 28.3", "80.0 ± 14.1", "55.0 ± 7.1")
+    line = results_lib.summary(results["results"])[0.0][0]
+    assert line == ("a", "0.01 – 0.1", "30.0 ± 28.3", "-69.0", "80.0 ± 14.1", "55.0 ± 7.1")
     text = report.markdown(_grid_config(), results)
-    assert "| a | 0.01 – 0.1 | 30.0 ± 28.3 | 80.0 ± 14.1 | 55.0 ± 7.1 |" in text
+    assert "| a | 0.01 – 0.1 | 30.0 ± 28.3 | -69.0 | 80.0 ± 14.1 | 55.0 ± 7.1 |" in text
+    assert "| a | 90.0 | 70.0 |" in text  # deciles, of which the rows here have two
     assert "| a | 99.0 / 99.0 | 72.5 / 75.0 | 30.0 / 80.0 |" in text
     assert "Before fine-tuning, letters: 99.0 ± 0.0 %." in text
 
@@ -125,7 +128,8 @@ def test_methods_share_their_stages(root):
     stages = plan.plan(config)
     # 3 pre-trainings; per seed and setting a probe; per learning rate 9 fine-tunings, which
     # WiSE-FT and the last stages reuse, and 2 head stages. 13 methods would be 13 * 4 * 6.
-    assert len(stages) == 3 + 6 * (1 + 4 * (9 + 2))
+    # At its own learning rate the probe is the linear probe that is compared with.
+    assert len(stages) == 3 + 6 * (1 + 4 * (9 + 2) - 1)
     for stage in stages.values():
         assert stage.start is None or list(stages).index(stage.start) < list(stages).index(
             stage.name

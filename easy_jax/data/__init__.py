@@ -5,7 +5,16 @@ from easy_jax.data.image_source import ImageSource
 from easy_jax.data.loader import AnySource, Loader, scoring_loader, training_loader
 from easy_jax.data.packing import PackedSource, Ragged
 from easy_jax.data.reading import Reading
-from easy_jax.data.sources import ArraySource, DataError, Source, TfdsSource, fingerprint
+from easy_jax.data.sources import (
+    ArraySource,
+    DataError,
+    Source,
+    Splits,
+    Tasks,
+    TfdsSource,
+    fingerprint,
+)
+from easy_jax.data.tasks import load_tasks, train_sizes
 from easy_jax.data.text import TokenSource
 
 __all__ = [
@@ -18,10 +27,14 @@ __all__ = [
     "Ragged",
     "Reading",
     "Source",
+    "Splits",
+    "Tasks",
     "TfdsSource",
     "TokenSource",
     "fingerprint",
     "load_images",
+    "load_tasks",
     "scoring_loader",
+    "train_sizes",
     "training_loader",
 ]

@@ -5,7 +5,6 @@ shift, rotation, scale and noise. Digits: scikit-learn's copy of the UCI handwri
 (Alpaydin and Kaynak 1998), 1,797 images of 8x8 pixels. Both work offline.
 """
 
-import dataclasses
 import functools
 import string
 from pathlib import Path
@@ -17,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
 from easy_jax.config import GlyphDataConfig
-from easy_jax.data.sources import ArraySource
+from easy_jax.data.sources import ArraySource, Splits, Tasks
 
 LETTERS = string.ascii_uppercase
 NUM_DIGITS = 10
@@ -28,32 +27,7 @@ _FONT_PATTERNS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf", "cm
                   "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf", "cmmi10.ttf")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """Train, validation and test sources of one task."""
-
-    train: ArraySource
-    validation: ArraySource
-    test: ArraySource
-    num_classes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class GlyphData:
-    """Both tasks of one repetition.
-
-    Attributes:
-      pretrain: letters.
-      target: digits; the training labels may be partly wrong.
-      wrong_N: boolean by training id, True where the label was made wrong.
-    """
-
-    pretrain: Splits
-    target: Splits
-    wrong_N: np.ndarray
-
-
-def load(config: GlyphDataConfig, seed: int, label_noise: float) -> GlyphData:
+def load(config: GlyphDataConfig, seed: int, label_noise: float) -> Tasks:
     """Both tasks, fixed by the seed.
 
     Args:
@@ -68,7 +42,7 @@ def load(config: GlyphDataConfig, seed: int, label_noise: float) -> GlyphData:
       (800, 240, 26)
     """
     target, wrong_N = _digits(config, seed, label_noise)
-    return GlyphData(_letters(config, seed), target, wrong_N)
+    return Tasks(_letters(config, seed), target, wrong_N)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,5 +1,6 @@
 """Sources: random-access collections of records. An example's id is its position."""
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -41,6 +42,31 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int, /) -> Record: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """Sources of one task; `train` and `validation` are None where nothing needs them."""
+
+    train: Source | None
+    validation: Source | None
+    test: Source
+    num_classes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+    """Both tasks of one repetition of an experiment.
+
+    Attributes:
+      pretrain: what the network learns, or has learnt, first.
+      target: what it is fine-tuned on; the training labels may be partly wrong.
+      wrong_N: boolean by training id, True where the label was made wrong.
+    """
+
+    pretrain: Splits
+    target: Splits
+    wrong_N: np.ndarray
 
 
 class ArraySource:

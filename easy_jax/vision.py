@@ -1,0 +1,378 @@
+"""Experiments with images: probe, score, fine-tune by every method, evaluate.
+
+Every stage leaves an artefact in the workdir and is skipped where that is complete, so the
+same call starts, continues, or finds that all is done. Stages that methods share are run once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from easy_jax import distributed, evaluate, files, merge, metrics, scoring, sharding, weighting
+from easy_jax import fingerprint as fingerprints
+from easy_jax.config import ConfigError, ExperimentConfig, StageConfig
+from easy_jax.data import Splits, Tasks, fingerprint, load_tasks, train_sizes
+from easy_jax.fitting import Fit, fit
+from easy_jax.language import Until
+from easy_jax.loss_table import LossTable
+from easy_jax.losses import classification_loss
+from easy_jax.models import eval_view, resnet, timm_weights, train_view
+from easy_jax.plan import (
+    Cell,
+    Stage,
+    cell_stages,
+    cells,
+    loss_table_path,
+    plan,
+    pretrain_name,
+    probe_name,
+    row_key,
+)
+from easy_jax.results import select
+from easy_jax.terminal import Terminal
+
+TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.task_params}
+
+
+class ImageExperiment:
+    """The plan of an experiment and the artefacts of a workdir."""
+
+    def __init__(self, config: ExperimentConfig, workdir: Path, terminal: Terminal):
+        self.config = config
+        self.workdir = workdir
+        self.terminal = terminal
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.stages = plan(config)
+        self._finished: dict[str, Fit] = {}
+        self._data: tuple[tuple[int, float], Tasks] | None = None
+        self._sizes = train_sizes(config)
+        self._did_work = False
+        self._counted: set[str] = set()
+        self._tables: dict[tuple[int, float, str], LossTable] = {}
+        self._measured_before: dict[str, float] = {}
+        self._trained: set[str] = set()
+        self._graphdefs: dict[tuple[int, bool], nnx.GraphDef[Any]] = {}
+        self._inits: dict[tuple[int, Any], Callable[[jax.Array], nnx.State]] = {}
+
+    def run(self, until: Until) -> dict[str, Any]:
+        """Does what is left, in the order of the plan."""
+        self._log = metrics.MetricsLog(self.workdir)
+        try:
+            return self._run(until)
+        finally:
+            self._log.close()
+
+    def _run(self, until: Until) -> dict[str, Any]:
+        config = self.config
+        total = sum(self._steps(stage) for stage in self.stages.values())
+        self.terminal.start(total)
+        if until == "score":
+            for seed in config.seeds:
+                for noise in config.data.label_noise:
+                    table = self.loss_table(seed, noise)
+                    self.terminal.print(
+                        f"loss table: {table.directory}, {table.num_examples} examples, "
+                        f"temperature {table.temperature:.4g} nats"
+                    )
+            return {}
+        found = distributed.broadcast(
+            "reading the results", lambda: metrics.read_lines(self._cells_path)
+        )
+        rows = {row_key(row): row for row in found}
+        for cell in cells(config):
+            last = cell_stages(config, cell)[-1].name
+            if until == "train" or cell.key not in rows:
+                self.fit(last)
+            if until != "train" and cell.key not in rows:
+                rows[cell.key] = self.evaluate(cell)
+                self._did_work = True
+                metrics.append_line(self._cells_path, rows[cell.key])
+            else:
+                self._count_as_done(last)
+        if until == "train":
+            self.terminal.print(
+                f"trained: {len(self.stages)} stages, in {self.workdir / 'checkpoints'}"
+            )
+            return {}
+        if not self._did_work:
+            self.terminal.print(
+                f"all is done: {len(rows)} results, from the checkpoints in "
+                f"{self.workdir / 'checkpoints'} (use another --workdir to start anew)"
+            )
+        results = select(config, [rows[cell.key] for cell in cells(config)])
+        if distributed.leads():
+            files.write_json(self.workdir / "results.json", results)
+        return results
+
+    # Stages.
+
+    def fit(self, name: str) -> Fit:
+        """The result of a stage: from memory, from its checkpoint, or by training."""
+        if name in self._finished:
+            return self._finished[name]
+        stage = self.stages[name]
+        result = (
+            self._read_weights(stage) if stage.stage is None else self._train(stage, stage.stage)
+        )
+        if name in self._trained:
+            pass  # trained a moment ago and since dropped from memory
+        elif stage.stage is None:
+            self.terminal.print(f"{name}: from {self.config.model.path}")
+        elif result.resumed_from > 0:
+            what = "done, from" if result.resumed_from == result.steps else "continued from"
+            path = self.workdir / "checkpoints" / name / str(result.resumed_from)
+            self.terminal.print(f"{name}: {what} checkpoint {path}")
+        if name not in self._counted:
+            self._counted.add(name)
+            self.terminal.advance(result.resumed_from)
+        self._trained.add(name)
+        self._did_work |= result.resumed_from < result.steps
+        # Later stages start from pre-training and probe; the others are used at once.
+        keep = {s.start for s in self.stages.values()}
+        self._finished = {key: v for key, v in self._finished.items() if key in keep}
+        self._finished[name] = result
+        return result
+
+    def _read_weights(self, stage: Stage) -> Fit:
+        """The pre-trained network that the configuration gives."""
+        config = self.config.model
+        model = timm_weights.load(config.path, config, mesh=self.mesh)
+        name, num_classes = self.config.data.names[0], self.data(stage).pretrain.num_classes
+        if model.head.out_features != num_classes:
+            raise ConfigError(
+                f"the head of {config.path} has {model.head.out_features} classes; {name}, the "
+                f"pre-training task, has {num_classes}"
+            )
+        return Fit(nnx.state(model), steps=0, seconds=0.0, resumed_from=0)
+
+    def _train(self, stage: Stage, stage_config: StageConfig) -> Fit:
+        config, name = self.config, stage.name
+        start = self.fit(stage.start).model_state if stage.start is not None else None
+        tasks = self.data(stage)
+        task = tasks.pretrain if stage.label_noise is None else tasks.target
+        assert task.train is not None
+        model = self._model(stage, start, task.num_classes)
+
+        def on_epoch(epoch: int, model_state: nnx.State) -> None:
+            if epoch % config.eval_every_epochs == 0 or epoch == stage_config.epochs:
+                step = round(epoch * self._steps(stage) / stage_config.epochs)
+                values = self._accuracies(model_state, stage, "validation")
+                self._log.write(name, "validation", step, values)
+
+        self.terminal.describe(name)
+        return fit(
+            model, task.train, self.workdir / "checkpoints" / name, stage=stage_config,
+            loss_fn=classification_loss, **self._weights(stage),
+            trainable=TRAINABLE[stage.trainable], anchored=resnet.is_backbone,
+            sfa_beta=stage.sfa_beta, seed=stage.seed, mesh=self.mesh, name=name,
+            identity={
+                "start": fingerprints.of_state(nnx.state(model)),
+                "data": fingerprint(task.train),
+                "trainable": stage.trainable,
+                "frozen_norm": stage.frozen_norm,
+            },
+            log=self._log, log_every_steps=config.log_every_steps,
+            save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
+            keep_best=config.keep_best, on_epoch=on_epoch,
+            progress=self.terminal.advance, on_speed=self.terminal.speed,
+        )  # fmt: skip
+
+    def loss_table(
+        self, seed: int, label_noise: float, split: Literal["train", "test"] = "train"
+    ) -> LossTable:
+        """The loss table of the probed model, scored if it is not there.
+
+        That of the test data is for groups of examples in the report; no weight comes from it.
+        """
+        if (seed, label_noise, split) in self._tables:
+            return self._tables[seed, label_noise, split]
+        probe = self.stages[probe_name(seed, label_noise)]
+        model_state = self.fit(probe.name).model_state
+        target = self.data(probe).target
+        source = target.test if split == "test" else target.train
+        assert source is not None
+        scoring_config = self.config.scoring
+        self.terminal.describe(f"score {probe.name}")
+        table = self._tables[seed, label_noise, split] = scoring.score(
+            self._merge(model_state, target.num_classes),
+            source,
+            loss_table_path(self.workdir, seed, label_noise, split),
+            loss_fn=classification_loss,
+            batch_size=scoring_config.batch_size,
+            mesh=self.mesh,
+            on_bad_example="error" if split == "test" else scoring_config.on_bad_example,
+            rows_per_part=scoring_config.rows_per_part,
+        )
+        return table
+
+    def evaluate(self, cell: Cell) -> dict[str, Any]:
+        """Both accuracies of a cell, on validation and test data."""
+        stages = cell_stages(self.config, cell)
+        fits = [self.fit(stage.name) for stage in stages]
+        model_state = fits[-1].model_state
+        if cell.method.averaging == "wise_ft":
+            model_state = merge.wise_ft(
+                self._starting_point(stages[0]), model_state, cell.method.alpha
+            )
+        group_N = self._deciles(cell)
+        self.terminal.describe(f"evaluate {cell.method.name}")
+        before = self._before(cell.seed)
+        after = self._accuracies(model_state, stages[-1], "test", group_N)
+        validation = self._accuracies(model_state, stages[-1], "validation")
+        return {
+            "method": cell.method.name,
+            "seed": cell.seed,
+            "label_noise": cell.label_noise,
+            "learning_rate": cell.learning_rate,
+            "pretrain_before": before,
+            "pretrain_after": after["pretrain"],
+            "target": after["target"],
+            "mean": (after["pretrain"] + after["target"]) / 2,
+            "seconds": sum(each.seconds for each in fits),
+            "pretrain_validation": validation.get("pretrain"),
+            "target_validation": validation["target"],
+            "target_by_decile": after["target_by_decile"],
+        }
+
+    # Data and models.
+
+    def data(self, stage: Stage) -> Tasks:
+        """Both tasks in a stage's setting; pre-training does not see the target."""
+        key = (stage.seed, stage.label_noise or 0.0)
+        if self._data is None or self._data[0] != key:
+            self._data = None  # before the next: both in memory may be too much
+            self._data = (key, load_tasks(self.config, *key))
+        return self._data[1]
+
+    def _merge(
+        self, model_state: nnx.State, num_classes: int, frozen_norm: bool = False
+    ) -> resnet.ResNet:
+        return nnx.merge(self._graphdef(num_classes, frozen_norm), model_state)
+
+    def _graphdef(self, num_classes: int, frozen_norm: bool) -> nnx.GraphDef[Any]:
+        if (num_classes, frozen_norm) not in self._graphdefs:
+            model = nnx.eval_shape(lambda: self._build(num_classes, jax.random.key(0)))
+            view = eval_view if frozen_norm else train_view
+            self._graphdefs[num_classes, frozen_norm] = nnx.graphdef(view(model))
+        return self._graphdefs[num_classes, frozen_norm]
+
+    def _build(self, num_classes: int, key: jax.Array) -> resnet.ResNet:
+        return resnet.ResNet(self.config.model, num_classes, rngs=nnx.Rngs(params=key))
+
+    def _fresh(self, num_classes: int, seed: int, part: Any) -> nnx.State:
+        """A part of a random initialisation, made on the mesh, straight into its shards."""
+        if (num_classes, part) not in self._inits:
+            self._inits[num_classes, part] = sharding.jit_init(
+                lambda key: nnx.state(self._build(num_classes, key), part), self.mesh
+            )
+        return self._inits[num_classes, part](jax.random.key(seed))
+
+    def _model(self, stage: Stage, start: nnx.State | None, num_classes: int) -> resnet.ResNet:
+        """The model a stage begins with, in the mode it is trained in."""
+        if start is None:
+            start = self._fresh(num_classes, stage.seed, ...)
+        elif stage.new_head:
+            head = self._fresh(num_classes, stage.seed, resnet.is_head)
+            start = nnx.merge_state(nnx.filter_state(start, resnet.is_backbone), head)
+        return self._merge(start, num_classes, stage.frozen_norm)
+
+    def _starting_point(self, stage: Stage) -> nnx.State:
+        """The variables a fine-tuning stage began with, for WiSE-FT."""
+        assert stage.start is not None
+        num_classes = self.data(stage).target.num_classes
+        return nnx.state(self._model(stage, self.fit(stage.start).model_state, num_classes))
+
+    def _weights(self, stage: Stage) -> dict[str, Any]:
+        """What weighs the examples of a stage: arguments of `fit`."""
+        if stage.weighting == "none":
+            return {}
+        assert stage.label_noise is not None
+        table = self.loss_table(stage.seed, stage.label_noise)
+        if stage.weighting == "flow_online":
+            probe = self.stages[probe_name(stage.seed, stage.label_noise)]
+            num_classes = self.data(probe).target.num_classes
+            online = scoring.OnlineWeights(
+                self._merge(self.fit(probe.name).model_state, num_classes),
+                loss_fn=classification_loss,
+                tau=table.temperature,
+                mesh=self.mesh,
+            )
+            return {"online": online}
+        weight_N = table.flow_weights()
+        if stage.weighting != "flow":
+            weight_N = weighting.control_weights(weight_N, stage.weighting, stage.seed)
+        return {"weight_N": weight_N}
+
+    # Measurements.
+
+    def _deciles(self, cell: Cell) -> np.ndarray:
+        """The target's test examples in ten groups by the probed model's loss (Table 5)."""
+        loss_N = self.loss_table(cell.seed, cell.label_noise, "test").loss_N()
+        return evaluate.loss_groups(loss_N, min(10, len(loss_N)))
+
+    def _accuracies(
+        self,
+        model_state: nnx.State,
+        stage: Stage,
+        split: Literal["validation", "test"],
+        group_N: np.ndarray | None = None,
+    ) -> dict[str, Any]:
+        """Accuracy on each task that has the split; for the pre-training task its own parts are
+        put back. With groups of the target's examples, also `target_by_decile`."""
+        tasks = self.data(stage)
+
+        def measure(
+            state: nnx.State, task: Splits, group_N: np.ndarray | None = None
+        ) -> dict[str, Any]:
+            return evaluate.classification(
+                self._merge(state, task.num_classes),
+                getattr(task, split),
+                batch_size=self.config.eval_batch_size,
+                mesh=self.mesh,
+                group_N=group_N,
+            )
+
+        result = {}
+        if getattr(tasks.pretrain, split) is not None:
+            old = model_state
+            if stage.label_noise is not None:
+                pretrained = self.fit(pretrain_name(self.config, stage.seed)).model_state
+                old = evaluate.with_task_parts(model_state, pretrained, resnet.is_task_specific)
+            result["pretrain"] = measure(old, tasks.pretrain)["accuracy"]
+        if stage.label_noise is not None:
+            target = measure(model_state, tasks.target, group_N)
+            result["target"] = target["accuracy"]
+            if group_N is not None:
+                result["target_by_decile"] = target["group_accuracy"]
+        return result
+
+    def _before(self, seed: int) -> float:
+        """Accuracy on the pre-training task before fine-tuning."""
+        stage = self.stages[pretrain_name(self.config, seed)]
+        if stage.name not in self._measured_before:
+            measured = self._accuracies(self.fit(stage.name).model_state, stage, "test")
+            self._measured_before[stage.name] = measured["pretrain"]
+        return self._measured_before[stage.name]
+
+    # Bookkeeping.
+
+    @property
+    def _cells_path(self) -> Path:
+        return self.workdir / "cells.jsonl"
+
+    def _steps(self, stage: Stage) -> int:
+        if stage.stage is None:
+            return 0
+        size = self._sizes[stage.label_noise is not None]
+        return -(-size * stage.stage.epochs // stage.stage.batch_size)
+
+    def _count_as_done(self, name: str | None) -> None:
+        """Progress for a chain of stages that need not run, because their results are there."""
+        while name is not None and name not in self._counted:
+            self._counted.add(name)
+            self.terminal.advance(self._steps(self.stages[name]))
+            name = self.stages[name].start

@@ -1,0 +1,258 @@
+"""Experiments with images beyond one run of them: what each stage may change, and comparisons."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import devices_mesh
+from image_data import write_folder
+
+from easy_jax import data, evaluate, losses, scoring, train
+from easy_jax import results as results_lib
+from easy_jax.config import (
+    RESNETS,
+    ConfigError,
+    ExperimentConfig,
+    GlyphDataConfig,
+    ImageDataConfig,
+    MethodConfig,
+    OptimizerConfig,
+    ResNetConfig,
+    StageConfig,
+    TransferDataConfig,
+)
+from easy_jax.data.images import training_view, uniforms
+from easy_jax.loss_table import LossTable
+from easy_jax.models import eval_view, resnet, timm_weights
+
+
+def stage(epochs=1, rate=0.1):
+    return StageConfig(epochs=epochs, batch_size=64, optimizer=OptimizerConfig(learning_rate=rate))
+
+
+def letters(**changes) -> ExperimentConfig:
+    """Letters, well enough learnt that forgetting shows, and digits."""
+    config = ExperimentConfig(
+        model=ResNetConfig(width=8, depths=(1, 1)),
+        data=GlyphDataConfig(
+            image_size=12, pretrain_train=2048, pretrain_validation=64, pretrain_test=512,
+            target_train=256, target_validation=64,
+        ),
+        pretrain=stage(8), probe=stage(4, 0.02), finetune=stage(4), head=stage(),
+        learning_rates=(0.02,), eval_every_epochs=100,
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Methods that should change nothing, both sorts of weights, and a curve of WiSE-FT."""
+    probed = {"start": "probe"}
+    methods = (
+        MethodConfig("probe", trainable="head"),
+        MethodConfig("standing", **probed, learning_rates=(0.0,)),
+        MethodConfig("tuned", **probed),
+        MethodConfig("wise_ft", **probed, averaging="wise_ft", alpha=0.5),
+        MethodConfig("wise_ft_0", **probed, averaging="wise_ft", alpha=0.0),
+        MethodConfig("wise_ft_1", **probed, averaging="wise_ft", alpha=1.0),
+        MethodConfig("flow", **probed, weighting="flow", head_stage="unweighted",
+                     head_learning_rate=0.01),
+        MethodConfig("static", **probed, weighting="flow"),
+        MethodConfig("online", **probed, weighting="flow_online"),
+    )  # fmt: skip
+    config = letters(methods=methods, frozen_batch_norm=("finetune", "head"))
+    workdir = tmp_path_factory.mktemp("run")
+    return config, workdir, train.run(config, workdir)
+
+
+def row(results, method):
+    (found,) = (row for row in results_lib.all_rows(results) if row["method"] == method)
+    return found
+
+
+def test_probing_forgets_nothing_to_the_last_image(experiment):
+    _, _, results = experiment
+    probe = row(results, "probe")
+    assert 30 < probe["pretrain_before"] < 100  # so that it could change
+    assert probe["pretrain_after"] == probe["pretrain_before"]
+
+
+def test_a_learning_rate_of_zero_changes_neither_task(experiment):
+    _, _, results = experiment
+    standing, probe = row(results, "standing"), row(results, "probe")
+    assert standing["pretrain_after"] == standing["pretrain_before"]
+    assert standing["target"] == probe["target"]
+    assert standing["target_by_decile"] == probe["target_by_decile"]
+    tuned = row(results, "tuned")
+    assert tuned["pretrain_after"] != tuned["pretrain_before"]
+    assert tuned["target"] != probe["target"]
+
+
+def test_the_ends_of_an_alpha_curve_are_the_models_averaged(experiment):
+    config, _, results = experiment
+    (curve,) = results["alpha_curves"]
+    assert curve["method"] == "wise_ft"
+    first, middle, last = curve["points"]
+    assert [point["alpha"] for point in curve["points"]] == [0.0, 0.5, 1.0]
+    for point, method in ((first, "probe"), (middle, "wise_ft"), (last, "tuned")):
+        for key in ("pretrain_after", "target", "mean"):
+            assert point[key] == row(results, method)[key]
+    shown = results_lib.without_variants(results, results["results"])
+    variants = {"wise_ft_0", "wise_ft_1"}
+    assert {row["method"] for row in shown} == {m.name for m in config.methods} - variants
+
+
+def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
+    config, workdir, results = experiment
+    table = LossTable.open(workdir / "loss_table" / "seed0-noise0.3-test")
+    tasks = data.load_tasks(config, 0, 0.3)
+    size = len(tasks.target.test)
+    assert table.num_examples == size
+    group_N = evaluate.loss_groups(table.loss_N())
+    sizes = np.bincount(group_N)
+    assert sizes.sum() == size and sizes.max() - sizes.min() <= 1
+    order = np.argsort(table.loss_N())
+    assert (np.diff(group_N[order]) >= 0).all()
+    runner = train.ImageExperiment(config, workdir, train.Terminal(quiet=True))
+    runner.run("train")
+    for method, name in (("probe", "probe"), ("static", "lr0.02/probe-all-flow")):
+        model = runner._merge(runner.fit(f"seed0/noise0.3/{name}").model_state, 10)
+        logits_NK = nnx.jit(eval_view(model))(tasks.target.test.fields["image"])
+        right_N = np.argmax(logits_NK, axis=1) == tasks.target.test.fields["label"]
+        expected = [100 * np.mean(right_N[group_N == decile]) for decile in range(10)]
+        np.testing.assert_allclose(row(results, method)["target_by_decile"], expected)
+        assert expected[0] > expected[-1]
+
+
+def test_every_analysis_is_in_the_report(experiment):
+    _, workdir, _ = experiment
+    page, text = ((workdir / name).read_text() for name in ("report.html", "results.md"))
+    for where in (page, text):
+        assert "by alpha, the share of the fine-tuned weights" in where
+        assert "by decile of the probed model's loss" in where.replace("&#x27;", "'")
+    assert "| wise_ft_0 |" not in text and "<td>wise_ft_0</td>" not in page
+    assert page.count("<figure>") == 6
+
+
+def test_online_weights_are_the_tables_where_views_are_fixed(experiment):
+    """Without random views, weights in the step and weights of the table train the same model."""
+    config, workdir, results = experiment
+    static, online, tuned = (row(results, name)["target"] for name in ("static", "online", "tuned"))
+    assert static == online != tuned
+    runner = train.ImageExperiment(config, workdir, train.Terminal(quiet=True))
+    runner.run("train")
+    static, online, tuned = (
+        jax.tree.leaves(
+            jax.device_get(runner.fit(f"seed0/noise0.3/lr0.02/probe-all{kind}").model_state)
+        )
+        for kind in ("-flow", "-flow_online", "")
+    )
+    for ours, theirs in zip(online, static, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert max(np.abs(a - b).max() for a, b in zip(static, tuned, strict=True)) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two folders of JPEGs."""
+    folder = tmp_path_factory.mktemp("photos")
+    for task, classes in (("pretrain", ("a", "b", "c", "d")), ("target", ("cat", "dog"))):
+        for split in ("train", "test"):
+            write_folder(folder / task / split, classes=classes, per_class=10)
+    return TransferDataConfig(
+        *(
+            ImageDataConfig("other", "folder", str(folder / task), image_size=32, threads=2)
+            for task in ("pretrain", "target")
+        )
+    )
+
+
+def test_online_weights_are_of_the_view_trained_on(photos):
+    source = data.load_images(photos.target, "train")
+    model = eval_view(resnet.ResNet(ResNetConfig(in_channels=3, width=4), 2, rngs=nnx.Rngs(0)))
+    loader = data.training_loader(source, 8, epochs=2, seed=3)
+    batch = list(loader)[-1]  # of the second epoch, with padding
+    assert not batch["mask"].all()
+    weigh = scoring.OnlineWeights(
+        model, loss_fn=losses.classification_loss, tau=0.7, mesh=devices_mesh(1)
+    )
+    ids = batch.pop("example_id")
+    batch["weight"] = np.linspace(0.5, 1.0, 8, dtype=np.float32)
+    weight_B = np.asarray(weigh(jax.device_put(batch))["weight"])
+    views = []
+    for example_id in ids[batch["mask"]].tolist():
+        encoded, _ = source.store.read([source._positions[example_id]])[0]
+        image = data.images.decode(encoded, "", source.views.resize_size)
+        view = training_view(image, source.views, uniforms(3, 1, example_id))
+        views.append((np.asarray(view) / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225))
+    logits_BK = np.float64(nnx.jit(model)(np.float32(views)))
+    label_B = batch["label"][batch["mask"]]
+    chosen_B = np.take_along_axis(logits_BK, label_B[:, None], axis=1)[:, 0]
+    loss_B = np.log(np.exp(logits_BK).sum(axis=1)) - chosen_B
+    expected = batch["weight"][batch["mask"]] * np.exp(-loss_B / 0.7)
+    np.testing.assert_allclose(weight_B[batch["mask"]], expected, rtol=1e-4)
+    assert (weight_B[~batch["mask"]] == 0).all()
+
+
+def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monkeypatch):
+    """No training data of the pre-training task are needed, nor its validation."""
+    monkeypatch.setitem(RESNETS, "small", ("basic", (1,)))  # compiles faster than resnet18
+    model_config = ResNetConfig.named("small")
+    network = resnet.ResNet(model_config, 4, rngs=nnx.Rngs(0))
+    timm_weights.export(network, model_config, tmp_path / "network")
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "test").symlink_to(f"{photos.pretrain.path}/test")
+    pretrain = dataclasses.replace(photos.pretrain, path=str(tmp_path / "pretrain"))
+    config = ExperimentConfig(
+        model=dataclasses.replace(model_config, path=str(tmp_path / "network")),
+        data=TransferDataConfig(pretrain, photos.target),
+        probe=stage(2, 0.01), finetune=stage(2, 0.01), head=stage(),
+        learning_rates=(0.01,), seeds=(0, 1), eval_batch_size=64,
+        methods=(
+            MethodConfig("linear_probe", trainable="head"),
+            MethodConfig("flow", start="probe", weighting="flow"),
+        ),
+    )  # fmt: skip
+    config.scoring.batch_size = 64
+    results = train.run(config, tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert f"pretrained: from {tmp_path / 'network'}" in printed
+    assert results["tasks"] == ["other", "other"] and "results_by_mean" not in results
+    before = {row["pretrain_before"] for row in results["results"]}
+    assert len(before) == 1 and len(results["results"]) == 4
+    source = data.load_images(pretrain, "test")
+    assert before == {evaluate.classification(network, source, batch_size=64)["accuracy"]}
+    for found in results["results"]:
+        assert found["pretrain_validation"] is None
+        if found["method"] == "linear_probe":
+            assert found["pretrain_after"] == found["pretrain_before"]
+    assert (tmp_path / "run" / "report.html").read_text().count("<figure>") == 6
+    train.run(config, tmp_path / "run")
+    assert "all is done: 4 results" in capsys.readouterr().out
+
+    wrong = dataclasses.replace(config, data=TransferDataConfig(photos.target, photos.target))
+    with pytest.raises(ConfigError, match=r"has 4 classes; other, the pre-training task, has 2"):
+        train.run(wrong, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen_batch_norm": ("pretrain",)}, "frozen_batch_norm is 'pretrain'; it must be one"),
+        ({"model": ResNetConfig(in_channels=3)}, "in_channels is 3; it must be 1, as the images"),
+        ({"model": ResNetConfig(path="x")}, "model.path is 'x'; it must be empty"),
+        ({"data": TransferDataConfig()}, r"in_channels is 1; it must be 3"),
+        (
+            {"methods": (MethodConfig(learning_rates=(-1.0,)),)},
+            r"methods\[standard\].learning_rates is -1.0; it must be finite and at least 0",
+        ),
+    ],
+)  # fmt: skip
+def test_configurations_that_cannot_be(changes, message):
+    if "data" in changes:
+        for each in (changes["data"].pretrain, changes["data"].target):
+            each.path = "data"
+    with pytest.raises(ConfigError, match=message):
+        letters(**{"methods": (MethodConfig(),), **changes}).validate()
