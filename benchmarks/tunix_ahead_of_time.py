@@ -12,7 +12,7 @@ import time
 import types
 from typing import Any
 
-from easy_jax.ahead_of_time import chips, command, cost, programs
+from easy_jax.ahead_of_time import chips, command, cost, language_programs
 
 TOPOLOGY = chips.parse_topology("v5e:4x4")
 MODEL = "google/gemma-2-2b"
@@ -48,7 +48,7 @@ def ours(remat: str) -> Any:
         ),
     )
     mesh = sharding.make_mesh(config.mesh, command.devices(TOPOLOGY))
-    return programs.train_program(config, LanguageMethodConfig(), mesh, ROWS).lowered
+    return language_programs.train_program(config, LanguageMethodConfig(), mesh, ROWS).lowered
 
 
 def tunix() -> Any:
@@ -165,7 +165,9 @@ def main() -> None:
             f"{values['compile']:.0f} s",
             flush=True,
         )
-    model_flops = programs.model_flops(programs.KNOWN[MODEL], ROWS, LENGTH, passes=3.0)
+    model_flops = language_programs.model_flops(
+        language_programs.KNOWN[MODEL], ROWS, LENGTH, passes=3.0
+    )
     ideal = model_flops / TOPOLOGY.num_chips / TOPOLOGY.chip.peak_flops
     missed = []
     for side, bounds in BOUNDS.items():

@@ -11,12 +11,14 @@ import sys
 from typing import Any
 
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from easy_jax import files, sharding
-from easy_jax.ahead_of_time import programs
+from easy_jax.ahead_of_time import image_programs, language_programs
 from easy_jax.ahead_of_time.chips import Topology, parse_topology
 from easy_jax.ahead_of_time.measure import Measured, largest_batch, measure, table
-from easy_jax.config import ConfigError, LanguageMethodConfig
+from easy_jax.ahead_of_time.programs import Lowering
+from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 
 _CHILD = "EASY_JAX_COMPILES_FOR"
 WHAT = ("all", "train", "score")
@@ -57,8 +59,12 @@ def devices(topology: Topology) -> list[Any]:
     Raises:
       ConfigError: libtpu knows no such topology.
     """
+    # By default libtpu takes a host to have 2x2 chips, of which smaller slices have fewer.
+    host = [*(min(2, size) for size in topology.sizes[:2]), 1]
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name)
+        found = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, chips_per_host_bounds=host
+        )
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"topology is {topology.name!r}; libtpu says: {reason}") from error
@@ -66,7 +72,7 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def run(
-    config: Any,
+    config: ExperimentConfig | LanguageConfig,
     topology_name: str,
     *,
     what: str = "all",
@@ -77,8 +83,8 @@ def run(
     """Compiles, prints the table, and says whether everything fits.
 
     Args:
-      config: of a language experiment. The model's weights are not read: only `config.json` of
-        its folder, and nothing for the models that are known by name.
+      config: of an experiment. Neither data nor weights are read: of a language model only
+        `config.json` of its folder, and nothing for the models that are known by name.
       topology_name: such as `v5e:4x4`.
       what: `train`, `score` or `all`.
       with_largest_batch: also look for the largest batch per chip that fits; each try compiles.
@@ -87,35 +93,22 @@ def run(
     Raises:
       ConfigError: a bad configuration, batch or topology.
     """
-    config = programs.check_model(config)
+    config = config.validate()
     topology = parse_topology(topology_name)
     mesh = sharding.make_mesh(config.mesh, devices(topology))
+    if isinstance(config, ExperimentConfig):
+        suite = image_programs.suite(config, mesh, what)
+    else:
+        suite = language_programs.suite(config, mesh, what)
     results: list[Measured] = []
     largest: dict[str, int] = {}
-
-    def add(make: Any, rows: int, parts: int) -> None:
-        first = measure(make(rows), topology)
-        results.append(first)
+    for step in suite.lowerings:
+        result = measure(step.lower(step.rows), topology)
+        results.append(result)
         if with_largest_batch:
-            unit = sharding.num_shares(mesh) * parts
-
-            def fits(number: int) -> bool:
-                again = number * unit == rows
-                return (first if again else measure(make(number * unit), topology)).fits
-
-            largest[first.name] = parts * largest_batch(fits, start=max(1, rows // unit))
-
-    if what != "score":
-        for method in _distinct(config.selected_methods()):
-            stage = config.finetune
-            add(
-                lambda rows, method=method: programs.train_program(config, method, mesh, rows),
-                stage.batch_size, stage.micro_batches,
-            )  # fmt: skip
-    if what != "train":
-        add(lambda rows: programs.score_program(config, mesh, rows), config.scoring.batch_size, 1)
+            largest[result.name] = _largest_batch(step, result, topology, mesh)
     content = {
-        "model": config.model.path,
+        "model": suite.model,
         "topology": topology.name,
         "mesh": dict(mesh.shape),
         "largest_batch_per_chip": largest,
@@ -129,15 +122,17 @@ def run(
         print(json.dumps(content, indent=2))
     else:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        print(f"{config.model.path} on {topology.name} ({sizes}), {config.text.row_length} tokens "
-              f"a row, remat {config.model.remat}\n\n{table(results, largest)}")  # fmt: skip
+        print(f"{suite.model} on {topology.name} ({sizes}), {suite.row}\n\n"
+              f"{table(results, largest)}")  # fmt: skip
     return all(result.fits for result in results)
 
 
-def _distinct(methods: tuple[LanguageMethodConfig, ...]) -> list[LanguageMethodConfig]:
-    """One method of each kind of step: weights by example do not change the program."""
-    found: dict[tuple[str, str, bool], LanguageMethodConfig] = {}
-    for method in methods:
-        weights_tokens = method.weighting == "flow_token"
-        found.setdefault((method.trainable, method.anchor, weights_tokens), method)
-    return list(found.values())
+def _largest_batch(step: Lowering, result: Measured, topology: Topology, mesh: Mesh) -> int:
+    """Rows a chip, given what came out for the configuration's own batch."""
+    unit = sharding.num_shares(mesh) * step.micro_batches
+
+    def fits(number: int) -> bool:
+        rows = number * unit
+        return (result if rows == step.rows else measure(step.lower(rows), topology)).fits
+
+    return step.micro_batches * largest_batch(fits, start=max(1, step.rows // unit))

@@ -1,6 +1,7 @@
 """Compiles a step for a topology and says whether it fits, where memory goes, and what it costs."""
 
 import dataclasses
+import math
 import re
 import time
 from collections import Counter
@@ -136,8 +137,10 @@ def measure(program: Program, topology: Topology) -> Measured:
     )
 
 
-def largest_batch(fits: Callable[[int], bool], start: int = 1, most: int = 1024) -> int:
+def largest_batch(fits: Callable[[int], bool], start: int = 1, most: int = 65_536) -> int:
     """The largest number for which `fits` holds, by doubling and bisection; 0 if there is none.
+
+    More than `most` are not tried.
 
     Example:
       >>> largest_batch(lambda rows: rows <= 37, start=4)
@@ -170,7 +173,7 @@ def table(results: list[Measured], largest: dict[str, int] | None = None) -> str
 def _column(result: Measured, largest: int | None) -> dict[str, str]:
     has, needs = result.has / GIB, result.needs / GIB
     values = {
-        "batch": f"{result.rows} rows on {result.chips} chips",
+        "batch": f"{result.rows} rows on {result.chips} chip{'s' if result.chips > 1 else ''}",
         "fits": f"{'yes' if result.fits else 'no'}: needs {needs:.2f} of {has:.2f} GiB",
     }
     if largest is not None:
@@ -179,7 +182,7 @@ def _column(result: Measured, largest: int | None) -> dict[str, str]:
     memory, cost = result.memory, result.cost
     if memory is None or cost is None:
         return values
-    kept = min(memory.activations, memory.temporaries)
+    kept, step = min(memory.activations, memory.temporaries), 1e3 * cost.seconds
     for name, size in (
         ("parameters", memory.parameters),
         ("optimiser", memory.optimizer),
@@ -190,10 +193,10 @@ def _column(result: Measured, largest: int | None) -> dict[str, str]:
     ):
         values[f"HBM: {name}"] = f"{size / GIB:.2f} GiB"
     values |= {
-        "model flops of a chip": f"{result.model_flops / 1e12:.1f} T",
+        "model flops of a chip": f"{_digits(result.model_flops / 1e12)} T",
         "flops done / model flops": f"{cost.flops / result.model_flops:.3f}",
-        "HBM traffic": f"{cost.hbm_bytes / 1e9:.0f} GB",
-        "step time": f"{cost.seconds * 1e3:.0f} ms ({cost.kernel_seconds * 1e3:.0f} in kernels)",
+        "HBM traffic": f"{_digits(cost.hbm_bytes / 1e9, 2)} GB",
+        "step time": f"{_digits(step)} ms ({1e3 * cost.kernel_seconds:.0f} in kernels)",
         "utilisation": f"{result.utilisation():.1%}",
         "unhidden interconnect time": f"{cost.unhidden_seconds * 1e3:.0f} ms",
         "utilisation with it": f"{result.utilisation(waiting=True):.1%}",
@@ -205,3 +208,8 @@ def _column(result: Measured, largest: int | None) -> dict[str, str]:
     for loop in cost.unknown_loops:
         values[f"{loop}: length unknown"] = "counted once"
     return values
+
+
+def _digits(value: float, digits: int = 3) -> str:
+    """A positive number with so many significant digits, or all before the point."""
+    return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}" if value else "0"

@@ -1,29 +1,20 @@
-"""The product's own training and scoring steps, lowered for a topology without weights or data."""
+"""Steps lowered for a topology, without weights or data: what language and image models share."""
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import losses, optim, sharding
-from easy_jax.config import ConfigError, LanguageConfig, LanguageMethodConfig
-from easy_jax.language import add_adapters, stage_of, trainable_filter
-from easy_jax.models import eval_view, hugging_face
-from easy_jax.models.transformer import Transformer, abstract
-from easy_jax.models.transformer_config import KNOWN, TransformerConfig
-from easy_jax.scoring import make_score_step
-from easy_jax.step import TrainState, make_train_step
+from easy_jax import sharding
+from easy_jax.step import TrainState
 
-_STEPS = 1000  # of the schedule: a constant in the program, of no weight
-_SEGMENTS = 8  # of a row where the configuration sets no limit
+STEPS = 1000  # of the schedule: a constant in the program, of no weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +22,13 @@ class Program:
     """A step to compile, and what it is about.
 
     Attributes:
-      name: `train` with the method's name, or `score`.
+      name: `train` with the kind of step, or `score`.
       lowered: by `jax.jit(...).lower`.
       state: abstract, with its shardings: a `TrainState`, or the model's variables.
       rows: of the global batch.
       activation_bytes: that a chip keeps from the forward pass for the backward pass.
-      model_flops: of a step, over all chips, by `model_flops`.
-      resident_bytes: of the pre-trained model, which an experiment keeps beside the state.
+      model_flops: of a step, over all chips, by formula.
+      resident_bytes: of models that an experiment keeps beside the state.
     """
 
     name: str
@@ -49,71 +40,27 @@ class Program:
     resident_bytes: float
 
 
-def model_config(config: LanguageConfig) -> TransformerConfig:
-    """The model's sizes: from a folder's `config.json`, or by name where no weights are needed."""
-    path = config.model.path
-    if path in KNOWN and not Path(path).is_dir():
-        return KNOWN[path]
-    return hugging_face.read_config(hugging_face.resolve(path))
+@dataclasses.dataclass(frozen=True)
+class Lowering:
+    """A step that a configuration asks for.
 
-
-def train_program(
-    config: LanguageConfig, method: LanguageMethodConfig, mesh: Mesh, rows: int
-) -> Program:
-    """The training step of a method on global batches of `rows` rows."""
-    model = _abstract_model(config)
-    frozen = nnx.state(model)
-    resident = tree_bytes(_placed(frozen, mesh))
-    if method.trainable == "lora":
-        model = nnx.eval_shape(functools.partial(_with_adapters, config), model)
-    graphdef, *states = nnx.split(model, trainable_filter(method, model.config), ...)
-    params, rest = states
-    stage = stage_of(config.finetune, method)
-    optimizer = optim.make_optimizer(stage.optimizer, _STEPS)
-    opt_state = jax.eval_shape(optimizer.init, params)
-    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = _placed(TrainState(scalar, params, rest, opt_state), mesh)
-    batch = _batch(config, mesh, rows, token_weights=method.weighting == "flow_token")
-    step: Any = make_train_step(
-        graphdef, losses.causal_lm_loss, optimizer, reduction=stage.reduction,
-        micro_batches=stage.micro_batches, mesh=mesh,
-    )  # fmt: skip
-    with sharding.tracing_on(mesh):
-        kept = _activation_bytes(graphdef, state, batch, stage.micro_batches, mesh)
-    return Program(
-        f"train {method.name}", step.lower(state, batch), state, rows, kept,
-        model_flops(model.config, rows, config.text.row_length, _passes(method)), resident,
-    )  # fmt: skip
-
-
-def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
-    """The scoring step on global batches of `rows` rows."""
-    model = _abstract_model(config)
-    graphdef, state = nnx.split(eval_view(model))
-    state = _placed(state, mesh)
-    step: Any = make_score_step(graphdef, losses.causal_lm_token_losses, mesh)
-    batch = _batch(config, mesh, rows, token_weights=False)
-    flops = model_flops(model.config, rows, config.text.row_length, passes=1.0)
-    return Program("score", step.lower(state, batch), state, rows, 0.0, flops, 0.0)
-
-
-def model_flops(config: TransformerConfig, rows: int, length: int, passes: float) -> float:
-    """Operations that the model itself needs, by formula.
-
-    A forward pass takes, per token, two for every weight of a matrix (the head's included, the
-    embedding's look-up not) and 4 * length * heads * head_dim per layer for attention, all pairs
-    of positions counted, as is the custom, though half are masked. Training is three passes; with
-    adapters alone two, as frozen matrices need no gradient. Nothing computed again counts.
-
-    Example:
-      >>> round(model_flops(KNOWN["google/gemma-2-2b"], 1, 1024, passes=3.0) / 1e12, 1)
-      16.7
+    Attributes:
+      lower: from the rows of a global batch to the program.
+      rows, micro_batches: of the configuration.
     """
-    attention = config.embed * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    layer = attention + 3 * config.embed * config.mlp
-    weights = config.layers * layer + config.vocab * config.embed
-    pairs = 4 * length * config.heads * config.head_dim * config.layers
-    return passes * rows * length * (2 * weights + pairs)
+
+    lower: Callable[[int], Program]
+    rows: int
+    micro_batches: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """All steps of a configuration: the name of its model, what a row is, and how to lower them."""
+
+    model: str
+    row: str
+    lowerings: list[Lowering]
 
 
 def tree_bytes(tree: Any) -> float:
@@ -124,23 +71,7 @@ def tree_bytes(tree: Any) -> float:
     ))  # fmt: skip
 
 
-def _passes(method: LanguageMethodConfig) -> float:
-    return 3.0 if method.trainable == "all" else 2.0
-
-
-def _abstract_model(config: LanguageConfig) -> Transformer:
-    return abstract(
-        model_config(config), dtype=jnp.dtype(config.model.dtype),
-        param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
-    )  # fmt: skip
-
-
-def _with_adapters(config: LanguageConfig, model: Transformer) -> Transformer:
-    add_adapters(model, config)
-    return model
-
-
-def _placed(tree: Any, mesh: Mesh) -> Any:
+def placed(tree: Any, mesh: Mesh) -> Any:
     """Abstract arrays with the shardings that a state has on the mesh."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -148,54 +79,58 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
     )  # fmt: skip
 
 
-def _batch(
-    config: LanguageConfig, mesh: Mesh, rows: int, *, token_weights: bool
+def train_state(
+    states: Sequence[nnx.State], optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The abstract state that a training step starts from; of trainable and other variables."""
+    params, rest = states
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    state: TrainState = placed(TrainState(scalar, params, rest, opt_state), mesh)
+    return state
+
+
+def batch_of(
+    rows: int, mesh: Mesh, fields: Mapping[str, tuple[tuple[int, ...], Any]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    sharding.check_batch_size(rows, mesh, "the batch")
-    place = sharding.batch_sharding(mesh)
-
-    def array(columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, columns), dtype, sharding=place)
-
-    length, segments = config.text.row_length, config.text.max_segments or _SEGMENTS
-    batch = {name: array(length, jnp.int32)
-             for name in ("tokens", "targets", "segment_ids", "positions")}  # fmt: skip
-    batch |= {"weight": array(segments, jnp.float32), "mask": array(segments, jnp.bool_)}
-    if token_weights:
-        batch["token_weight"] = array(length, jnp.float32)
-    return batch
-
-
-def _activation_bytes(
-    graphdef: Any, state: TrainState, batch: Mapping[str, Any], parts: int, mesh: Mesh
-) -> float:
-    """What reverse-mode differentiation keeps per token, shared out like the batch."""
-    rows, length = batch["tokens"].shape
-    micro = {name: jax.ShapeDtypeStruct((rows // parts, *x.shape[1:]), x.dtype)
-             for name, x in batch.items()}  # fmt: skip
-
-    def backward(params: Any, rest: Any, batch: Any) -> Any:
-        def hidden(params: Any) -> jax.Array:
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            x: jax.Array = model.hidden_states(
-                batch["tokens"], batch["positions"], batch["segment_ids"]
-            )
-            return x
-
-        return jax.vjp(hidden, params)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.rest, micro))
-    per_token = [x for x in kept if (rows // parts, length) in itertools.pairwise(x.shape)]
-    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in per_token)
-    return total / sharding.num_shares(mesh)
-
-
-def check_model(config: Any) -> LanguageConfig:
-    """A validated language configuration.
+    """An abstract global batch, from the shape of a row and the dtype of every field.
 
     Raises:
-      ConfigError: a configuration of the vision half.
+      ConfigError: rows that do not divide over the mesh.
     """
-    if not isinstance(config, LanguageConfig):
-        raise ConfigError("compile is for language models; an image model fits anywhere")
-    return config.validate()
+    sharding.check_batch_size(rows, mesh, "the batch")
+    place = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=place)
+        for name, (shape, dtype) in fields.items()
+    }
+
+
+def activation_bytes(
+    forward: Callable[[Any, Any, Any], jax.Array],
+    state: TrainState,
+    batch: Mapping[str, jax.ShapeDtypeStruct],
+    micro_batches: int,
+    mesh: Mesh,
+    is_activation: Callable[[tuple[int, ...], int], bool],
+) -> float:
+    """Bytes on a chip that reverse-mode differentiation of a micro-batch keeps, before XLA.
+
+    Args:
+      forward: `(params, rest, batch) -> array`, the part of the step that counts.
+      state, batch: of the step.
+      micro_batches: that the batch is split into.
+      mesh: over which activations are shared out like the batch.
+      is_activation: by shape and the rows of the micro-batch; what else is kept are parameters.
+    """
+    micro = {name: jax.ShapeDtypeStruct((x.shape[0] // micro_batches, *x.shape[1:]), x.dtype)
+             for name, x in batch.items()}  # fmt: skip
+    (rows,) = {x.shape[0] for x in micro.values()}
+
+    def backward(params: Any, rest: Any, batch: Any) -> Any:
+        return jax.vjp(lambda params: forward(params, rest, batch), params)[1]
+
+    with sharding.tracing_on(mesh):
+        kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.rest, micro))
+    total = sum(x.size * x.dtype.itemsize for x in kept if is_activation(x.shape, rows))
+    return float(total / sharding.num_shares(mesh))

@@ -1,4 +1,4 @@
-"""Both families on v5e:4x4, small, compiled by libtpu for chips that are not there.
+"""Small models of all kinds, compiled by libtpu for chips that are not there.
 
 Run by `pytest tests/ahead_of_time` in an environment with [tpu]; not among the default tests.
 """
@@ -31,14 +31,18 @@ def _compile(
     folder = tmp_path / family
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SMALL[family], **fields}))
-    command = [
-        sys.executable, "-m", "easy_jax.main", "compile", f"--config=configs/{config}",
-        "--topology=v5e:4x4", f"--config.model.path={folder}", f"--config.text.max_length={LENGTH}",
-        f"--config.text.row_length={LENGTH}", f"--config.scoring.batch_size={ROWS}",
-        f"--config.finetune.batch_size={ROWS}", "--config.finetune.micro_batches=1", *arguments,
-    ]  # fmt: skip
+    return _run(
+        f"--config=configs/{config}", "--topology=v5e:4x4", f"--config.model.path={folder}",
+        f"--config.text.max_length={LENGTH}", f"--config.text.row_length={LENGTH}",
+        f"--config.scoring.batch_size={ROWS}", f"--config.finetune.batch_size={ROWS}",
+        "--config.finetune.micro_batches=1", *arguments,
+    )  # fmt: skip
+
+
+def _run(*arguments):
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=600,
+        [sys.executable, "-m", "easy_jax.main", "compile", *arguments],
+        capture_output=True, text=True, timeout=600,
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
@@ -118,3 +122,50 @@ def test_a_topology_that_is_not_there_is_one_line(tmp_path):
     code, _, err = _compile(tmp_path, "--topology=v5e:5x5")
     assert code == 2
     assert "topology is 'v5e:5x5'" in err and "Traceback" not in err
+
+
+IMAGES = (
+    "--config=configs/resnet_transfer.py:resnet18,cars196",
+    "--config.only=linear_probe,standard,l2",
+    "--config.model.width=8", "--config.data.target.image_size=32", "--config.probe.batch_size=16",
+    "--config.finetune.batch_size=16", "--config.scoring.batch_size=16",
+)  # fmt: skip
+
+
+def test_images_on_one_chip_need_neither_data_nor_weights():
+    code, out, err = _run(*IMAGES, "--topology=v5e:1x1", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    programs = {program["name"]: program for program in result["programs"]}
+    assert list(programs) == ["train head", "train all", "train all, l2", "score"]
+    forward = programs["score"]["model_flops"]
+    head = 2 * 16 * 64 * 196
+    assert programs["train head"]["model_flops"] == pytest.approx(forward + head)
+    assert programs["train all"]["model_flops"] == pytest.approx(3 * forward)
+    for program in programs.values():
+        assert program["fits"] and not program["cost"]["unknown_loops"]
+        # At 32 x 32, down to 1 x 1, much of the windows is padding.
+        assert 0.4 < program["cost"]["flops"] / program["model_flops"] <= 1.0
+        assert program["cost"]["seconds"] > 0
+        assert not program["cost"]["collectives"]
+    memory = {name: program["memory"] for name, program in programs.items()}
+    # SGD's momentum of all parameters; and, for l2, where they were.
+    assert memory["train all, l2"]["optimizer"] == pytest.approx(
+        2 * memory["train all"]["optimizer"], rel=0.01
+    )
+    assert memory["train head"]["optimizer"] < 0.3 * memory["train all"]["optimizer"]
+
+
+def test_letters_on_four_chips_print_a_table():
+    arguments = (
+        "--config=configs/quickstart.py:tiny", "--config.only=standard", "--topology=v5e:2x2",
+    )  # fmt: skip
+    code, out, err = _run(*arguments)
+    assert code == 0, err
+    assert "ResNet on v5e:2x2 (data 4, fsdp 1, tensor 1), an image of 8 x 8 a row" in out
+    for name in ("pretrain", "train head", "train all", "score"):
+        assert f"| {name} " in out
+    assert "all-reduce" in out  # of gradients and of BatchNorm's statistics
+    code, _, err = _run(*arguments, "--config.scoring.batch_size=6")
+    assert code == 2
+    assert "the batch is 6; it must be a multiple of the 4 devices" in err

@@ -1,0 +1,223 @@
+"""The training and scoring steps of an image experiment, lowered for a topology."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax import losses, optim
+from easy_jax.ahead_of_time.programs import (
+    STEPS,
+    Lowering,
+    Program,
+    Suite,
+    activation_bytes,
+    batch_of,
+    placed,
+    train_state,
+    tree_bytes,
+)
+from easy_jax.config import ConfigError, ExperimentConfig, GlyphDataConfig, ResNetConfig
+from easy_jax.data.glyphs import LETTERS, NUM_DIGITS
+from easy_jax.data.image_datasets import DATA_SETS
+from easy_jax.models import eval_view, resnet, train_view
+from easy_jax.plan import Stage, plan
+from easy_jax.scoring import make_score_step
+from easy_jax.step import make_train_step
+from easy_jax.vision import TRAINABLE
+
+_KEPT = 2  # models that an experiment keeps: the pre-trained and the probed one
+
+# Forward passes that a step is worth, of the body and of the head: a pass each for the outputs,
+# for gradients of inputs and for gradients of weights, where they are needed. That images need no
+# gradient is not taken off the first convolution's three, as is the custom.
+_PASSES = {"all": (3, 3), "head": (1, 2), "bn_head": (2, 3)}
+
+
+def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
+    """The steps of a configuration: `train`, once for each kind, `score`, or `all`."""
+    lowerings = []
+    if what != "score":
+        for name, (stage, *_) in kinds(config).items():
+            assert stage.stage is not None
+            lower = functools.partial(train_program, config, name, stage, mesh)
+            lowerings.append(Lowering(lower, stage.stage.batch_size, stage.stage.micro_batches))
+    if what != "train":
+        score = functools.partial(score_program, config, mesh)
+        lowerings.append(Lowering(score, config.scoring.batch_size))
+    size, _ = _task(config, pretraining=False)
+    row = f"an image of {size} x {size} a row, {config.model.dtype}"
+    return Suite(config.model.name() or "ResNet", row, lowerings)
+
+
+def kinds(config: ExperimentConfig) -> dict[str, list[Stage]]:
+    """The training stages of the plan by the program that they run.
+
+    Learning rate, strength of an anchor and weights of examples do not change the program. With
+    the weighting `flow_online`, every step costs a `score` of the same batch on top.
+
+    Example:
+      >>> from easy_jax.config import MethodConfig
+      >>> methods = (MethodConfig(), MethodConfig("l2", anchor="l2", anchor_strength=0.1))
+      >>> list(kinds(ExperimentConfig(methods=methods)))
+      ['pretrain', 'train head', 'train all', 'train all, l2']
+    """
+    found: dict[Any, list[Stage]] = {}
+    for stage in plan(config).values():
+        if stage.stage is not None:
+            optimizer = dataclasses.replace(
+                stage.stage.optimizer, learning_rate=0.0, anchor_strength=0.0
+            )
+            settings = dataclasses.replace(stage.stage, epochs=1, optimizer=optimizer)
+            key = (_kind(stage), repr(settings))
+            found.setdefault(key, []).append(stage)
+    named: dict[str, list[Stage]] = {}
+    for (kind, _), stages in found.items():
+        named[kind if kind not in named else f"{kind} ({stages[0].name})"] = stages
+    return named
+
+
+def train_program(
+    config: ExperimentConfig, name: str, stage: Stage, mesh: Mesh, rows: int
+) -> Program:
+    """The training step of a stage on global batches of `rows` images."""
+    assert stage.stage is not None
+    settings, pretraining = stage.stage, stage.label_noise is None
+    size, num_classes = _task(config, pretraining)
+    model = _abstract_model(config, num_classes)
+    resident = 0.0 if pretraining else _KEPT * tree_bytes(placed(nnx.state(model), mesh))
+    view = eval_view if stage.frozen_norm else train_view
+    trainable: Any = TRAINABLE[stage.trainable]
+    graphdef, *states = nnx.split(view(model), trainable, ...)
+    optimizer = optim.make_optimizer(settings.optimizer, STEPS, resnet.is_backbone)
+    state = train_state(states, optimizer, mesh)
+    batch = _batch(config, mesh, rows, size)
+    step: Any = make_train_step(
+        graphdef, losses.classification_loss, optimizer, reduction=settings.reduction,
+        micro_batches=settings.micro_batches, mesh=mesh,
+    )  # fmt: skip
+
+    def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
+        return losses.classification_loss(nnx.merge(graphdef, params, rest, copy=True), batch)[0]
+
+    kept = activation_bytes(
+        loss, state, batch, settings.micro_batches, mesh,
+        lambda shape, rows: len(shape) == 4 and shape[0] == rows,
+    )  # fmt: skip
+    of_body, of_head = forward_flops(config.model, size, num_classes)
+    body_passes, head_passes = _PASSES[stage.trainable]
+    flops = rows * (body_passes * of_body + head_passes * of_head)
+    return Program(name, step.lower(state, batch), state, rows, kept, flops, resident)
+
+
+def score_program(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
+    """The scoring step on global batches of `rows` images; evaluation is the same to an argmax."""
+    size, num_classes = _task(config, pretraining=False)
+    model = _abstract_model(config, num_classes)
+    graphdef, state = nnx.split(eval_view(model))
+    state = placed(state, mesh)
+    step: Any = make_score_step(graphdef, losses.classification_loss, mesh)
+    flops = rows * sum(forward_flops(config.model, size, num_classes))
+    batch = _batch(config, mesh, rows, size)
+    resident = (_KEPT - 1) * tree_bytes(state)  # one of them is what is scored
+    return Program("score", step.lower(state, batch), state, rows, 0.0, flops, resident)
+
+
+def forward_flops(config: ResNetConfig, image_size: int, num_classes: int) -> tuple[float, float]:
+    """Operations of a forward pass of one image, by formula: of all convolutions, and of the head.
+
+    Two for every output of a convolution, place of its window and input channel, those in the
+    padding included, as is the custom.
+
+    Example:
+      >>> body, head = forward_flops(ResNetConfig.named("resnet50"), 224, 1000)
+      >>> round((body + head) / 2e9, 2)  # multiply-adds, in thousands of millions
+      4.09
+    """
+    has_pool = config.stem == "imagenet"
+    window, stride = (7, 2) if has_pool else (3, 1)
+    size = -(-image_size // stride)
+    total = _conv_flops(size, window, config.in_channels, config.width)
+    size = -(-size // 2) if has_pool else size
+    features = config.width
+    expansion = 4 if config.block == "bottleneck" else 1
+    for stage, depth in enumerate(config.depths):
+        width = config.width * 2**stage
+        for block in range(depth):
+            before, stride = size, 2 if stage > 0 and block == 0 else 1
+            size = -(-size // stride)
+            out = expansion * width
+            if config.block == "bottleneck":
+                total += _conv_flops(before, 1, features, width)
+                total += _conv_flops(size, 3, width, width)
+                total += _conv_flops(size, 1, width, out)
+            else:
+                total += _conv_flops(size, 3, features, width)
+                total += _conv_flops(size, 3, width, width)
+            if stride != 1 or features != out:
+                total += _conv_flops(size, 1, features, out)
+            features = out
+    return total, 2.0 * features * num_classes
+
+
+def _conv_flops(size: int, window: int, in_features: int, features: int) -> float:
+    """Of a convolution with an output of `size` x `size` and a square window."""
+    return 2.0 * size**2 * window**2 * in_features * features
+
+
+def _kind(stage: Stage) -> str:
+    assert stage.stage is not None
+    if stage.label_noise is None:
+        return "pretrain"
+    anchor = stage.stage.optimizer.anchor
+    parts = [
+        f"train {stage.trainable}",
+        anchor if anchor != "none" else "",
+        "frozen BatchNorm" if stage.frozen_norm else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _task(config: ExperimentConfig, pretraining: bool) -> tuple[int, int]:
+    """Image size and number of classes of a task.
+
+    Raises:
+      ConfigError: only the data could tell how many classes there are.
+    """
+    data = config.data
+    if isinstance(data, GlyphDataConfig):
+        return data.image_size, len(LETTERS) if pretraining else NUM_DIGITS
+    task = data.pretrain if pretraining else data.target
+    num_classes = DATA_SETS[task.name].num_classes or task.num_classes
+    if not num_classes:
+        field = f"config.data.{'pretrain' if pretraining else 'target'}.name"
+        raise ConfigError(
+            f"{field} is {task.name!r}, whose classes only its folders tell, and compile reads no "
+            f"data; name one of {sorted(set(DATA_SETS) - {'other'})} with about as many classes"
+        )
+    return task.image_size, num_classes
+
+
+def _abstract_model(config: ExperimentConfig, num_classes: int) -> resnet.ResNet:
+    model: resnet.ResNet = nnx.eval_shape(
+        lambda: resnet.ResNet(config.model, num_classes, rngs=nnx.Rngs(params=0))
+    )
+    return model
+
+
+def _batch(
+    config: ExperimentConfig, mesh: Mesh, rows: int, size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Letters come as floats, files as uint8 pixels with what normalises them."""
+    is_drawn, channels = isinstance(config.data, GlyphDataConfig), config.model.in_channels
+    fields: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((size, size, channels), jnp.float32 if is_drawn else jnp.uint8),
+        "label": ((), jnp.int32), "weight": ((), jnp.float32), "mask": ((), jnp.bool_),
+    }  # fmt: skip
+    if not is_drawn:
+        fields |= dict.fromkeys(("image_mean", "image_std"), ((channels,), jnp.float32))
+    return batch_of(rows, mesh, fields)

@@ -1,0 +1,162 @@
+"""The training and scoring steps of a language model, lowered for a topology."""
+
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax import losses, optim
+from easy_jax.ahead_of_time.programs import (
+    STEPS,
+    Lowering,
+    Program,
+    Suite,
+    activation_bytes,
+    batch_of,
+    placed,
+    train_state,
+    tree_bytes,
+)
+from easy_jax.config import LanguageConfig, LanguageMethodConfig
+from easy_jax.language import add_adapters, stage_of, trainable_filter
+from easy_jax.models import eval_view, hugging_face
+from easy_jax.models.transformer import Transformer, abstract
+from easy_jax.models.transformer_config import KNOWN, TransformerConfig
+from easy_jax.scoring import make_score_step
+from easy_jax.step import make_train_step
+
+_SEGMENTS = 8  # of a row where the configuration sets no limit
+
+
+def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
+    """The steps of a configuration: `train`, once for each kind, `score`, or `all`."""
+    lowerings = []
+    if what != "score":
+        lowerings += [
+            Lowering(
+                functools.partial(train_program, config, method, mesh),
+                config.finetune.batch_size, config.finetune.micro_batches,
+            )
+            for method in _distinct(config.selected_methods())
+        ]  # fmt: skip
+    if what != "train":
+        score = functools.partial(score_program, config, mesh)
+        lowerings.append(Lowering(score, config.scoring.batch_size))
+    row = f"{config.text.row_length} tokens a row, remat {config.model.remat}"
+    return Suite(config.model.path, row, lowerings)
+
+
+def model_config(config: LanguageConfig) -> TransformerConfig:
+    """The model's sizes: from a folder's `config.json`, or by name where no weights are needed."""
+    path = config.model.path
+    if path in KNOWN and not Path(path).is_dir():
+        return KNOWN[path]
+    return hugging_face.read_config(hugging_face.resolve(path))
+
+
+def train_program(
+    config: LanguageConfig, method: LanguageMethodConfig, mesh: Mesh, rows: int
+) -> Program:
+    """The training step of a method on global batches of `rows` rows."""
+    model = _abstract_model(config)
+    resident = tree_bytes(placed(nnx.state(model), mesh))
+    if method.trainable == "lora":
+        model = nnx.eval_shape(functools.partial(_with_adapters, config), model)
+    graphdef, *states = nnx.split(model, trainable_filter(method, model.config), ...)
+    stage = stage_of(config.finetune, method)
+    optimizer = optim.make_optimizer(stage.optimizer, STEPS)
+    state = train_state(states, optimizer, mesh)
+    batch = _batch(config, mesh, rows, token_weights=method.weighting == "flow_token")
+    step: Any = make_train_step(
+        graphdef, losses.causal_lm_loss, optimizer, reduction=stage.reduction,
+        micro_batches=stage.micro_batches, mesh=mesh,
+    )  # fmt: skip
+
+    def hidden(params: Any, rest: Any, batch: Any) -> jax.Array:
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        x: jax.Array = model.hidden_states(
+            batch["tokens"], batch["positions"], batch["segment_ids"]
+        )
+        return x
+
+    length = config.text.row_length
+    kept = activation_bytes(
+        hidden, state, batch, stage.micro_batches, mesh,
+        lambda shape, rows: (rows, length) in itertools.pairwise(shape),
+    )  # fmt: skip
+    return Program(
+        f"train {method.name}", step.lower(state, batch), state, rows, kept,
+        model_flops(model.config, rows, length, _passes(method)), resident,
+    )  # fmt: skip
+
+
+def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
+    """The scoring step on global batches of `rows` rows."""
+    model = _abstract_model(config)
+    graphdef, state = nnx.split(eval_view(model))
+    state = placed(state, mesh)
+    step: Any = make_score_step(graphdef, losses.causal_lm_token_losses, mesh)
+    batch = _batch(config, mesh, rows, token_weights=False)
+    flops = model_flops(model.config, rows, config.text.row_length, passes=1.0)
+    return Program("score", step.lower(state, batch), state, rows, 0.0, flops, 0.0)
+
+
+def model_flops(config: TransformerConfig, rows: int, length: int, passes: float) -> float:
+    """Operations that the model itself needs, by formula.
+
+    A forward pass takes, per token, two for every weight of a matrix (the head's included, the
+    embedding's look-up not) and 4 * length * heads * head_dim per layer for attention, all pairs
+    of positions counted, as is the custom, though half are masked. Training is three passes; with
+    adapters alone two, as frozen matrices need no gradient. Nothing computed again counts.
+
+    Example:
+      >>> round(model_flops(KNOWN["google/gemma-2-2b"], 1, 1024, passes=3.0) / 1e12, 1)
+      16.7
+    """
+    attention = config.embed * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    layer = attention + 3 * config.embed * config.mlp
+    weights = config.layers * layer + config.vocab * config.embed
+    pairs = 4 * length * config.heads * config.head_dim * config.layers
+    return passes * rows * length * (2 * weights + pairs)
+
+
+def _passes(method: LanguageMethodConfig) -> float:
+    return 3.0 if method.trainable == "all" else 2.0
+
+
+def _abstract_model(config: LanguageConfig) -> Transformer:
+    return abstract(
+        model_config(config), dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
+    )  # fmt: skip
+
+
+def _with_adapters(config: LanguageConfig, model: Transformer) -> Transformer:
+    add_adapters(model, config)
+    return model
+
+
+def _batch(
+    config: LanguageConfig, mesh: Mesh, rows: int, *, token_weights: bool
+) -> dict[str, jax.ShapeDtypeStruct]:
+    length, segments = config.text.row_length, config.text.max_segments or _SEGMENTS
+    tokens = ("tokens", "targets", "segment_ids", "positions")
+    fields: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(tokens, ((length,), jnp.int32))
+    fields |= {"weight": ((segments,), jnp.float32), "mask": ((segments,), jnp.bool_)}
+    if token_weights:
+        fields["token_weight"] = ((length,), jnp.float32)
+    return batch_of(rows, mesh, fields)
+
+
+def _distinct(methods: tuple[LanguageMethodConfig, ...]) -> list[LanguageMethodConfig]:
+    """One method of each kind of step: weights by example do not change the program."""
+    found: dict[tuple[str, str, bool], LanguageMethodConfig] = {}
+    for method in methods:
+        weights_tokens = method.weighting == "flow_token"
+        found.setdefault((method.trainable, method.anchor, weights_tokens), method)
+    return list(found.values())
