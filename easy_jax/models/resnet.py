@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from easy_jax.config import ResNetConfig
+from easy_jax.models.convolution import convolve, max_pool
 
 _KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 
@@ -32,6 +33,7 @@ def _conv(
         padding=size // 2,
         use_bias=False,
         dtype=dtype,
+        conv_general_dilated=convolve,
         kernel_init=nnx.initializers.variance_scaling(2.0, "fan_out", "normal"),
         kernel_metadata={"logical_axes": _KERNEL_AXES},
         rngs=rngs,
@@ -243,8 +245,7 @@ class ResNet(nnx.Module):
         chex.assert_rank(image_BHWC, 4)
         x_BHWC = nnx.relu(self.bn1(self.conv1(image_BHWC), mask_B))
         if self.has_pool:
-            # Padded by -inf, as in PyTorch.
-            x_BHWC = nnx.max_pool(x_BHWC, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x_BHWC = max_pool(x_BHWC)
         for block in self.blocks:
             x_BHWC = block(x_BHWC, mask_B)
         return self.head(jnp.mean(x_BHWC, axis=(1, 2), dtype=jnp.float32))

@@ -1,0 +1,139 @@
+"""Convolution and maximum over windows: by NumPy, and as XLA has them where it is fast."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import devices_mesh
+
+from easy_jax import sharding
+from easy_jax.models import convolution
+from easy_jax.models.convolution import convolve, max_pool
+
+CASES = [  # batch, height, width, channels, features, window, stride
+    (2, 9, 8, 3, 5, 3, 1),
+    (6, 9, 8, 3, 5, 3, 2),
+    (2, 8, 9, 3, 5, 7, 2),
+    (3, 5, 5, 4, 2, 1, 2),
+    (2, 2, 2, 4, 3, 3, 1),
+    (2, 4, 4, 4, 3, 3, 2),  # the output is smaller than a window
+    (2, 1, 3, 4, 3, 3, 1),
+]
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def _arrays(case):
+    batch, height, width, channels, features, window, _ = case
+    rng = np.random.default_rng(0)
+    image_BHWC = rng.normal(size=(batch, height, width, channels))
+    kernel = rng.normal(size=(window, window, channels, features))
+    return np.float32(image_BHWC), np.float32(kernel)
+
+
+def _settings(case):
+    window, stride = case[-2:]
+    return {"strides": (stride, stride), "padding": ((window // 2, window // 2),) * 2}
+
+
+def _numpy_gradients(image_BHWC, kernel, gradient_BHWC, stride):
+    """Output, and the gradients for image and kernel, window by window in float64."""
+    window = kernel.shape[0]
+    pad = window // 2
+    padded = np.pad(np.float64(image_BHWC), ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    output = np.zeros(gradient_BHWC.shape)
+    padded_gradient, kernel_gradient = np.zeros_like(padded), np.zeros(kernel.shape)
+    for row, column in itertools.product(*map(range, gradient_BHWC.shape[1:3])):
+        place = (
+            slice(None), slice(row * stride, row * stride + window),
+            slice(column * stride, column * stride + window),
+        )  # fmt: skip
+        g_BF = gradient_BHWC[:, row, column]
+        output[:, row, column] = np.einsum("bijc,ijcf->bf", padded[place], kernel)
+        padded_gradient[place] += np.einsum("bf,ijcf->bijc", g_BF, kernel)
+        kernel_gradient += np.einsum("bijc,bf->ijcf", padded[place], g_BF)
+    height, width = image_BHWC.shape[1:3]
+    image_gradient = padded_gradient[:, pad : pad + height, pad : pad + width]
+    return output, image_gradient, kernel_gradient
+
+
+@pytest.mark.parametrize("piece_bytes", [2**20, 100])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_convolve(case, piece_bytes, monkeypatch):
+    monkeypatch.setattr(convolution, "_PIECE_BYTES", piece_bytes)
+    image_BHWC, kernel = _arrays(case)
+    conv = functools.partial(convolve, **_settings(case), dimension_numbers=LAYOUT)
+    actual_BHWC, backward = jax.vjp(conv, image_BHWC, kernel)
+    gradient_BHWC = np.random.default_rng(1).normal(size=actual_BHWC.shape).astype(np.float32)
+    actual = (actual_BHWC, *backward(gradient_BHWC))
+    expected = _numpy_gradients(image_BHWC, kernel, gradient_BHWC, case[-1])
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "piece_bytes", "pieces"), [(6, 2**20, 1), (6, 4 * 9 * 8 * 5, 6), (6, 1000, 6),
+                                         (6, 2000, 6), (6, 4500, 2), (7, 4500, 7)],
+)  # fmt: skip
+def test_pieces_are_small_and_equal(batch, piece_bytes, pieces, monkeypatch):
+    monkeypatch.setattr(convolution, "_PIECE_BYTES", piece_bytes)
+    gradient_BHWC = jax.ShapeDtypeStruct((batch, 9, 8, 5), jnp.float32)
+    assert convolution._pieces(gradient_BHWC) == pieces
+
+
+def test_pieces_do_not_cross_devices(monkeypatch):
+    monkeypatch.setattr(convolution, "_PIECE_BYTES", 8 * 4 * 9 * 8 * 5)  # an image per device
+    mesh = devices_mesh(8)
+    image = jax.ShapeDtypeStruct((32, 9, 8, 3), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
+    conv = functools.partial(convolve, **_settings(CASES[0]), dimension_numbers=LAYOUT)
+
+    def gradient(image_BHWC, kernel):
+        return jax.grad(lambda kernel: jnp.sum(conv(image_BHWC, kernel) ** 2))(kernel)
+
+    text = jax.jit(gradient).lower(image, kernel).compile().as_text()
+    assert text.count(" convolution(") > 3
+    assert "all-reduce" in text
+    assert not any(f"{kind}(" in text for kind in ("all-gather", "all-to-all", "permute"))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2), (6, 9)], ids=str)
+def test_max_pool(size, dtype):
+    """Of few values, so that there are equal ones: the first has the gradient."""
+    rng = np.random.default_rng(0)
+    image_BHWC = rng.integers(-3, 3, size=(2, *size, 3)).astype(np.float32)
+    actual_BHWC, backward = jax.vjp(max_pool, jnp.asarray(image_BHWC, dtype))
+    assert actual_BHWC.dtype == dtype
+    gradient_BHWC = rng.integers(1, 9, size=actual_BHWC.shape).astype(np.float32)
+    (actual_gradient,) = backward(jnp.asarray(gradient_BHWC, dtype))
+
+    padded = np.pad(image_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    padded_gradient = np.zeros_like(padded)
+    assert actual_BHWC.shape[1:3] == tuple(-(-each // 2) for each in size)
+    for b, row, column, c in itertools.product(*map(range, actual_BHWC.shape)):
+        window = padded[b, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3, c]
+        assert float(actual_BHWC[b, row, column, c]) == window.max()
+        i, j = np.unravel_index(window.argmax(), window.shape)
+        gradient = gradient_BHWC[b, row, column, c]
+        padded_gradient[b, 2 * row + i, 2 * column + j, c] += gradient
+    expected_gradient = padded_gradient[:, 1 : 1 + size[0], 1 : 1 + size[1]]
+    np.testing.assert_array_equal(np.float32(actual_gradient), expected_gradient)
+
+
+def test_tpus_and_gpus_have_gradients_of_xlas_own(monkeypatch):
+    monkeypatch.setattr(convolution, "_PIECE_BYTES", 100)
+    image_BHWC, kernel = _arrays(CASES[1])
+
+    def loss(image_BHWC, kernel):
+        y_BHWC = convolve(image_BHWC, kernel, **_settings(CASES[1]), dimension_numbers=LAYOUT)
+        return jnp.sum(max_pool(y_BHWC))
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(image_BHWC, kernel)
+    for platform in ("tpu", "cuda", "cpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("select_and_scatter" in text) == (platform != "cpu")
+        # Output, gradient for the image, and for the kernel: whole, or six pieces of one image.
+        assert text.count("stablehlo.convolution") == (8 if platform == "cpu" else 3)
