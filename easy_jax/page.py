@@ -55,7 +55,8 @@ def table(
         ]
         body.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f'<table class="{kind} left-{left}"><caption>{html.escape(caption)}</caption>'
+        f'<p class="caption">{html.escape(caption)}</p>'
+        f'<table class="{kind} left-{left}" aria-label="{html.escape(caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
     )
 
@@ -69,8 +70,8 @@ _TEMPLATE = """<!doctype html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem;
   margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; margin: 1.5rem 0; font-variant-numeric: tabular-nums; }}
-caption {{ text-align: left; white-space: nowrap; font-weight: 600; padding-bottom: .4rem; }}
+table {{ border-collapse: collapse; margin: .4rem 0 1.5rem; font-variant-numeric: tabular-nums; }}
+.caption {{ font-weight: 600; margin: 1.5rem 0 0; }}
 th, td {{ padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid #ddd;
   font-weight: normal; vertical-align: top; }}
 thead th {{ border-bottom: 2px solid #222; }}

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from easy_jax import figures, metrics, page, plan
 from easy_jax import results as results_lib
@@ -23,16 +24,18 @@ _PICTURES = 20  # easiest and hardest examples, each
 
 def table(results: Mapping[str, Any]) -> Group:
     """The results for the terminal, in percent."""
-    tables = []
+    tables: list[Text | Table] = []
     for text in results_lib.chosen_tables(results):
-        one = Table(*text.header, title=text.title, title_justify="left", box=box.SIMPLE_HEAD)
+        # As narrow as it can be: 80 columns are enough for means with standard deviations.
+        header = [name.replace(" ", "\n") for name in text.header]
+        one = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for column in one.columns:
             column.no_wrap = True
             column.justify = "right"
         one.columns[0].justify = "left"
         for line in text.lines:
             one.add_row(*line)
-        tables.append(one)
+        tables += [Text(text.title), one]
     return Group(*tables, results_lib.legend(results))
 
 

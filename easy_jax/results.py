@@ -205,8 +205,8 @@ def _decile_tables(results: Mapping[str, Any]) -> list[TableText]:
         deciles = np.mean([row["target_by_decile"] for row in group], axis=0)
         tables.setdefault(noise, []).append((method, *(f"{value:.1f}" for value in deciles)))
     caption = (
-        "target test accuracy by decile of the probed model's loss, from the easiest tenth of "
-        "the examples to the hardest"
+        "target test accuracy by decile of the probed model's loss, the easiest tenth of the "
+        "examples first"
     )
     return [
         TableText(_title(noise, caption), ("method", *map(str, columns)), lines, columns)

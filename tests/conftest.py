@@ -28,11 +28,12 @@ settings.load_profile("easy_jax")
 _ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(_ROOT))  # configs/ is no part of the package
 
-# Compilations are shared within a run, sub-processes included, and never between runs.
-_CACHE = tempfile.TemporaryDirectory(prefix="easy_jax_compilations_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# Compilations are shared within a run, by workers and sub-processes too, and never between runs.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="easy_jax_compilations_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,6 +1,10 @@
 """Experiments with images beyond one run of them: what each stage may change, and comparisons."""
 
 import dataclasses
+import json
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -219,7 +223,7 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
     results = train.run(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert f"pretrained: from {tmp_path / 'network'}" in printed
-    assert results["tasks"] == ["other", "other"] and "results_by_mean" not in results
+    assert results["tasks"] == ["pretrain", "target"] and "results_by_mean" not in results
     before = {row["pretrain_before"] for row in results["results"]}
     assert len(before) == 1 and len(results["results"]) == 4
     source = data.load_images(pretrain, "test")
@@ -233,7 +237,7 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
     assert "all is done: 4 results" in capsys.readouterr().out
 
     wrong = dataclasses.replace(config, data=TransferDataConfig(photos.target, photos.target))
-    with pytest.raises(ConfigError, match=r"has 4 classes; other, the pre-training task, has 2"):
+    with pytest.raises(ConfigError, match=r"has 4 classes; target, the pre-training task, has 2"):
         train.run(wrong, tmp_path / "wrong")
 
 
@@ -256,3 +260,54 @@ def test_configurations_that_cannot_be(changes, message):
             each.path = "data"
     with pytest.raises(ConfigError, match=message):
         letters(**{"methods": (MethodConfig(),), **changes}).validate()
+
+
+# The `easy-jax` command, that tells which cells it evaluates, and is killed after some of them.
+PROGRAM = """
+import os, signal, sys
+from easy_jax import main, metrics
+from easy_jax.vision import ImageExperiment
+
+evaluate, append, left = ImageExperiment.evaluate, metrics.append_line, [int(sys.argv.pop(1))]
+
+def tell(self, cell):
+    print("evaluates", cell.method.name, flush=True)
+    return evaluate(self, cell)
+
+def append_and_die(path, line):
+    append(path, line)
+    if path.name == "cells.jsonl":
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+ImageExperiment.evaluate, metrics.append_line = tell, append_and_die
+main.cli()
+"""
+
+
+def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
+    names = ("standard", "l2", "wise_ft", "flow", "flow_wise_ft")
+
+    def compare(cells_until_killed):
+        done = subprocess.run(
+            [
+                sys.executable, "-c", PROGRAM, str(cells_until_killed), "compare",
+                f"--config={root}/configs/quickstart.py:tiny", f"--workdir={tmp_path / 'run'}",
+                f"--config.only={','.join(names)}",
+            ],
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        lines = [line.split() for line in done.stdout.splitlines()]
+        evaluated = [line[1] for line in lines if line[:1] == ["evaluates"]]
+        return done.returncode, evaluated, done.stderr
+
+    path = tmp_path / "run" / "cells.jsonl"
+    code, evaluated, _ = compare(3)
+    assert (code, evaluated) == (-signal.SIGKILL, ["standard", "l2", "wise_ft"])
+    before = path.read_text()
+    code, evaluated, error = compare(-1)
+    assert (code, evaluated) == (0, ["flow", "flow_wise_ft"]), error
+    assert path.read_text().startswith(before)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert [found["method"] for found in results["results"]] == list(names)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Literal
 
 from easy_jax.config.base import (
@@ -255,8 +256,12 @@ class TransferDataConfig:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What reports call the two tasks."""
-        return self.pretrain.name, self.target.name
+        """What reports call the two tasks; `other` by its folder."""
+        pretrain, target = (
+            Path(data.path).name if data.name == "other" else data.name
+            for data in (self.pretrain, self.target)
+        )
+        return pretrain, target
 
     @property
     def label_noise(self) -> tuple[float, ...]:

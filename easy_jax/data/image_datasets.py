@@ -97,7 +97,7 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """
     data_set = DATA_SETS[config.name]
     splits = dict(data_set.splits)
-    if config.name == "other" and (Path(config.path) / "validation").exists():
+    if config.name == "other" and _split_folder(Path(config.path), "validation").exists():
         splits["validation"] = "validation"
     cut = split != "test" and "validation" not in splits
     store = _open(config, data_set, "train" if cut else splits[split])
@@ -137,11 +137,12 @@ def _open(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> ImageS
 
 def _open_folder(path: Path, data_set: ImageDataSet, split: str) -> FolderImages:
     """A split's folder, with the classes of the training data, if that is there."""
-    names = ("train", "validation", "test")
+    names = ("train", "validation", "val", "test")
+    folder = _split_folder(path, split)
     if path.is_dir():
         found = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
         odd = [name for name in found if name not in names and not name.startswith(".")]
-        if odd or split not in found:
+        if odd or folder.name not in found:
             raise DataError(
                 f"{path} has the folders {found[:10]}, no or not only those of splits; it should "
                 f"have {', '.join(data_set.splits.values())}, each with a folder per class: "
@@ -149,7 +150,13 @@ def _open_folder(path: Path, data_set: ImageDataSet, split: str) -> FolderImages
             )
     train = path / data_set.splits["train"]
     others = split != "train" and train.is_dir()
-    return FolderImages(path / split, FolderImages.classes_of(train) if others else None)
+    return FolderImages(folder, FolderImages.classes_of(train) if others else None)
+
+
+def _split_folder(path: Path, split: str) -> Path:
+    """`val` is as good as `validation`: so ImageNet's is called wherever it is unpacked."""
+    short = path / "val"
+    return short if split == "validation" and short.is_dir() else path / split
 
 
 def _fix(config: ImageDataConfig, data_set: ImageDataSet) -> str:
