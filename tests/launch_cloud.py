@@ -59,8 +59,10 @@ class Cloud:
         (self.folder / "plan.json").write_text(json.dumps(plan))
 
     def start(self, script, *arguments):
+        # A job in the background of a shell ignores SIGINT, and so would all that it starts.
+        with_interrupts = ["env", "--default-signal=INT"]
         return subprocess.Popen(
-            ["bash", self.repository / "launch" / script, *arguments],
+            [*with_interrupts, "bash", self.repository / "launch" / script, *arguments],
             env=self.env, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip

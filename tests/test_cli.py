@@ -81,12 +81,11 @@ def read_results(workdir):
 
 
 def rows_without_time(workdir):
-    """All rows, of every list of results, but for `seconds`."""
-    return {
-        key: [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
-        for key, rows in read_results(workdir).items()
-        if isinstance(rows, list)
-    }
+    """The results, but for `seconds` in every row."""
+    results = read_results(workdir)
+    for row in (row for rows in results.values() for row in rows if isinstance(row, dict)):
+        row.pop("seconds", None)
+    return results
 
 
 def metrics_by_step(workdir):
