@@ -125,7 +125,8 @@ def main() -> None:
         nonlocal state
         for _ in range(STEPS):
             state, metrics = weighted_step(state, placed)
-            first_loss.setdefault("weighted", float(metrics["loss"]))
+            if "weighted" not in first_loss:
+                first_loss["weighted"] = float(metrics["loss"])
         jax.block_until_ready(state)
 
     def plain() -> None:
