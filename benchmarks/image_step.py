@@ -17,7 +17,7 @@ import optax
 import timm
 import torch
 from flax import nnx
-from timing import Seconds, exit_unless, interleave, median_ratio
+from timing import compared, exit_unless, interleave
 from timm.models import save_for_hf
 
 import easy_jax as ej
@@ -79,15 +79,6 @@ def authors_step(network: torch.nn.Module, batch: dict[str, np.ndarray]) -> Call
     return step
 
 
-def compared(numerator: Seconds, denominator: Seconds) -> tuple[float, str]:
-    """The median ratio of wall times, and what to print of the two."""
-    ratio = median_ratio(numerator.wall, denominator.wall)
-    cpu = median_ratio(numerator.cpu, denominator.cpu)
-    milliseconds = [1e3 * np.median(each.wall) / STEPS for each in (numerator, denominator)]
-    medians = "{:.0f} ms / {:.0f} ms".format(*milliseconds)
-    return ratio, f"{medians}, RATIO {ratio:.3f} (of CPU time {cpu:.3f})"
-
-
 def main() -> None:
     torch.manual_seed(0)
     network = timm.create_model("resnet18", num_classes=NUM_CLASSES)
@@ -143,8 +134,8 @@ def main() -> None:
     against_plain = interleave({"weighted": weighted, "plain": plain}, ROUNDS)
     against_torch = interleave({"weighted": weighted, "torch": pytorch}, ROUNDS)
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
-    faster, faster_text = compared(against_torch["torch"], against_torch["weighted"])
-    slower, slower_text = compared(against_plain["weighted"], against_plain["plain"])
+    faster, faster_text = compared(against_torch["torch"], against_torch["weighted"], STEPS)
+    slower, slower_text = compared(against_plain["weighted"], against_plain["plain"], STEPS)
     print(
         f"image_step: PyTorch with the frozen probe / weighted {faster_text}, bound "
         f"{TORCH_BOUND}; weighted / unweighted {slower_text}, bound {PLAIN_BOUND}"

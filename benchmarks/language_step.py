@@ -13,7 +13,7 @@ import optax
 import smollm2
 import torch
 from flax import nnx
-from timing import Seconds, exit_unless, interleave, median_ratio
+from timing import compared, exit_unless, interleave
 
 import easy_jax as ej
 
@@ -43,14 +43,6 @@ def make_plain_step(
         return (optax.apply_updates(params, updates), opt_state), loss
 
     return jax.jit(step, donate_argnums=0)
-
-
-def compared(numerator: Seconds, denominator: Seconds) -> tuple[float, str]:
-    """The median ratio of wall times, and what to print of the two."""
-    ratio = median_ratio(numerator.wall, denominator.wall)
-    cpu = median_ratio(numerator.cpu, denominator.cpu)
-    medians = f"{np.median(numerator.wall):.2f} s / {np.median(denominator.wall):.2f} s"
-    return ratio, f"{medians}, RATIO {ratio:.3f} (of CPU time {cpu:.3f})"
 
 
 def main() -> None:

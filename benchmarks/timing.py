@@ -51,6 +51,19 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+def compared(numerator: Seconds, denominator: Seconds, calls: int = 1) -> tuple[float, str]:
+    """The median ratio of wall times, and what to print of the two.
+
+    Args:
+      numerator, denominator: of two functions.
+      calls: that each made of what is compared, for the times printed.
+    """
+    ratio = median_ratio(numerator.wall, denominator.wall)
+    cpu = median_ratio(numerator.cpu, denominator.cpu)
+    ours, theirs = (1e3 * statistics.median(each.wall) / calls for each in (numerator, denominator))
+    return ratio, f"{ours:.0f} ms / {theirs:.0f} ms, RATIO {ratio:.3f} (of CPU time {cpu:.3f})"
+
+
 def exit_unless(holds: bool, bound: str) -> None:
     """Exits with code 1 and a message if a bound is missed."""
     if not holds:
