@@ -137,7 +137,7 @@ def _sums(
     state = sharding.shard_tree(state, mesh)
     group_N = np.zeros(len(source), np.int64) if group_N is None else group_N
     sums_3G = np.zeros((3, group_N.max() + 1))
-    results = scoring.per_example(graphdef, state, function, loader, mesh)
+    results = scoring.per_example(graphdef, state, function, loader, mesh, "evaluation")
     for batch, (ids, first_b, second_b) in enumerate(results, 1):
         for sums_G, value_b in zip(sums_3G, (first_b, second_b, np.ones(len(ids))), strict=True):
             np.add.at(sums_G, group_N[ids], value_b)

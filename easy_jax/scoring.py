@@ -259,6 +259,7 @@ def per_example(
     loss_fn: Callable[..., tuple[jax.Array, ...]],
     loader: data.Loader,
     mesh: Mesh,
+    name: str = "scoring",
 ) -> Iterator[tuple[Any, ...]]:
     """Streams `(ids, first, second)` of a function that returns two arrays per example.
 
@@ -273,10 +274,11 @@ def per_example(
       loss_fn: `(model, batch) -> (first_B, second_B)`.
       loader: a scoring loader of `sharding.process_rows`.
       mesh: where the batches go.
+      name: of the pass, in the warning that devices wait for data.
     """
     score_step = make_score_step(graphdef, loss_fn, mesh)
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
-    throughput = Throughput("scoring")
+    throughput = Throughput(name)
     with contextlib.closing(iter(loader)) as batches:
         for number in range(1, loader.steps + 1):
             batch = throughput.fetch(batches)
