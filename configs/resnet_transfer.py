@@ -50,7 +50,7 @@ RECIPES = {
 ARGUMENTS = tuple(f"{model},{data}" for model in RESNETS for data in RECIPES)
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 ALPHAS = (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the first is the table's
-# timm's default weights of each size.
+# Of one recipe, in every size.
 WEIGHTS = {name: f"timm/{name}.a1_in1k" for name in RESNETS}
 
 
@@ -69,8 +69,11 @@ def get_config(arg: str = "") -> ExperimentConfig:
 
 def _config(model: str, data: str, grid: bool) -> ExperimentConfig:
     recipe = RECIPES[data]
-    optimizer = OptimizerConfig(learning_rate=recipe.head, weight_decay=5e-4)
-    stage = StageConfig(epochs=recipe.epochs, batch_size=128, optimizer=optimizer)
+
+    def stage() -> StageConfig:
+        optimizer = OptimizerConfig(learning_rate=recipe.head, weight_decay=5e-4)
+        return StageConfig(epochs=recipe.epochs, batch_size=128, optimizer=optimizer)
+
     return ExperimentConfig(
         name=f"{model}-{data}{'-grid' if grid else ''}",
         seeds=(42,),
@@ -79,11 +82,11 @@ def _config(model: str, data: str, grid: bool) -> ExperimentConfig:
             pretrain=ImageDataConfig("imagenet2012", path="data"),
             target=ImageDataConfig(cast(ImageDataName, data), path="data"),
         ),
-        probe=stage,
+        probe=stage(),
         scoring=ScoringConfig(batch_size=256),
-        finetune=dataclasses.replace(stage),
-        head=dataclasses.replace(stage),
-        learning_rates=GRID,
+        finetune=stage(),
+        head=stage(),
+        learning_rates=GRID if grid else (),
         methods=_methods(None if grid else recipe),
         eval_every_epochs=recipe.epochs,
         save_every_steps=500,

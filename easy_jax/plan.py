@@ -78,7 +78,7 @@ def shared_stages(config: ExperimentConfig, seed: int, label_noise: float) -> tu
     )  # fmt: skip
     probe = Stage(
         probe_name(seed, label_noise), seed, label_noise, pretrain.name, True, config.probe,
-        trainable="head", frozen_norm="probe" in config.frozen_batch_norm,
+        trainable="head", frozen_norm="probe" in config.frozen_stages(),
     )  # fmt: skip
     return pretrain, probe
 
@@ -101,7 +101,7 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
         _at_rate(config.finetune, cell.learning_rate, method),
         weighting=method.weighting, trainable=method.trainable,
         frozen_norm=("probe" if method.trainable == "head" else "finetune")
-        in config.frozen_batch_norm,
+        in config.frozen_stages(),
         sfa_beta=method.alpha if method.averaging == "sfa" else None,
     )  # fmt: skip
     if dataclasses.replace(finetune, name=probe.name) == probe:
@@ -114,7 +114,7 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
         f"{name}-head-{method.head_stage}{own_rate}", seed, noise, finetune.name, False,
         _at_rate(config.head, rate),
         weighting=method.weighting if method.head_stage == "weighted" else "none",
-        trainable="head", frozen_norm="head" in config.frozen_batch_norm,
+        trainable="head", frozen_norm="head" in config.frozen_stages(),
     )  # fmt: skip
     return [finetune, head]
 

@@ -14,8 +14,9 @@ from flax import nnx
 
 from easy_jax import distributed, evaluate, files, merge, metrics, scoring, sharding, weighting
 from easy_jax import fingerprint as fingerprints
-from easy_jax.config import ConfigError, ExperimentConfig, StageConfig
+from easy_jax.config import ConfigError, ExperimentConfig, StageConfig, TransferDataConfig
 from easy_jax.data import Splits, Tasks, fingerprint, load_tasks, train_sizes
+from easy_jax.data.image_datasets import DATA_SETS
 from easy_jax.fitting import Fit, fit
 from easy_jax.language import Until
 from easy_jax.loss_table import LossTable
@@ -51,6 +52,7 @@ class ImageExperiment:
         self._data: tuple[tuple[int, float], Tasks] | None = None
         self._sizes = train_sizes(config)
         self._did_work = False
+        self._files: str | None = None
         self._counted: set[str] = set()
         self._tables: dict[tuple[int, float, str], LossTable] = {}
         self._measured_before: dict[str, float] = {}
@@ -83,6 +85,8 @@ class ImageExperiment:
             "reading the results", lambda: metrics.read_lines(self._cells_path)
         )
         rows = {row_key(row): row for row in found}
+        if rows:
+            self._check_inputs(found)
         for cell in cells(config):
             last = cell_stages(config, cell)[-1].name
             if until == "train" or cell.key not in rows:
@@ -108,6 +112,34 @@ class ImageExperiment:
             files.write_json(self.workdir / "results.json", results)
         return results
 
+    def _check_inputs(self, rows: list[dict[str, Any]]) -> None:
+        """Results of other weights or images than there are now are refused."""
+        stale = sorted({row["method"] for row in rows if row.get("inputs") != self._inputs()})
+        if stale:
+            raise ConfigError(
+                f"{self._cells_path} has results, of {', '.join(stale)}, from other weights or "
+                "images than those that are now where the configuration says; use another "
+                "--workdir, or delete this one"
+            )
+
+    def _inputs(self) -> str:
+        """Fingerprint of what comes from files: given weights, and the images measured on."""
+        config = self.config
+        if self._files is None:
+            found = {}
+            if config.model.path:
+                name = pretrain_name(config, config.seeds[0])
+                found["weights"] = fingerprints.of_state(self.fit(name).model_state)
+            if isinstance(config.data, TransferDataConfig):
+                tasks = load_tasks(config, 0, 0.0)
+                for task, splits in (("pretrain", tasks.pretrain), ("target", tasks.target)):
+                    for split in ("train", "validation", "test"):
+                        source = getattr(splits, split)
+                        if source is not None:
+                            found[f"{task}/{split}"] = fingerprint(source)
+            self._files = fingerprints.of_json(found)
+        return self._files
+
     # Stages.
 
     def fit(self, name: str) -> Fit:
@@ -115,6 +147,7 @@ class ImageExperiment:
         if name in self._finished:
             return self._finished[name]
         stage = self.stages[name]
+        self._forget(stage)
         result = (
             self._read_weights(stage) if stage.stage is None else self._train(stage, stage.stage)
         )
@@ -131,17 +164,33 @@ class ImageExperiment:
             self.terminal.advance(result.resumed_from)
         self._trained.add(name)
         self._did_work |= result.resumed_from < result.steps
-        # Later stages start from pre-training and probe; the others are used at once.
-        keep = {s.start for s in self.stages.values()}
-        self._finished = {key: v for key, v in self._finished.items() if key in keep}
         self._finished[name] = result
         return result
+
+    def _forget(self, stage: Stage) -> None:
+        """Drops the models that neither this stage nor a later one starts from."""
+        keep = {each.start for each in self.stages.values() if each.name not in self._trained}
+        # What all of a setting's cells are compared with, averaged with and measured by.
+        keep |= {pretrain_name(self.config, stage.seed), stage.start}
+        if stage.label_noise is not None:
+            keep.add(probe_name(stage.seed, stage.label_noise))
+        self._finished = {name: fit for name, fit in self._finished.items() if name in keep}
 
     def _read_weights(self, stage: Stage) -> Fit:
         """The pre-trained network that the configuration gives."""
         config = self.config.model
         model = timm_weights.load(config.path, config, mesh=self.mesh)
+        assert isinstance(self.config.data, TransferDataConfig)
         name, num_classes = self.config.data.names[0], self.data(stage).pretrain.num_classes
+        data_set = DATA_SETS[self.config.data.pretrain.name]
+        wanted, found = (
+            timm_weights.read_normalisation(config.path), (data_set.mean, data_set.std)
+        )  # fmt: skip
+        if wanted is not None and not np.allclose(wanted, found, atol=1e-3):
+            raise ConfigError(
+                f"{config.path} wants images of mean and standard deviation {wanted}; those of "
+                f"{name} are normalised by {found}"
+            )
         if model.head.out_features != num_classes:
             raise ConfigError(
                 f"the head of {config.path} has {model.head.out_features} classes; {name}, the "
@@ -228,6 +277,7 @@ class ImageExperiment:
             "seed": cell.seed,
             "label_noise": cell.label_noise,
             "learning_rate": cell.learning_rate,
+            "inputs": self._inputs(),
             "pretrain_before": before,
             "pretrain_after": after["pretrain"],
             "target": after["target"],
@@ -292,6 +342,7 @@ class ImageExperiment:
             return {}
         assert stage.label_noise is not None
         table = self.loss_table(stage.seed, stage.label_noise)
+        weight_N = table.flow_weights()
         if stage.weighting == "flow_online":
             probe = self.stages[probe_name(stage.seed, stage.label_noise)]
             num_classes = self.data(probe).target.num_classes
@@ -301,8 +352,8 @@ class ImageExperiment:
                 tau=table.temperature,
                 mesh=self.mesh,
             )
-            return {"online": online}
-        weight_N = table.flow_weights()
+            # What scoring dropped is left out here, too.
+            return {"online": online, "weight_N": np.where(np.isnan(weight_N), np.nan, 1.0)}
         if stage.weighting != "flow":
             weight_N = weighting.control_weights(weight_N, stage.weighting, stage.seed)
         return {"weight_N": weight_N}

@@ -131,11 +131,13 @@ def test_each_kind_of_step_is_compiled_once():
 
 
 def test_memory_is_of_the_whole_experiment():
-    programs = _programs(_config(methods=METHODS[:1]))
+    flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
+    programs = _programs(_config(methods=(METHODS[0], flow)))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs["score"].state))
     assert programs["score"].resident_bytes == size  # the pre-trained model beside the probed one
     assert programs["train all"].resident_bytes == 2 * size
     assert programs["pretrain"].resident_bytes == 0
+    assert programs["train head"].resident_bytes == 3 * size  # and what was fine-tuned
     assert programs["train head"].activation_bytes == programs["score"].activation_bytes == 0
     # At least the two inputs of the convolutions of the first block.
     block = 2 * 4 * ROWS * SIZE**2 * WIDTH

@@ -468,6 +468,16 @@ def test_classes_that_differ_between_splits(tmp_path):
         load_images(config(tmp_path), "test")
 
 
+def test_a_validation_split_of_ones_own(tmp_path):
+    examples = jpegs(12)
+    write_parquet(tmp_path / "train.parquet", examples)
+    parquet = config(tmp_path, format="parquet", num_classes=3)
+    cut = [len(load_images(parquet, split)) for split in ("train", "validation")]
+    assert sum(cut) == 12 and cut[1] > 0
+    write_parquet(tmp_path / "validation-00000.parquet", examples[:5])
+    assert [len(load_images(parquet, split)) for split in ("train", "validation")] == [12, 5]
+
+
 def test_a_number_of_classes_that_is_wrong(tmp_path):
     write_folder(tmp_path / "train")
     with pytest.raises(DataError, match=r"split 'train' .* has 3 classes; cifar10 has 10"):
@@ -476,11 +486,12 @@ def test_a_number_of_classes_that_is_wrong(tmp_path):
 
 def test_folders_that_are_no_splits(tmp_path):
     write_folder(tmp_path / "train")
-    write_folder(tmp_path / "val")
-    with pytest.raises(DataError, match=r"has the folders \['train', 'val'\].* should have train, "
+    write_folder(tmp_path / "held")
+    with pytest.raises(DataError, match=r"has the folders \['held', 'train'\].* should have train, "
                                         r"test, each with a folder per class"):  # fmt: skip
         load_images(config(tmp_path), "train")
-    (tmp_path / "val").rename(tmp_path / "validation")
+    (tmp_path / "held").rename(tmp_path / "val")
+    assert len(load_images(config(tmp_path), "validation")) == 18  # as `validation`
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}/test/<class>/<image>.jpg")):
         load_images(config(tmp_path), "test")
 

@@ -67,6 +67,12 @@ def test_values_are_the_papers(module, data):
     assert methods["wise_ft"].alpha == methods["flow_wise_ft"].alpha == 0.5
 
 
+def test_a_flag_for_one_stage_is_for_that_stage(module):
+    config = module.get_config("resnet18,cars196")
+    config.finetune.optimizer.weight_decay = 0.25
+    assert config.probe.optimizer.weight_decay == config.head.optimizer.weight_decay == 5e-4
+
+
 def test_with_a_grid_every_method_has_all_rates(module):
     config = module.get_config("resnet50,cifar10,grid").validate()
     tried = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from easy_jax.config import (
 from easy_jax.data.images import training_view, uniforms
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view, resnet, timm_weights
+from easy_jax.plan import plan
 
 
 def stage(epochs=1, rate=0.1):
@@ -236,6 +238,28 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
     train.run(config, tmp_path / "run")
     assert "all is done: 4 results" in capsys.readouterr().out
 
+    content = json.loads((tmp_path / "network" / "config.json").read_text())
+    content["pretrained_cfg"] |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "network" / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"wants images of mean .*0\.5.* pretrain are .*0\.485"):
+        train.run(config, tmp_path / "grey")
+    del content["pretrained_cfg"]["mean"]
+    (tmp_path / "network" / "config.json").write_text(json.dumps(content))
+
+    # Results of other images, or another network, are not put beside new ones.
+    picture = next((tmp_path / "pretrain" / "test").glob("*/*.jpg")).resolve()
+    content = picture.read_bytes()
+    picture.write_bytes(content + b"0")
+    with pytest.raises(ConfigError, match=r"cells.jsonl has results, of flow, linear_probe, from"):
+        train.run(config, tmp_path / "run")
+    picture.write_bytes(content)
+    train.run(config, tmp_path / "run")
+    other = resnet.ResNet(model_config, 4, rngs=nnx.Rngs(1))
+    shutil.rmtree(tmp_path / "network")
+    timm_weights.export(other, model_config, tmp_path / "network")
+    with pytest.raises(ConfigError, match=r"from other weights or images than those that are now"):
+        train.run(config, tmp_path / "run")
+
     wrong = dataclasses.replace(config, data=TransferDataConfig(photos.target, photos.target))
     with pytest.raises(ConfigError, match=r"has 4 classes; target, the pre-training task, has 2"):
         train.run(wrong, tmp_path / "wrong")
@@ -249,8 +273,25 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
         ({"model": ResNetConfig(path="x")}, "model.path is 'x'; it must be empty"),
         ({"data": TransferDataConfig()}, r"in_channels is 1; it must be 3"),
         (
-            {"methods": (MethodConfig(learning_rates=(-1.0,)),)},
-            r"methods\[standard\].learning_rates is -1.0; it must be finite and at least 0",
+            {"methods": (MethodConfig(), MethodConfig("slow", learning_rates=(-1.0,)))},
+            r"methods\[slow\].learning_rates is -1.0; it must be finite and at least 0",
+        ),
+        (
+            {"methods": (MethodConfig(learning_rates=(0.1,)),)},
+            r"config.learning_rates is \(0.02,\); it must be empty: every method has",
+        ),
+        ({"learning_rates": ()}, r"learning_rates is \(\); it must be not empty: standard have"),
+        (
+            {"methods": (MethodConfig(anchor="l2"),)},
+            r"methods\[standard\].anchor_strength is 0.0; it must be positive, because anchor is",
+        ),
+        (
+            {"methods": (MethodConfig(anchor_strength=0.1),)},
+            r"anchor_strength is 0.1; it must be 0, because anchor is 'none'",
+        ),
+        (
+            {"methods": (MethodConfig(head_learning_rate=0.1),)},
+            r"head_learning_rate is 0.1; it must be 0, because there is no head_stage",
         ),
     ],
 )  # fmt: skip
@@ -311,3 +352,9 @@ def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
     assert path.read_text().startswith(before)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert [found["method"] for found in results["results"]] == list(names)
+
+
+def test_frozen_stages_as_the_command_line_gives_them():
+    config = letters(methods=(MethodConfig(),), frozen_batch_norm=("probe,finetune",)).validate()
+    frozen = {stage.name: stage.frozen_norm for stage in plan(config).values()}
+    assert list(frozen.values()) == [False, True, True]

@@ -25,12 +25,14 @@ from easy_jax.config import ConfigError, ExperimentConfig, GlyphDataConfig, ResN
 from easy_jax.data.glyphs import LETTERS, NUM_DIGITS
 from easy_jax.data.image_datasets import DATA_SETS
 from easy_jax.models import eval_view, resnet, train_view
-from easy_jax.plan import Stage, plan
+from easy_jax.plan import Stage, plan, shared_stages
 from easy_jax.scoring import make_score_step
 from easy_jax.step import make_train_step
 from easy_jax.vision import TRAINABLE
 
-_KEPT = 2  # models that an experiment keeps: the pre-trained and the probed one
+# Models that an experiment keeps: the pre-trained and the probed one, and, where the head is
+# trained alone at last, what was fine-tuned.
+_KEPT = 2
 
 # Forward passes that a step is worth, of the body and of the head: a pass each for the outputs,
 # for gradients of inputs and for gradients of weights, where they are needed. That images need no
@@ -42,7 +44,9 @@ def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
     """The steps of a configuration: `train`, once for each kind, `score`, or `all`."""
     lowerings = []
     if what != "score":
-        for name, (stage, *_) in kinds(config).items():
+        for name, stages in kinds(config).items():
+            # Of those that run the same program, the one beside which most is kept.
+            stage = max(stages, key=lambda stage: _kept(config, stage))
             assert stage.stage is not None
             lower = functools.partial(train_program, config, name, stage, mesh)
             lowerings.append(Lowering(lower, stage.stage.batch_size, stage.stage.micro_batches))
@@ -89,7 +93,7 @@ def train_program(
     settings, pretraining = stage.stage, stage.label_noise is None
     size, num_classes = _task(config, pretraining)
     model = _abstract_model(config, num_classes)
-    resident = 0.0 if pretraining else _KEPT * tree_bytes(placed(nnx.state(model), mesh))
+    resident = _kept(config, stage) * tree_bytes(placed(nnx.state(model), mesh))
     view = eval_view if stage.frozen_norm else train_view
     trainable: Any = TRAINABLE[stage.trainable]
     graphdef, *states = nnx.split(view(model), trainable, ...)
@@ -167,6 +171,13 @@ def forward_flops(config: ResNetConfig, image_size: int, num_classes: int) -> tu
 def _conv_flops(size: int, window: int, in_features: int, features: int) -> float:
     """Of a convolution with an output of `size` x `size` and a square window."""
     return 2.0 * size**2 * window**2 * in_features * features
+
+
+def _kept(config: ExperimentConfig, stage: Stage) -> int:
+    if stage.label_noise is None:
+        return 0
+    shared = {each.name for each in shared_stages(config, stage.seed, stage.label_noise)}
+    return _KEPT + (stage.start not in shared)
 
 
 def _kind(stage: Stage) -> str:

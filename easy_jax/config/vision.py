@@ -135,6 +135,18 @@ class MethodConfig:
         finite_at_least_zero(self, path, "anchor_strength", "head_learning_rate")
         _check_rates(self.learning_rates, f"{path}.learning_rates")
         require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
+        anchored = self.anchor != "none"
+        require(
+            anchored == (self.anchor_strength > 0), f"{path}.anchor_strength",
+            self.anchor_strength,
+            f"positive, because anchor is {self.anchor!r}" if anchored
+            else "0, because anchor is 'none'",
+        )  # fmt: skip
+        require(
+            self.head_learning_rate == 0 or self.head_stage != "none",
+            f"{path}.head_learning_rate", self.head_learning_rate,
+            "0, because there is no head_stage",
+        )  # fmt: skip
         if self.head_stage == "weighted":
             require(
                 self.weighting != "none", f"{path}.weighting", self.weighting,
@@ -276,7 +288,8 @@ class ExperimentConfig:
     Attributes:
       name: names the default workdir, `runs/<name>`.
       seeds: one full repetition each: data split, label noise, initialisation and order.
-      learning_rates: every method is trained at each; the choice uses validation data only.
+      learning_rates: every method is trained at each, but those that have rates of their own; the
+        choice uses validation data only.
       pretrain, probe, finetune, head: the stages (paper.md section 2, a to d). The peak
         learning rate of `finetune` and `head` comes from the grid. Weights that are given
         (`model.path`) are not trained: `pretrain` is not read.
@@ -335,13 +348,19 @@ class ExperimentConfig:
         if isinstance(self.data, GlyphDataConfig):
             ok = not self.model.path
             require(ok, "config.model.path", self.model.path, "empty: letters are trained on first")
-        for name in self.frozen_batch_norm:
+        for name in self.frozen_stages():
             ok = name in ("probe", "finetune", "head")
             require(ok, "config.frozen_batch_norm", name, "one of probe, finetune, head")
         self.scoring.validate("config.scoring")
         for stage in ("pretrain", "probe", "finetune", "head"):
             getattr(self, stage).validate(f"config.{stage}")
-        require(len(self.learning_rates) > 0, "config.learning_rates", (), "not empty")
+        rateless = [method.name for method in self.methods if not method.learning_rates]
+        require(
+            bool(self.learning_rates) == bool(rateless), "config.learning_rates",
+            self.learning_rates,
+            f"not empty: {', '.join(rateless)} have none of their own" if rateless
+            else "empty: every method has learning rates of its own",
+        )  # fmt: skip
         _check_rates(self.learning_rates, "config.learning_rates")
         names = [method.name for method in self.methods]
         require(len(names) > 0, "config.methods", names, "not empty")
@@ -364,9 +383,17 @@ class ExperimentConfig:
         """The methods to run: `only`, or all of them."""
         return tuple(m for m in self.methods if not self.only or m.name in self._only())
 
+    def frozen_stages(self) -> list[str]:
+        """The stages of `frozen_batch_norm`."""
+        return _names(self.frozen_batch_norm)
+
     def _only(self) -> list[str]:
-        # On the command line `--config.only=a,b` arrives as one string.
-        return [name for entry in self.only for name in entry.split(",")]
+        return _names(self.only)
+
+
+def _names(entries: tuple[str, ...]) -> list[str]:
+    # On the command line `--config.only=a,b` arrives as one string.
+    return [name for entry in entries for name in entry.split(",")]
 
 
 def _check_rates(rates: tuple[float, ...], path: str) -> None:

@@ -97,7 +97,7 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """
     data_set = DATA_SETS[config.name]
     splits = dict(data_set.splits)
-    if config.name == "other" and _split_folder(Path(config.path), "validation").exists():
+    if config.name == "other" and _has_validation(config):
         splits["validation"] = "validation"
     cut = split != "test" and "validation" not in splits
     store = _open(config, data_set, "train" if cut else splits[split])
@@ -151,6 +151,13 @@ def _open_folder(path: Path, data_set: ImageDataSet, split: str) -> FolderImages
     train = path / data_set.splits["train"]
     others = split != "train" and train.is_dir()
     return FolderImages(folder, FolderImages.classes_of(train) if others else None)
+
+
+def _has_validation(config: ImageDataConfig) -> bool:
+    path = Path(config.path)
+    if config.format == "parquet":
+        return bool(ParquetImages.files_of(path, "validation"))
+    return _split_folder(path, "validation").exists()
 
 
 def _split_folder(path: Path, split: str) -> Path:

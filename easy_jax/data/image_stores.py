@@ -197,10 +197,9 @@ class ParquetImages:
             image_field=image_field, label_field=label_field,
         )  # fmt: skip
         folder = Path(folder)
-        patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
-        self.files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        self.files = self.files_of(folder, split)
         if not self.files:
-            raise DataError(f"{folder} has none of {', '.join(patterns)}")
+            raise DataError(f"{folder} has none of {', '.join(self._patterns(split))}")
         size = sum(path.stat().st_size for path in self.files)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if size > memory:
@@ -223,6 +222,15 @@ class ParquetImages:
                 f"{self.num_classes - 1}), first {self._label[bad[0]]} in "
                 f"{self.where(int(bad[0]))}"
             )
+
+    @classmethod
+    def files_of(cls, folder: Path, split: str) -> list[Path]:
+        """The files of a split; none if it is not there."""
+        return sorted(path for pattern in cls._patterns(split) for path in folder.glob(pattern))
+
+    @staticmethod
+    def _patterns(split: str) -> tuple[str, ...]:
+        return f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet"
 
     def __reduce__(self) -> tuple[Any, ...]:  # a worker process reads the files itself
         return self._again, ()

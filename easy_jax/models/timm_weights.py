@@ -109,6 +109,26 @@ def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
     return config
 
 
+def read_normalisation(
+    path: str | os.PathLike[str],
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the images that a network wants, by channel, of [0, 1].
+
+    Args:
+      path: see `load`.
+
+    Returns:
+      Both, or None where there is no `config.json` that tells.
+
+    Raises:
+      WeightsError: see `load`.
+    """
+    images = _find(path).images()
+    if "mean" not in images or "std" not in images:
+        return None
+    return tuple(images["mean"]), tuple(images["std"])
+
+
 def export(
     model: ResNet | nnx.State,
     config: ResNetConfig,
