@@ -8,7 +8,6 @@ python benchmarks/image_step.py
 import copy
 import tempfile
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,9 @@ import optax
 import timm
 import torch
 from flax import nnx
-from timing import compared, exit_unless, interleave
+from timing import against_two
 from timm.models import save_for_hf
+from weighted_step import make_plain_step
 
 import easy_jax as ej
 
@@ -30,27 +30,6 @@ STEPS = 3  # timed together
 ROUNDS = 6
 TORCH_BOUND = 1.3
 PLAIN_BOUND = 1.02
-
-
-def make_plain_step(
-    graphdef: nnx.GraphDef[Any], optimizer: optax.GradientTransformation
-) -> Callable[..., Any]:
-    """An unweighted step written by hand: the mean cross-entropy of the same network."""
-
-    def loss_fn(params: nnx.State, rest: nnx.State, batch: dict[str, jax.Array]) -> Any:
-        model = nnx.merge(graphdef, params, rest, copy=True)
-        logits_BK = model(batch["image"])
-        losses_B = optax.softmax_cross_entropy_with_integer_labels(logits_BK, batch["label"])
-        return losses_B.mean(), nnx.split(model, nnx.Param, ...)[2]
-
-    def step(state: Any, batch: dict[str, jax.Array]) -> tuple[Any, jax.Array]:
-        params, rest, opt_state = state
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, rest), grads = gradient(params, rest, batch)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), rest, opt_state), loss
-
-    return jax.jit(step, donate_argnums=0)
 
 
 def authors_step(network: torch.nn.Module, batch: dict[str, np.ndarray]) -> Callable[[], float]:
@@ -130,20 +109,13 @@ def main() -> None:
         for _ in range(STEPS):
             first_loss.setdefault("torch", theirs())
 
-    # In pairs, as in language_step.py: PyTorch's memory is in the way of whoever follows.
-    against_plain = interleave({"weighted": weighted, "plain": plain}, ROUNDS)
-    against_torch = interleave({"weighted": weighted, "torch": pytorch}, ROUNDS)
+    weighted()
+    pytorch()
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
-    faster, faster_text = compared(against_torch["torch"], against_torch["weighted"], STEPS)
-    slower, slower_text = compared(against_plain["weighted"], against_plain["plain"], STEPS)
-    print(
-        f"image_step: PyTorch with the frozen probe / weighted {faster_text}, bound "
-        f"{TORCH_BOUND}; weighted / unweighted {slower_text}, bound {PLAIN_BOUND}"
-    )
-    exit_unless(
-        faster >= TORCH_BOUND and slower <= PLAIN_BOUND,
-        f"PyTorch / weighted >= {TORCH_BOUND}, weighted / unweighted <= {PLAIN_BOUND}",
-    )
+    against_two(
+        "image_step: the frozen probe in PyTorch's step", weighted, plain, pytorch,
+        rounds=ROUNDS, torch_bound=TORCH_BOUND, plain_bound=PLAIN_BOUND, calls=STEPS,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import optax
 import smollm2
 import torch
 from flax import nnx
-from timing import compared, exit_unless, interleave
+from timing import against_two
 
 import easy_jax as ej
 
@@ -93,20 +93,13 @@ def main() -> None:
         torch_optimizer.zero_grad()
         first_loss.setdefault("torch", loss.item())
 
-    # In pairs: after PyTorch the next one probably pays for memory that it gave back.
-    against_plain = interleave({"weighted": weighted, "plain": plain}, ROUNDS)
-    against_torch = interleave({"weighted": weighted, "torch": pytorch}, ROUNDS)
+    weighted()
+    pytorch()
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
-    faster, faster_text = compared(against_torch["torch"], against_torch["weighted"])
-    slower, slower_text = compared(against_plain["weighted"], against_plain["plain"])
-    print(
-        f"language_step: {len(ids)} examples in {ROWS} rows: PyTorch / weighted {faster_text}, "
-        f"bound {TORCH_BOUND}; weighted / unweighted {slower_text}, bound {PLAIN_BOUND}"
-    )
-    exit_unless(
-        faster >= TORCH_BOUND and slower <= PLAIN_BOUND,
-        f"PyTorch / weighted >= {TORCH_BOUND}, weighted / unweighted <= {PLAIN_BOUND}",
-    )
+    against_two(
+        f"language_step: {len(ids)} examples in {ROWS} rows", weighted, plain, pytorch,
+        rounds=ROUNDS, torch_bound=TORCH_BOUND, plain_bound=PLAIN_BOUND,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -64,6 +64,43 @@ def compared(numerator: Seconds, denominator: Seconds, calls: int = 1) -> tuple[
     return ratio, f"{ours:.0f} ms / {theirs:.0f} ms, RATIO {ratio:.3f} (of CPU time {cpu:.3f})"
 
 
+def against_two(
+    name: str,
+    weighted: Callable[[], object],
+    plain: Callable[[], object],
+    pytorch: Callable[[], object],
+    *,
+    rounds: int,
+    torch_bound: float,
+    plain_bound: float,
+    calls: int = 1,
+) -> None:
+    """A weighted training step against PyTorch's and an unweighted one; prints, exits on a miss.
+
+    In pairs, not all three in turn: whoever follows PyTorch probably pays for memory that it gave
+    back.
+
+    Args:
+      name: of the benchmark, and what it runs on.
+      weighted, plain, pytorch: `calls` steps each.
+      rounds: how often.
+      torch_bound: least time of PyTorch's step, of the weighted one's.
+      plain_bound: largest time of the weighted step, of the unweighted one's.
+    """
+    with_plain = interleave({"weighted": weighted, "plain": plain}, rounds)
+    with_torch = interleave({"weighted": weighted, "torch": pytorch}, rounds)
+    faster, faster_text = compared(with_torch["torch"], with_torch["weighted"], calls)
+    slower, slower_text = compared(with_plain["weighted"], with_plain["plain"], calls)
+    print(
+        f"{name}: PyTorch / weighted {faster_text}, bound {torch_bound}; "
+        f"weighted / unweighted {slower_text}, bound {plain_bound}"
+    )
+    exit_unless(
+        faster >= torch_bound and slower <= plain_bound,
+        f"PyTorch / weighted >= {torch_bound}, weighted / unweighted <= {plain_bound}",
+    )
+
+
 def exit_unless(holds: bool, bound: str) -> None:
     """Exits with code 1 and a message if a bound is missed."""
     if not holds:

@@ -14,8 +14,14 @@ from flax import nnx
 
 from easy_jax import distributed, evaluate, files, merge, metrics, scoring, sharding, weighting
 from easy_jax import fingerprint as fingerprints
-from easy_jax.config import ConfigError, ExperimentConfig, StageConfig, TransferDataConfig
-from easy_jax.data import Splits, Tasks, fingerprint, load_tasks, train_sizes
+from easy_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    GlyphDataConfig,
+    StageConfig,
+    TransferDataConfig,
+)
+from easy_jax.data import Splits, Tasks, fingerprint, load_tasks
 from easy_jax.data.image_datasets import DATA_SETS
 from easy_jax.fitting import Fit, fit
 from easy_jax.language import Until
@@ -50,7 +56,6 @@ class ImageExperiment:
         self.stages = plan(config)
         self._finished: dict[str, Fit] = {}
         self._data: tuple[tuple[int, float], Tasks] | None = None
-        self._sizes = train_sizes(config)
         self._did_work = False
         self._files: str | None = None
         self._counted: set[str] = set()
@@ -131,7 +136,7 @@ class ImageExperiment:
                 name = pretrain_name(config, config.seeds[0])
                 found["weights"] = fingerprints.of_state(self.fit(name).model_state)
             if isinstance(config.data, TransferDataConfig):
-                tasks = load_tasks(config, 0, 0.0)
+                tasks = self._tasks(0, 0.0)
                 for task, splits in (("pretrain", tasks.pretrain), ("target", tasks.target)):
                     for split in ("train", "validation", "test"):
                         source = getattr(splits, split)
@@ -183,9 +188,8 @@ class ImageExperiment:
         assert isinstance(self.config.data, TransferDataConfig)
         name, num_classes = self.config.data.names[0], self.data(stage).pretrain.num_classes
         data_set = DATA_SETS[self.config.data.pretrain.name]
-        wanted, found = (
-            timm_weights.read_normalisation(config.path), (data_set.mean, data_set.std)
-        )  # fmt: skip
+        wanted = timm_weights.read_normalisation(config.path)
+        found = data_set.mean, data_set.std
         if wanted is not None and not np.allclose(wanted, found, atol=1e-3):
             raise ConfigError(
                 f"{config.path} wants images of mean and standard deviation {wanted}; those of "
@@ -292,7 +296,12 @@ class ImageExperiment:
 
     def data(self, stage: Stage) -> Tasks:
         """Both tasks in a stage's setting; pre-training does not see the target."""
-        key = (stage.seed, stage.label_noise or 0.0)
+        return self._tasks(stage.seed, stage.label_noise or 0.0)
+
+    def _tasks(self, seed: int, label_noise: float) -> Tasks:
+        key = (seed, label_noise)
+        if isinstance(self.config.data, TransferDataConfig):
+            key = (0, 0.0)  # what files hold is the same in every setting: it is opened once
         if self._data is None or self._data[0] != key:
             self._data = None  # before the next: both in memory may be too much
             self._data = (key, load_tasks(self.config, *key))
@@ -418,7 +427,14 @@ class ImageExperiment:
     def _steps(self, stage: Stage) -> int:
         if stage.stage is None:
             return 0
-        size = self._sizes[stage.label_noise is not None]
+        data, pretraining = self.config.data, stage.label_noise is None
+        if isinstance(data, GlyphDataConfig):  # known before they are drawn
+            size = data.pretrain_train if pretraining else data.target_train
+        else:
+            tasks = self.data(stage)
+            source = (tasks.pretrain if pretraining else tasks.target).train
+            assert source is not None
+            size = len(source)
         return -(-size * stage.stage.epochs // stage.stage.batch_size)
 
     def _count_as_done(self, name: str | None) -> None:

@@ -14,7 +14,7 @@ from easy_jax.data.sources import (
     TfdsSource,
     fingerprint,
 )
-from easy_jax.data.tasks import load_tasks, train_sizes
+from easy_jax.data.tasks import load_tasks
 from easy_jax.data.text import TokenSource
 
 __all__ = [
@@ -35,6 +35,5 @@ __all__ = [
     "load_images",
     "load_tasks",
     "scoring_loader",
-    "train_sizes",
     "training_loader",
 ]

@@ -29,19 +29,8 @@ def load_tasks(config: ExperimentConfig, seed: int, label_noise: float) -> Tasks
         return glyphs.load(config.data, seed, label_noise)
     pretrain = _splits(config.data.pretrain, only_test=bool(config.model.path))
     target = _splits(config.data.target)
-    return Tasks(pretrain, target, np.zeros(_size(target), bool))
-
-
-def train_sizes(config: ExperimentConfig) -> tuple[int, int]:
-    """How many examples pre-training and fine-tuning have; letters are not drawn to know it."""
-    if isinstance(config.data, GlyphDataConfig):
-        return config.data.pretrain_train, config.data.target_train
-    tasks = load_tasks(config, 0, 0.0)
-    return _size(tasks.pretrain), _size(tasks.target)
-
-
-def _size(splits: Splits) -> int:
-    return 0 if splits.train is None else len(splits.train)
+    assert target.train is not None
+    return Tasks(pretrain, target, np.zeros(len(target.train), bool))
 
 
 def _splits(config: ImageDataConfig, only_test: bool = False) -> Splits:

@@ -37,18 +37,12 @@ def convolve(
     """
     height, width = x_BHWC.shape[1:3]
     if kernel.shape[0] > min(-(-height // strides[0]), -(-width // strides[1])):
-        return _patches(x_BHWC, kernel.shape[0], strides, padding) @ kernel.reshape(
-            -1, kernel.shape[-1]
-        )
+        places = _places(x_BHWC, kernel.shape[0], strides, padding, 0.0)
+        return jnp.concatenate(places, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
     conv = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings
     )
     return _convolve(conv, x_BHWC, kernel)
-
-
-def _patches(x_BHWC: jax.Array, size: int, strides: Sequence[int], padding: Padding) -> jax.Array:
-    """The windows, one after the other in the last axis."""
-    return jnp.concatenate(_places(x_BHWC, size, strides, padding, 0.0), axis=-1)
 
 
 def _places(
