@@ -16,6 +16,12 @@ from easy_jax.config.base import (
     differences,
     to_json,
 )
+from easy_jax.config.images import (
+    GlyphDataConfig,
+    ImageDataConfig,
+    ImageDataName,
+    TransferDataConfig,
+)
 from easy_jax.config.language import (
     ALPACA,
     InstructionsConfig,
@@ -27,14 +33,10 @@ from easy_jax.config.language import (
 from easy_jax.config.vision import (
     RESNETS,
     ExperimentConfig,
-    GlyphDataConfig,
     HeadStage,
-    ImageDataConfig,
-    ImageDataName,
     MethodConfig,
     ResNetConfig,
     Trainable,
-    TransferDataConfig,
     Weighting,
 )
 

@@ -1,0 +1,139 @@
+"""Data sets of images: what an experiment with images reads or draws."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from easy_jax.config.base import choice, require
+
+ImageDataName = Literal[
+    "cifar10", "cifar100", "oxford_flowers102", "caltech101", "cars196", "stanford_dogs",
+    "imagenet2012", "other",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(slots=True)
+class GlyphDataConfig:
+    """Letters rendered from fonts (pre-training) and handwritten digits (fine-tuning)."""
+
+    image_size: int = 16
+    pretrain_train: int = 12_000
+    pretrain_validation: int = 1_000
+    pretrain_test: int = 2_000
+    target_train: int = 800
+    target_validation: int = 400
+    label_noise: tuple[float, ...] = (0.3,)
+
+    def validate(self, path: str = "data") -> None:
+        require(self.image_size >= 8, f"{path}.image_size", self.image_size, "at least 8")
+        for name in (
+            "pretrain_train", "pretrain_validation", "pretrain_test",
+            "target_train", "target_validation",
+        ):  # fmt: skip
+            require(getattr(self, name) > 0, f"{path}.{name}", getattr(self, name), "positive")
+        used = self.target_train + self.target_validation
+        require(
+            used < 1797, f"{path}.target_train + {path}.target_validation", used,
+            "below 1,797, the number of digits, to leave a test set",
+        )  # fmt: skip
+        require(len(self.label_noise) > 0, f"{path}.label_noise", self.label_noise, "not empty")
+        for share in self.label_noise:
+            require(0.0 <= share < 1.0, f"{path}.label_noise", share, "at least 0 and below 1")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What reports call the two tasks."""
+        return "letters", "digits"
+
+
+@dataclasses.dataclass(slots=True)
+class ImageDataConfig:
+    """A data set of images, as `easy_jax.data.load_images` reads it.
+
+    Attributes:
+      name: by TFDS's name, which fixes classes, splits, normalisation and views; or `other`, a
+        folder or Parquet of your own, with ImageNet's normalisation and the views for photos.
+      format: prepared by TFDS as ArrayRecord (`path` is its `data_dir`); folders
+        `path/<split>/<class>/<image>`; or Parquet, `path/<split>*.parquet`.
+      path: where it is.
+      image_field, label_field: columns of Parquet, features of TFDS.
+      num_classes: of `other` in Parquet; elsewhere 0, for the data set's own.
+      image_size: side of what the model sees, in pixels.
+      resize_size: what the shorter side is resized to before the crop; 0: 8/7 of `image_size`
+        for photos (256 for 224), `image_size` for CIFAR (paper.md section 2).
+      interpolation: of the resize.
+      augment: random training views; without, training sees the scoring views.
+      threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
+        above which Python's lock is what they wait for.
+      workers: processes that decode in place of this one.
+    """
+
+    name: ImageDataName = "cifar10"
+    format: Literal["tfds", "folder", "parquet"] = "tfds"
+    path: str = ""
+    image_field: str = "image"
+    label_field: str = "label"
+    num_classes: int = 0
+    image_size: int = 224
+    resize_size: int = 0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    augment: bool = True
+    threads: int = 0
+    workers: int = 0
+
+    def validate(self, path: str = "data") -> None:
+        choice(self, path, "name", "format", "interpolation")
+        require(bool(self.path), f"{path}.path", self.path, "a folder")
+        if self.name == "other":
+            ok = self.format != "tfds"
+            require(ok, f"{path}.format", self.format, "'folder' or 'parquet', for name='other'")
+        for name in ("image_field", "label_field"):
+            require(bool(getattr(self, name)), f"{path}.{name}", "", "a field's name")
+        counted = self.name == "other" and self.format == "parquet"
+        require(
+            self.num_classes > 0 if counted else self.num_classes == 0,
+            f"{path}.num_classes", self.num_classes,
+            "positive for name='other' in Parquet, and 0 elsewhere",
+        )  # fmt: skip
+        require(self.image_size > 0, f"{path}.image_size", self.image_size, "positive")
+        require(
+            self.resize_size == 0 or self.resize_size >= self.image_size,
+            f"{path}.resize_size", self.resize_size,
+            f"0 or at least image_size = {self.image_size}",
+        )  # fmt: skip
+        for name in ("threads", "workers"):
+            require(getattr(self, name) >= 0, f"{path}.{name}", getattr(self, name), "at least 0")
+
+
+@dataclasses.dataclass(slots=True)
+class TransferDataConfig:
+    """Two data sets of images.
+
+    Attributes:
+      pretrain: what the network was pre-trained on; its test split tells what is kept. Its other
+        splits are only needed where the network is not given (`model.path`) but trained.
+      target: what it is fine-tuned on.
+    """
+
+    pretrain: ImageDataConfig = dataclasses.field(
+        default_factory=lambda: ImageDataConfig("imagenet2012")
+    )
+    target: ImageDataConfig = dataclasses.field(default_factory=ImageDataConfig)
+
+    def validate(self, path: str = "data") -> None:
+        self.pretrain.validate(f"{path}.pretrain")
+        self.target.validate(f"{path}.target")
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What reports call the two tasks; `other` by its folder."""
+        pretrain, target = (
+            Path(data.path).name if data.name == "other" else data.name
+            for data in (self.pretrain, self.target)
+        )
+        return pretrain, target
+
+    @property
+    def label_noise(self) -> tuple[float, ...]:
+        """Labels are as they are."""
+        return (0.0,)
