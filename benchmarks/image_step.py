@@ -83,10 +83,14 @@ def main() -> None:
     )
     trained = ej.train_view(model)
     weighted_step = ej.make_train_step(
-        nnx.graphdef(trained), ej.classification_loss, optimizer, reduction="example_mean"
+        nnx.graphdef(trained),
+        ej.classification_loss,
+        optimizer,
+        reduction="example_mean",
+        mesh=mesh,
     )
     state = ej.init_train_state(trained, optimizer, mesh=mesh)
-    plain_step = make_plain_step(nnx.graphdef(trained), optimizer)
+    plain_step = make_plain_step(nnx.graphdef(trained), optimizer, mesh)
     params, rest = jax.tree.map(jnp.copy, nnx.split(trained, nnx.Param, ...)[1:])
     plain_state = (params, rest, optimizer.init(params))
     theirs = authors_step(network, batch)

@@ -23,7 +23,7 @@ NUM_CLASSES = 10
 
 
 def make_plain_step(
-    graphdef: nnx.GraphDef[Any], optimizer: optax.GradientTransformation
+    graphdef: nnx.GraphDef[Any], optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
     """What one would write without the library: mean cross-entropy, no weights, no mask."""
 
@@ -41,7 +41,9 @@ def make_plain_step(
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), rest, opt_state), loss
 
-    return jax.jit(step, donate_argnums=0)
+    # The only thing that it takes from the library.
+    options = ej.sharding.compiler_options(mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def several_steps(step: Callable[..., Any], state: Any, batch: Any) -> Callable[[], None]:
@@ -69,7 +71,7 @@ def main() -> None:
     ones = np.ones(BATCH_SIZE, np.float32)
     random = (1.0 - rng.random(BATCH_SIZE)).astype(np.float32)  # in (0, 1]
     weighted_step = ej.make_train_step(
-        graphdef, ej.classification_loss, optimizer, reduction="example_mean"
+        graphdef, ej.classification_loss, optimizer, reduction="example_mean", mesh=mesh
     )
 
     def ours(weight_B: np.ndarray) -> Callable[[], None]:
@@ -78,7 +80,7 @@ def main() -> None:
 
     plain_state = jax.tree.map(lambda x: x.copy(), (params, rest, optimizer.init(params)))
     plain = several_steps(
-        make_plain_step(graphdef, optimizer), plain_state, ej.shard_batch(arrays, mesh)
+        make_plain_step(graphdef, optimizer, mesh), plain_state, ej.shard_batch(arrays, mesh)
     )
     seconds = interleave({"plain": plain, "weighted": ours(random), "ones": ours(ones)}, ROUNDS)
 

@@ -204,7 +204,11 @@ def make_score_step(
         with sharding.tracing_on(mesh):
             return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
 
-    return jax.jit(score_step, out_shardings=sharding.batch_sharding(mesh))
+    return jax.jit(
+        score_step,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 class OnlineWeights:
@@ -250,7 +254,11 @@ def _make_weigh(
         weight_B = batch["weight"] * weighting.flow_weights(loss_B, tau)
         return jnp.where(batch["mask"], weight_B, 0.0)
 
-    return jax.jit(weigh, out_shardings=sharding.batch_sharding(mesh))
+    return jax.jit(
+        weigh,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def per_example(

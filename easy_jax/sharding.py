@@ -275,6 +275,34 @@ def jit_init(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     return lambda *args: jitted(*shard_tree(args, mesh))
 
 
+def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
+    """What a computation on the mesh is compiled with, for `jax.jit`; None for XLA's defaults.
+
+    On CPUs, Eigen computes convolutions: XLA's default library computes those with few features on
+    one core.
+    """
+    if mesh is None or mesh.devices.flat[0].platform != "cpu":
+        return None
+    return _eigen_convolutions()
+
+
+# The default without INDIVIDUAL_CONVOLUTION.
+_EIGEN_CONVOLUTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": (
+        "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE"
+    )
+}
+
+
+@functools.cache
+def _eigen_convolutions() -> dict[str, str] | None:
+    try:
+        jax.jit(lambda: 0, compiler_options=_EIGEN_CONVOLUTIONS).lower().compile()
+    except jax.errors.JaxRuntimeError:  # it is experimental: a later version may not have it
+        return None
+    return _EIGEN_CONVOLUTIONS
+
+
 def tracing_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
     """Inside a jitted function: what is traced knows the mesh (`current_mesh`), and its chip."""
     if mesh is None:

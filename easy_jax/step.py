@@ -117,8 +117,8 @@ def make_train_step(
       reduction: see the module's docstring. Where every weight or count of a batch is
         zero the loss and its gradient are 0.
       micro_batches: split a batch and accumulate; BatchNorm sees one micro-batch at a time.
-      mesh: where state and batches will be, for models that shard their computation by hand;
-        without it the compiler decides.
+      mesh: where state and batches will be, for models that shard their computation by hand
+        and for `sharding.compiler_options`; without it the compiler decides.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the loss's fields and `weight`
@@ -199,7 +199,8 @@ def make_train_step(
             state = jax.lax.with_sharding_constraint(state, sharding.tree_shardings(state, mesh))
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    options = sharding.compiler_options(mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _coefficients(

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ CASES = [  # batch, height, width, channels, features, window, stride
     (2, 2, 2, 4, 3, 3, 1),
     (2, 4, 4, 4, 3, 3, 2),  # the output is smaller than a window
     (2, 1, 3, 4, 3, 3, 1),
+    (2, 1, 1, 4, 3, 7, 1),  # places without any pixel
 ]
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -99,6 +101,27 @@ def test_pieces_do_not_cross_devices(monkeypatch):
     assert not any(f"{kind}(" in text for kind in ("all-gather", "all-to-all", "permute"))
 
 
+def test_eigen_computes_convolutions_on_cpus(monkeypatch):
+    """XLA's default has one core for those with few features; else the option can go."""
+    image_BHWC, kernel = jnp.ones((8, 16, 16, 64)), jnp.ones((3, 3, 64, 64))
+    conv = functools.partial(convolve, **_settings(CASES[0]), dimension_numbers=LAYOUT)
+
+    def libraries(options):
+        text = jax.jit(conv, compiler_options=options).lower(image_BHWC, kernel).compile().as_text()
+        assert text.count(" convolution(") == 1
+        return text.count("__ynn_fusion")
+
+    assert libraries(None) == 1
+    assert libraries(sharding.compiler_options(devices_mesh(1))) == 0
+    assert sharding.compiler_options(None) is None
+    tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    assert sharding.compiler_options(tpu) is None
+    monkeypatch.setattr(sharding, "_EIGEN_CONVOLUTIONS", {"xla_no_such_option": "1"})
+    sharding._eigen_convolutions.cache_clear()
+    assert sharding.compiler_options(devices_mesh(1)) is None
+    sharding._eigen_convolutions.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2), (6, 9)], ids=str)
 def test_max_pool(size, dtype):
@@ -123,17 +146,21 @@ def test_max_pool(size, dtype):
     np.testing.assert_array_equal(np.float32(actual_gradient), expected_gradient)
 
 
-def test_tpus_and_gpus_have_gradients_of_xlas_own(monkeypatch):
+# Output, gradient for the image, and for the kernel: on CPUs the last in six pieces of one image,
+# or all by a product for every place in a window.
+@pytest.mark.parametrize(("case", "on_cpu"), [(CASES[1], (8, 0)), (CASES[4], (0, 27))], ids=str)
+def test_tpus_and_gpus_have_xlas_own(case, on_cpu, monkeypatch):
     monkeypatch.setattr(convolution, "_PIECE_BYTES", 100)
-    image_BHWC, kernel = _arrays(CASES[1])
+    image_BHWC, kernel = _arrays(case)
 
     def loss(image_BHWC, kernel):
-        y_BHWC = convolve(image_BHWC, kernel, **_settings(CASES[1]), dimension_numbers=LAYOUT)
+        y_BHWC = convolve(image_BHWC, kernel, **_settings(case), dimension_numbers=LAYOUT)
         return jnp.sum(max_pool(y_BHWC))
 
-    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(image_BHWC, kernel)
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(image_BHWC, kernel)
     for platform in ("tpu", "cuda", "cpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("select_and_scatter" in text) == (platform != "cpu")
-        # Output, gradient for the image, and for the kernel: whole, or six pieces of one image.
-        assert text.count("stablehlo.convolution") == (8 if platform == "cpu" else 3)
+        assert ("reduce_window" in text) == (platform != "cpu")
+        counts = tuple(text.count(f"stablehlo.{op}") for op in ("convolution", "dot_general"))
+        assert counts == (on_cpu if platform == "cpu" else (3, 0))

@@ -6,11 +6,12 @@ CPU backend has slow programs only: ResNet-18 trains eight times as fast with th
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Padding = Sequence[tuple[int, int]]
@@ -24,10 +25,10 @@ def convolve(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for square kernels; `nnx.Conv` takes it in its place.
 
-    Where windows are larger than images, a product of patches: XLA would take such an image for
-    the window and the kernel for the image, for which its CPU backend has no fast program (70
-    times slower at 2x2 and 512 channels). The gradient for the image is a convolution of the
-    output's, so the output's size counts as well.
+    Where windows are larger than images, a CPU has a product for every place in a window: XLA would
+    take such an image for the window and the kernel for the image, for which its CPU backend has no
+    fast program (70 times slower at 2x2 and 512 channels). The gradient for the image is a
+    convolution of the output's, so the output's size counts as well.
 
     Args:
       x_BHWC: images.
@@ -35,67 +36,74 @@ def convolve(
       strides, padding: of height and width.
       settings: the rest, as `nnx.Conv` gives it.
     """
-    height, width = x_BHWC.shape[1:3]
-    if kernel.shape[0] > min(-(-height // strides[0]), -(-width // strides[1])):
-        places = _places(x_BHWC, kernel.shape[0], strides, padding, 0.0)
-        return jnp.concatenate(places, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
     conv = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings
     )
-    return _convolve(conv, x_BHWC, kernel)
-
-
-def _places(
-    x_BHWC: jax.Array, size: int, strides: Sequence[int], padding: Padding, fill: float
-) -> list[jax.Array]:
-    """For every place in a window, row by row, what all windows have there."""
-    x_BHWC = jnp.pad(x_BHWC, ((0, 0), *padding, (0, 0)), constant_values=fill)
-    height, width = (full - size + 1 for full in x_BHWC.shape[1:3])
-    return [
-        x_BHWC[:, row : row + height : strides[0], column : column + width : strides[1]]
-        for row in range(size)
-        for column in range(size)
+    sizes = [
+        (size + sum(pad) - kernel.shape[0]) // stride + 1
+        for size, pad, stride in zip(x_BHWC.shape[1:3], padding, strides, strict=True)
     ]
+    if kernel.shape[0] <= min(*x_BHWC.shape[1:3], *sizes):
+        return _convolve(conv, None, x_BHWC, kernel)
+    by_place = functools.partial(_by_place, strides=strides, padding=padding, sizes=sizes)
+    return _convolve(conv, by_place, x_BHWC, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(conv: Any, x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-    y_BHWC: jax.Array = conv(x_BHWC, kernel)
+_Conv = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(
+    conv: _Conv, by_place: _Conv | None, x_BHWC: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    if by_place is None:
+        return conv(x_BHWC, kernel)
+    y_BHWC: jax.Array = jax.lax.platform_dependent(x_BHWC, kernel, cpu=by_place, default=conv)
     return y_BHWC
 
 
-def _convolve_forward(conv: Any, x_BHWC: jax.Array, kernel: jax.Array) -> tuple[Any, Any]:
-    return conv(x_BHWC, kernel), (x_BHWC, kernel)
+def _convolve_forward(
+    conv: _Conv, by_place: _Conv | None, x_BHWC: jax.Array, kernel: jax.Array
+) -> tuple[Any, Any]:
+    return _convolve(conv, by_place, x_BHWC, kernel), (x_BHWC, kernel)
 
 
-def _convolve_backward(conv: Any, residuals: Any, gradient_BHWC: jax.Array) -> Any:
-    x_BHWC, kernel = residuals
-    (x_gradient_BHWC,) = jax.vjp(lambda x: conv(x, kernel), x_BHWC)[1](gradient_BHWC)
+def _convolve_backward(
+    conv: _Conv, by_place: _Conv | None, residuals: Any, gradient_BHWC: jax.Array
+) -> Any:
+    def gradients(conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: Any) -> Any:
+        return jax.vjp(conv, x_BHWC, kernel)[1](gradient_BHWC)
 
-    def whole(x_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
-        (gradient,) = jax.vjp(lambda kernel: conv(x_BHWC, kernel), kernel)[1](gradient_BHWC)
-        return gradient
-
-    def in_pieces(x_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
-        """A third of the time of the whole, at 16x16 and 64 channels."""
-        pieces = _pieces(gradient_BHWC)
-
-        def split(a_BHWC: jax.Array) -> jax.Array:
-            # Every so many images in one piece: they stay on their devices.
-            return a_BHWC.reshape(-1, pieces, *a_BHWC.shape[1:])
-
-        x, gradient = split(x_BHWC), split(gradient_BHWC)
-        # Not a loop: in one, XLA takes slower programs.
-        parts = [whole(x[:, piece], gradient[:, piece]) for piece in range(pieces)]
-        return functools.reduce(jnp.add, parts)
-
-    kernel_gradient = jax.lax.platform_dependent(
-        x_BHWC, gradient_BHWC, cpu=in_pieces, default=whole
-    )
-    return x_gradient_BHWC, kernel_gradient
+    default = functools.partial(gradients, conv)
+    if by_place is not None:
+        cpu = functools.partial(gradients, by_place)
+    else:
+        cpu = functools.partial(_gradients_in_pieces, conv)
+    return jax.lax.platform_dependent(*residuals, gradient_BHWC, cpu=cpu, default=default)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _gradients_in_pieces(
+    conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel's in a third of the time of the whole, at 16x16 and 64 channels."""
+    (x_gradient_BHWC,) = jax.vjp(lambda x: conv(x, kernel), x_BHWC)[1](gradient_BHWC)
+    pieces = _pieces(gradient_BHWC)
+
+    def split(a_BHWC: jax.Array) -> jax.Array:
+        # Every so many images in one piece: they stay on their devices.
+        return a_BHWC.reshape(-1, pieces, *a_BHWC.shape[1:])
+
+    x, gradient = split(x_BHWC), split(gradient_BHWC)
+
+    def part(piece: int) -> jax.Array:
+        backward = jax.vjp(lambda kernel: conv(x[:, piece], kernel), kernel)[1]
+        return backward(gradient[:, piece])[0]
+
+    # Not a loop: in one, XLA takes slower programs.
+    return x_gradient_BHWC, functools.reduce(jnp.add, [part(piece) for piece in range(pieces)])
 
 
 def _pieces(gradient_BHWC: jax.Array) -> int:
@@ -105,9 +113,35 @@ def _pieces(gradient_BHWC: jax.Array) -> int:
     return next(pieces for pieces in range(max(1, least), batch + 1) if batch % pieces == 0)
 
 
+def _by_place(
+    x_BHWC: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Padding,
+    sizes: Sequence[int],
+) -> jax.Array:
+    """Products with pixels alone, none with padding: at 2x2, less than half of all there are."""
+
+    def reach(axis: int, place: int) -> tuple[slice, tuple[int, int]]:
+        """The pixels at this place of windows, and how many windows before and after have none."""
+        size, stride, (pad, _) = x_BHWC.shape[1 + axis], strides[axis], padding[axis]
+        first = min(max(0, -(-(pad - place) // stride)), sizes[axis])
+        end = max(first, min(sizes[axis], (size - 1 + pad - place) // stride + 1))
+        start = first * stride + place - pad
+        return slice(start, start + (end - first) * stride, stride), (first, sizes[axis] - end)
+
+    y_BHWF = jnp.zeros((x_BHWC.shape[0], *sizes, kernel.shape[-1]), x_BHWC.dtype)
+    for place in np.ndindex(kernel.shape[:2]):
+        (rows, above_below), (columns, sides) = map(reach, range(2), place)
+        part_BHWF = x_BHWC[:, rows, columns] @ kernel[place]
+        y_BHWF += jnp.pad(part_BHWF, ((0, 0), above_below, sides, (0, 0)))
+    return y_BHWF
+
+
 # Maximum over windows.
 
-_SIZE, _STRIDE, _PADDING = 3, 2, ((1, 1), (1, 1))
+_SIZE, _STRIDE = 3, 2
+_NONE = float(_SIZE**2)  # no place in a window
 
 
 @jax.custom_vjp
@@ -126,16 +160,20 @@ def max_pool(x_BHWC: jax.Array) -> jax.Array:
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
       [[5.0, 7.0], [13.0, 15.0]]
     """
-    return _max_pool(x_BHWC)
+
+    def of_places(x_BHWC: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.maximum, _places(x_BHWC, -jnp.inf))
+
+    y_BHWC: jax.Array = jax.lax.platform_dependent(x_BHWC, cpu=of_places, default=_max_pool)
+    return y_BHWC
 
 
 def _max_pool(x_BHWC: jax.Array) -> jax.Array:
-    strides = (_STRIDE, _STRIDE)
-    return nnx.max_pool(x_BHWC, (_SIZE, _SIZE), strides=strides, padding=_PADDING)
+    return nnx.max_pool(x_BHWC, (_SIZE,) * 2, strides=(_STRIDE,) * 2, padding=((1, 1),) * 2)
 
 
 def _max_pool_forward(x_BHWC: jax.Array) -> tuple[Any, Any]:
-    y_BHWC = _max_pool(x_BHWC)
+    y_BHWC = max_pool(x_BHWC)
     return y_BHWC, (x_BHWC, y_BHWC)
 
 
@@ -155,30 +193,58 @@ def _max_pool_backward(residuals: Any, gradient_BHWC: jax.Array) -> tuple[jax.Ar
 max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
-def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
-    """In a sixteenth of the time of XLA's, which looks for indices in four arrays."""
-    none = jnp.uint8(_SIZE**2)
-    first_BHWC = jnp.full(y_BHWC.shape, none)  # place of the maximum in its window
-    places = _places(x_BHWC, _SIZE, (_STRIDE, _STRIDE), _PADDING, -jnp.inf)
-    for place, value_BHWC in reversed(list(enumerate(places))):
-        first_BHWC = jnp.where(value_BHWC == y_BHWC, jnp.uint8(place), first_BHWC)
-
-    # Of the padded image: pixels in even rows are in two windows, above and below, or left and
-    # right; in odd ones, in the middle of one.
-    def pixels(row: int, column: int) -> jax.Array:
-        parts = []
-        for i in range(row, _SIZE, _STRIDE):
-            for j in range(column, _SIZE, _STRIDE):
-                part_BHWC = jnp.where(first_BHWC == _SIZE * i + j, gradient_BHWC, 0.0)
-                after = [(place // _STRIDE, 1 - place // _STRIDE) for place in (i, j)]
-                parts.append(jnp.pad(part_BHWC, ((0, 0), *after, (0, 0))))
-        return functools.reduce(jnp.add, parts)
-
-    rows = [
-        jnp.stack([pixels(row, column) for column in range(_STRIDE)], axis=3)
-        for row in range(_STRIDE)
-    ]
+def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
+    """For every place in a window, row by row, what all windows have there."""
     batch, height, width, channels = x_BHWC.shape
-    both = jnp.stack(rows, axis=2)  # [B, H, stride, W, stride, C]
-    padded_BHWC = both.reshape(batch, _STRIDE * both.shape[1], _STRIDE * both.shape[3], channels)
-    return padded_BHWC[:, 1 : height + 1, 1 : width + 1]
+    odd = (height % _STRIDE, width % _STRIDE)
+    x_BHWC = jnp.pad(x_BHWC, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), constant_values=fill)
+    rows, columns = (size // _STRIDE for size in x_BHWC.shape[1:3])
+    pairs = x_BHWC.reshape(batch, rows, _STRIDE, columns, _STRIDE, channels)
+
+    def at(row: int, column: int) -> jax.Array:
+        # A window has the second pixel of the pair before its own, and both of its own.
+        before = [(int(place == 0), 0) for place in (row, column)]
+        part_BHWC = pairs[:, : rows - before[0][0], (row + 1) % _STRIDE]
+        part_BHWC = part_BHWC[:, :, : columns - before[1][0], (column + 1) % _STRIDE]
+        return jnp.pad(part_BHWC, ((0, 0), *before, (0, 0)), constant_values=fill)
+
+    return [at(row, column) for row in range(_SIZE) for column in range(_SIZE)]
+
+
+def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
+    """In a twentieth of the time of XLA's, which looks for indices in four arrays."""
+    first_BHWC = jnp.full(y_BHWC.shape, _NONE**2, jnp.float32)
+    # NaN equals nothing; -inf would let XLA compute these places once for both uses, in memory.
+    for place, value_BHWC in reversed(list(enumerate(_places(x_BHWC, jnp.nan)))):
+        first_BHWC = jnp.where(value_BHWC == y_BHWC, float(place**2), first_BHWC)
+    # XLA holds a root for expensive, and does not find the place anew for every pixel.
+    first_BHWC = jnp.sqrt(first_BHWC)
+
+    def of_window(after: tuple[int, ...]) -> jax.Array:
+        is_first = _for_pixels(first_BHWC, after, _NONE) == _places_of_pixels(after)
+        return jnp.where(is_first, _for_pixels(gradient_BHWC, after, 0.0), 0.0)
+
+    windows = [of_window(after) for after in np.ndindex(_STRIDE, _STRIDE)]
+    x_gradient = functools.reduce(jnp.add, windows)  # [B, rows, 2, columns, 2, C]
+    batch, height, width, channels = x_BHWC.shape
+    rows, columns = y_BHWC.shape[1:3]
+    x_gradient = x_gradient.reshape(batch, _STRIDE * rows, _STRIDE * columns, channels)
+    return x_gradient[:, :height, :width].astype(x_BHWC.dtype)
+
+
+def _for_pixels(a_BHWC: jax.Array, after: tuple[int, ...], fill: float) -> jax.Array:
+    """Of windows for pairs of pixels, [B, rows, 1, columns, 1, C]: their own, or the one after."""
+    down, right = after
+    edges = ((0, 0), (0, down), (0, right), (0, 0))
+    a_BHWC = jnp.pad(a_BHWC[:, down:, right:], edges, constant_values=fill)
+    return a_BHWC[:, :, None, :, None]
+
+
+def _places_of_pixels(after: tuple[int, ...]) -> np.ndarray:
+    """Where a pair's pixels are in a window, [1, 1, 2, 1, 2, 1]; beyond `_NONE` if outside."""
+    place = np.full((1, 1, _STRIDE, 1, _STRIDE, 1), _NONE + 1, np.float32)
+    for pixel in np.ndindex(_STRIDE, _STRIDE):
+        row, column = (1 + p - _STRIDE * a for p, a in zip(pixel, after, strict=True))
+        if row >= 0 and column >= 0:
+            place[0, 0, pixel[0], 0, pixel[1], 0] = _SIZE * row + column
+    return place
