@@ -20,6 +20,7 @@ from easy_jax.loss_table import LossTable
 from easy_jax.results import Row, TableText
 
 _PICTURES = 20  # easiest and hardest examples, each
+_TITLE_WIDTH = 18  # characters
 
 
 def table(results: Mapping[str, Any]) -> Group:
@@ -112,7 +113,7 @@ def _setting_html(
         for name, ids in (("easiest", order[:_PICTURES]), ("hardest", order[::-1][:_PICTURES])):
             records = [source[int(i)] for i in ids]
             titles = [
-                f"“{record['label']}”  {loss_N[i]:.2g}"
+                _picture_title(tasks.target.classes[int(record["label"])], loss_N[i])
                 for i, record in zip(ids, records, strict=True)
             ]
             pictures = figures.example_pictures(
@@ -168,6 +169,14 @@ def _curves(
         if curve:
             curves[method.name] = curve
     return curves
+
+
+def _picture_title(name: str, loss: float) -> str:
+    """Short names beside the loss, longer ones above it, cut to the width of a picture."""
+    if len(name) > _TITLE_WIDTH:
+        name = f"{name[: _TITLE_WIDTH - 1]}…"
+    separator = "  " if len(name) <= 4 else "\n"
+    return f"“{name}”{separator}{loss:.2g}"
 
 
 def _html_table(text: TableText) -> str:

@@ -12,13 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 from image_data import encoded, picture, write_folder, write_parquet, write_tfds
 
-from easy_jax.config import ConfigError, ImageDataConfig, ImageDataName
+from easy_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    ImageDataConfig,
+    ImageDataName,
+    TransferDataConfig,
+)
 from easy_jax.data import (
     DataError,
     ImageSource,
     Reading,
     image_datasets,
     load_images,
+    load_tasks,
     scoring_loader,
     training_loader,
 )
@@ -203,7 +210,7 @@ def tfds_folder(tmp_path_factory):
 def test_tfds_images_stay_encoded(tfds_folder):
     store = TfdsImages("oxford_flowers102", "train", tfds_folder)
     examples = jpegs(20, 102)
-    assert (len(store), store.num_classes) == (20, 102)
+    assert (len(store), store.num_classes, len(store.classes)) == (20, 102, 102)
     assert store.read([19, 0, 7]) == [examples[i] for i in (19, 0, 7)]
     assert store.where(7) == (
         f"example 7 of split 'train' of TFDS data set 'oxford_flowers102' in {tfds_folder}"
@@ -458,6 +465,7 @@ def test_parquet_of_your_own(tmp_path):
     made = config(tmp_path, format="parquet", num_classes=3)
     assert [len(load_images(made, s)) for s in ("train", "validation", "test")] == [18, 2, 5]
     assert load_images(made, "test").num_classes == 3
+    assert load_images(made, "test").classes == ["0", "1", "2"]
 
 
 def test_classes_that_differ_between_splits(tmp_path):
@@ -466,6 +474,18 @@ def test_classes_that_differ_between_splits(tmp_path):
     with pytest.raises(DataError, match=r"test are not those of the training data: missing "
                                         r"\['cat'\], only here \['cow'\]"):  # fmt: skip
         load_images(config(tmp_path), "test")
+
+
+def test_tasks_know_the_names_of_their_classes(tmp_path):
+    for task, classes in (("old", ("ant", "bee")), ("new", ("bird", "cow", "dog"))):
+        for split in ("train", "test"):
+            write_folder(tmp_path / task / split, classes=classes)
+    pretrain, target = config(tmp_path / "old"), config(tmp_path / "new")
+    experiment = ExperimentConfig(data=TransferDataConfig(pretrain=pretrain, target=target))
+    tasks = load_tasks(experiment, seed=0, label_noise=0.0)
+    assert tasks.pretrain.classes == ["ant", "bee"] and tasks.pretrain.num_classes == 2
+    assert tasks.target.classes == ["bird", "cow", "dog"]
+    assert "".join(load_tasks(ExperimentConfig(), 0, 0.0).target.classes) == "0123456789"
 
 
 def test_a_validation_split_of_ones_own(tmp_path):

@@ -14,7 +14,7 @@ from flax import nnx
 from helpers import devices_mesh
 from image_data import write_folder
 
-from easy_jax import data, evaluate, losses, scoring, train
+from easy_jax import data, evaluate, losses, report, scoring, train
 from easy_jax import results as results_lib
 from easy_jax.config import (
     RESNETS,
@@ -130,6 +130,15 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
         expected = [100 * np.mean(right_N[group_N == decile]) for decile in range(10)]
         np.testing.assert_allclose(row(results, method)["target_by_decile"], expected)
         assert expected[0] > expected[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("7", "“7”  0.12"), ("dog", "“dog”  0.12"), ("beagle", "“beagle”\n0.12"),
+     ("n02088364-beagle-of-ours", "“n02088364-beagle-…”\n0.12")],
+)  # fmt: skip
+def test_pictures_carry_the_names_of_classes(name, title):
+    assert report._picture_title(name, 0.1234) == title
 
 
 def test_every_analysis_is_in_the_report(experiment):

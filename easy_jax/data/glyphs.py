@@ -58,7 +58,7 @@ def _letters(config: GlyphDataConfig, seed: int) -> Splits:
         _letters_cached(size, config.image_size, seed, stream) for stream, size in enumerate(sizes)
     ]
     train, validation, test = sources
-    return Splits(train, validation, test, num_classes=len(LETTERS))
+    return Splits(train, validation, test, classes=LETTERS)
 
 
 def render_letters(
@@ -130,7 +130,7 @@ def _digits(config: GlyphDataConfig, seed: int, label_noise: float) -> tuple[Spl
         for i, part in enumerate(parts)
     ]
     train, validation, test = sources
-    return Splits(train, validation, test, num_classes=NUM_DIGITS), wrong_N
+    return Splits(train, validation, test, classes=string.digits), wrong_N
 
 
 @functools.lru_cache(maxsize=4)

@@ -56,6 +56,7 @@ class ImageSource:
         self.store = store
         self.views = views
         self.num_classes = store.num_classes
+        self.classes = store.classes
         self.reading = Reading() if reading is None else reading
         self._mean = np.array(mean, np.float32)
         self._std = np.array(std, np.float32)

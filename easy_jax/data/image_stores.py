@@ -28,6 +28,7 @@ class ImageStore(Protocol):
     """Encoded images and their labels, by position."""
 
     num_classes: int
+    classes: Sequence[str]  # their names, by label
 
     def __len__(self) -> int: ...
 
@@ -71,8 +72,8 @@ class FolderImages:
     def __init__(self, folder: Location, classes: Sequence[str] | None = None):
         self.folder = Path(folder)
         real = self.folder.resolve()
-        self.classes = self.classes_of(self.folder)
-        if classes is not None and self.classes != list(classes):
+        self.classes: Sequence[str] = self.classes_of(self.folder)
+        if classes is not None and list(self.classes) != list(classes):
             missing = sorted(set(classes) - set(self.classes))
             extra = sorted(set(self.classes) - set(classes))
             raise DataError(
@@ -215,6 +216,7 @@ class ParquetImages:
         if len(self._label) == 0:
             raise DataError(f"split {split!r} in {folder} is empty: its files have no rows")
         self.num_classes = num_classes
+        self.classes: Sequence[str] = [str(label) for label in range(num_classes)]
         bad = np.flatnonzero((self._label < 0) | (self._label >= self.num_classes))
         if bad.size:
             raise DataError(
@@ -322,6 +324,7 @@ class TfdsImages:
                     f"field {field!r} of TFDS data set {name!r} is {features[field]}, no {kind}"
                 )
         self.num_classes: int = features[label_field].num_classes
+        self.classes: Sequence[str] = features[label_field].names
         self._fields = (image_field, label_field)
         self._where = f"split {split!r} of TFDS data set {name!r} in {data_dir}"
         self._identity = {**tfds_identity(builder, split), "fields": self._fields}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -46,12 +46,19 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Sources of one task; `train` and `validation` are None where nothing needs them."""
+    """Sources of one task; `train` and `validation` are None where nothing needs them.
+
+    `classes` are the names of the labels.
+    """
 
     train: Source | None
     validation: Source | None
     test: Source
-    num_classes: int
+    classes: Sequence[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,6 @@ def load_tasks(config: ExperimentConfig, seed: int, label_noise: float) -> Tasks
 def _splits(config: ImageDataConfig, only_test: bool = False) -> Splits:
     test = load_images(config, "test")
     if only_test:
-        return Splits(None, None, test, test.num_classes)
+        return Splits(None, None, test, test.classes)
     train, validation = load_images(config, "train"), load_images(config, "validation")
-    return Splits(train, validation, test, test.num_classes)
+    return Splits(train, validation, test, test.classes)
