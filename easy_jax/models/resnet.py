@@ -89,6 +89,20 @@ def _size(x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
     return jnp.asarray(examples, jnp.float32) * (height * width)
 
 
+def _shifted(x_BHWC: jax.Array, shift_C: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+    """0 for padding."""
+    shifted_BHWC = x_BHWC - _spread(shift_C)
+    if mask_B is None:
+        return shifted_BHWC
+    return jnp.where(mask_B[:, None, None, None], shifted_BHWC, 0.0)
+
+
+def _per_value(x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
+    """What makes a sum over the values of a channel their mean; 0 values have the mean 0."""
+    # Factors of sums, not divisors: XLA's CPU backend makes a program of its own of any division.
+    return 1.0 / jnp.maximum(_size(x_BHWC, mask_B), 1.0)
+
+
 def _scaled(
     x_BHWC: jax.Array, mean_C: jax.Array, scale_C: jax.Array, bias_C: jax.Array
 ) -> jax.Array:
@@ -124,17 +138,13 @@ def _normalised_forward(
     shift_C: jax.Array,
     mask_B: jax.Array | None,
 ) -> tuple[Any, Any]:
-    size = jnp.maximum(_size(x_BHWC, mask_B), 1.0)
-    shifted_BHWC = x_BHWC - _spread(shift_C)
-
-    def mean(a_BHWC: jax.Array) -> jax.Array:
-        a_BC = jnp.sum(a_BHWC, axis=(1, 2))
-        if mask_B is not None:
-            a_BC = jnp.where(mask_B[:, None], a_BC, 0.0)
-        return jnp.sum(a_BC, axis=0) / size
-
-    mean_C = mean(shifted_BHWC)
-    var_C = jnp.maximum(mean(jnp.square(shifted_BHWC)) - jnp.square(mean_C), 0.0)
+    shifted_BHWC = _shifted(x_BHWC, shift_C, mask_B)
+    per_value = _per_value(x_BHWC, mask_B)
+    mean_C, square_C = (
+        jnp.sum(jnp.sum(a, axis=(1, 2)), axis=0) * per_value
+        for a in (shifted_BHWC, jnp.square(shifted_BHWC))
+    )
+    var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
     mean_C += shift_C
     rate_C = jax.lax.rsqrt(var_C + epsilon)
     y_BHWC = _scaled(x_BHWC, mean_C, rate_C * scale_C, bias_C)
@@ -147,15 +157,15 @@ def _normalised_backward(epsilon: float, residuals: Any, gradients: Any) -> Any:
     x_BHWC, scale_C, mask_B, shift_C, mean_C, rate_C = residuals
     gradient_BHWC = gradients[0].astype(jnp.float32)
     # About the shift, as in the forward pass, so that XLA needs one difference in memory only.
-    shifted_BHWC = x_BHWC - _spread(shift_C)
+    shifted_BHWC = _shifted(x_BHWC, shift_C, mask_B)
     mean_C = mean_C - shift_C
     bias_gradient_C = jnp.sum(gradient_BHWC, axis=(0, 1, 2))
     product_C = jnp.sum(gradient_BHWC * shifted_BHWC, axis=(0, 1, 2))
     scale_gradient_C = (product_C - mean_C * bias_gradient_C) * rate_C
-    size = jnp.maximum(_size(x_BHWC, mask_B), 1.0)
-    slope_C = rate_C * scale_gradient_C / size
+    per_value = _per_value(x_BHWC, mask_B)
+    slope_C = rate_C * scale_gradient_C * per_value
     centred_BHWC = shifted_BHWC - _spread(mean_C)
-    shared_BHWC = _spread(bias_gradient_C / size) + centred_BHWC * _spread(slope_C)
+    shared_BHWC = _spread(bias_gradient_C * per_value) + centred_BHWC * _spread(slope_C)
     if mask_B is not None:
         shared_BHWC = jnp.where(mask_B[:, None, None, None], shared_BHWC, 0.0)
     x_gradient_BHWC = (gradient_BHWC - shared_BHWC) * _spread(rate_C * scale_C)
