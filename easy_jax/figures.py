@@ -242,5 +242,6 @@ def example_pictures(
         if index < len(titles):
             axis.imshow(image_NHWC[index], cmap="gray", vmin=-1.0, vmax=1.0)
             is_wrong = wrong_N is not None and bool(wrong_N[index])
-            axis.set_title(titles[index], fontsize=8, color=_WRONG if is_wrong else "black")
+            color = _WRONG if is_wrong else "black"
+            axis.set_title(titles[index], fontsize=8, color=color, parse_math=False)
     return figure

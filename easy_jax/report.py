@@ -20,7 +20,7 @@ from easy_jax.loss_table import LossTable
 from easy_jax.results import Row, TableText
 
 _PICTURES = 20  # easiest and hardest examples, each
-_TITLE_WIDTH = 18  # characters
+_NAME_WIDTH = 13  # characters that fit above a picture
 
 
 def table(results: Mapping[str, Any]) -> Group:
@@ -173,8 +173,8 @@ def _curves(
 
 def _picture_title(name: str, loss: float) -> str:
     """Short names beside the loss, longer ones above it, cut to the width of a picture."""
-    if len(name) > _TITLE_WIDTH:
-        name = f"{name[: _TITLE_WIDTH - 1]}…"
+    if len(name) > _NAME_WIDTH:
+        name = f"{name[: _NAME_WIDTH - 1]}…"
     separator = "  " if len(name) <= 4 else "\n"
     return f"“{name}”{separator}{loss:.2g}"
 

@@ -198,7 +198,8 @@ def make_score_step(
     graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]], mesh: Mesh
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
-    every pass with the same model structure, loss and shapes shares one compilation."""
+    every pass with the same model structure, loss and shapes shares one compilation. On a mesh of
+    CPUs it has compiler options, with which JAX lets no other `jit` call it."""
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         with sharding.tracing_on(mesh):

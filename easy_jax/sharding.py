@@ -297,7 +297,8 @@ _EIGEN_CONVOLUTIONS = {
 @functools.cache
 def _eigen_convolutions() -> dict[str, str] | None:
     try:
-        jax.jit(lambda: 0, compiler_options=_EIGEN_CONVOLUTIONS).lower().compile()
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            jax.jit(lambda: 0, compiler_options=_EIGEN_CONVOLUTIONS).lower().compile()
     except jax.errors.JaxRuntimeError:  # it is experimental: a later version may not have it
         return None
     return _EIGEN_CONVOLUTIONS

@@ -117,8 +117,9 @@ def make_train_step(
       reduction: see the module's docstring. Where every weight or count of a batch is
         zero the loss and its gradient are 0.
       micro_batches: split a batch and accumulate; BatchNorm sees one micro-batch at a time.
-      mesh: where state and batches will be, for models that shard their computation by hand
-        and for `sharding.compiler_options`; without it the compiler decides.
+      mesh: where state and batches will be, for models that shard their computation by hand;
+        without it the compiler decides. On a mesh of CPUs the step has compiler options, with
+        which JAX lets no other `jit` call it.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the loss's fields and `weight`

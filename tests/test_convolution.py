@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import sharding
+from easy_jax import losses, scoring, sharding
 from easy_jax.models import convolution
 from easy_jax.models.convolution import convolve, max_pool
+from easy_jax.step import init_train_state, make_train_step
 
 CASES = [  # batch, height, width, channels, features, window, stride
     (2, 9, 8, 3, 5, 3, 1),
@@ -75,6 +78,31 @@ def test_convolve(case, piece_bytes, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"rhs_dilation": (1, 2)}, {"feature_group_count": 2}],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("height", [2, 6])
+def test_unequal_strides_and_padding(height, settings, dtype):
+    """As XLA has them, in float64."""
+    rng = np.random.default_rng(0)
+    image_BHWC = rng.normal(size=(2, height, 5, 4))
+    kernel = rng.normal(size=(3, 3, 4 // settings.get("feature_group_count", 1), 6))
+    settings |= {"padding": ((1, 0), (2, 1)), "dimension_numbers": LAYOUT}
+    with jax.enable_x64(True):
+        exact = functools.partial(jax.lax.conv_general_dilated, window_strides=(2, 1), **settings)
+        arrays = [jnp.asarray(jnp.asarray(a, dtype), jnp.float64) for a in (image_BHWC, kernel)]
+        y_BHWC, backward = jax.vjp(exact, *arrays)
+        cotangent_BHWC = np.float64(jnp.asarray(rng.normal(size=y_BHWC.shape), dtype))
+        expected = [np.asarray(a) for a in (y_BHWC, *backward(jnp.asarray(cotangent_BHWC)))]
+    ours = functools.partial(convolve, strides=(2, 1), **settings)
+    y_BHWC, backward = jax.vjp(ours, jnp.asarray(image_BHWC, dtype), jnp.asarray(kernel, dtype))
+    actual = (y_BHWC, *backward(jnp.asarray(cotangent_BHWC, dtype)))
+    bound = 1e-5 if dtype == jnp.float32 else 1e-2
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine.dtype == dtype
+        np.testing.assert_allclose(np.float64(mine), theirs, rtol=bound, atol=bound)
+
+
 @pytest.mark.parametrize(
     ("batch", "piece_bytes", "pieces"), [(6, 2**20, 1), (6, 4 * 9 * 8 * 5, 6), (6, 1000, 6),
                                          (6, 2000, 6), (6, 4500, 2), (7, 4500, 7)],
@@ -118,8 +146,35 @@ def test_eigen_computes_convolutions_on_cpus(monkeypatch):
     assert sharding.compiler_options(tpu) is None
     monkeypatch.setattr(sharding, "_EIGEN_CONVOLUTIONS", {"xla_no_such_option": "1"})
     sharding._eigen_convolutions.cache_clear()
-    assert sharding.compiler_options(devices_mesh(1)) is None
-    sharding._eigen_convolutions.cache_clear()
+    try:
+        assert sharding.compiler_options(devices_mesh(1)) is None
+    finally:
+        sharding._eigen_convolutions.cache_clear()
+
+
+def test_steps_are_compiled_with_the_options(monkeypatch):
+    monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"xla_no_such_option": "1"})
+    mesh, optimizer = devices_mesh(1), optax.sgd(0.1)
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    batch = {"x": np.ones((4, 2), np.float32), "label": np.zeros(4, np.int32),
+             "weight": np.ones(4, np.float32), "mask": np.ones(4, bool)}  # fmt: skip
+
+    def loss_fn(model, batch):
+        return losses.softmax_cross_entropy(model(batch["x"]), batch["label"])
+
+    train_step = make_train_step(
+        nnx.graphdef(model), loss_fn, optimizer, reduction="example_mean", mesh=mesh
+    )
+    score_step = scoring.make_score_step(nnx.graphdef(model), loss_fn, mesh)
+    weigh = scoring.OnlineWeights(model, loss_fn=loss_fn, tau=1.0, mesh=mesh)
+    state = init_train_state(model, optimizer, mesh=mesh)
+    for call in (
+        lambda: train_step(state, batch),
+        lambda: score_step(nnx.state(model), batch),
+        lambda: weigh(batch),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -135,7 +135,7 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
 @pytest.mark.parametrize(
     ("name", "title"),
     [("7", "“7”  0.12"), ("dog", "“dog”  0.12"), ("beagle", "“beagle”\n0.12"),
-     ("n02088364-beagle-of-ours", "“n02088364-beagle-…”\n0.12")],
+     ("n02088364-beagle-of-ours", "“n02088364-be…”\n0.12")],
 )  # fmt: skip
 def test_pictures_carry_the_names_of_classes(name, title):
     assert report._picture_title(name, 0.1234) == title

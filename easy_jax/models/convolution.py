@@ -1,8 +1,7 @@
 """Convolution and maximum over windows, with gradients that a CPU is fast at.
 
-Both are XLA's own operations, and on TPUs and GPUs their gradients are, too. For some shapes XLA's
-CPU backend has slow programs only: ResNet-18 trains eight times as fast with these on batches of
-64 images of 64x64, on two cores.
+On TPUs and GPUs both are XLA's own, gradients included. For some shapes XLA's CPU backend has slow
+programs only, and here are others; `benchmarks/image_step.py` shows what they make of ResNet-18.
 """
 
 import functools
@@ -27,8 +26,8 @@ def convolve(
 
     Where windows are larger than images, a CPU has a product for every place in a window: XLA would
     take such an image for the window and the kernel for the image, for which its CPU backend has no
-    fast program (70 times slower at 2x2 and 512 channels). The gradient for the image is a
-    convolution of the output's, so the output's size counts as well.
+    fast program. The gradient for the image is a convolution of the output's, so the output's size
+    counts as well.
 
     Args:
       x_BHWC: images.
@@ -43,9 +42,17 @@ def convolve(
         (size + sum(pad) - kernel.shape[0]) // stride + 1
         for size, pad, stride in zip(x_BHWC.shape[1:3], padding, strides, strict=True)
     ]
-    if kernel.shape[0] <= min(*x_BHWC.shape[1:3], *sizes):
+    dilations = (*(settings.get("lhs_dilation") or ()), *(settings.get("rhs_dilation") or ()))
+    is_plain = settings.get("feature_group_count", 1) == 1 and set(dilations) <= {1}
+    if not is_plain or kernel.shape[0] <= min(*x_BHWC.shape[1:3], *sizes):
         return _convolve(conv, None, x_BHWC, kernel)
-    by_place = functools.partial(_by_place, strides=strides, padding=padding, sizes=sizes)
+
+    def by_place(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+        # Sums over places, here and in the gradients, in float32.
+        wide = (x_BHWC.astype(jnp.float32), kernel.astype(jnp.float32))
+        y_BHWF = _by_place(*wide, strides, padding, sizes)
+        return y_BHWF.astype(x_BHWC.dtype)
+
     return _convolve(conv, by_place, x_BHWC, kernel)
 
 
@@ -88,7 +95,7 @@ _convolve.defvjp(_convolve_forward, _convolve_backward)
 def _gradients_in_pieces(
     conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel's in a third of the time of the whole, at 16x16 and 64 channels."""
+    """The kernel's piece by piece, which pays where there are few features."""
     (x_gradient_BHWC,) = jax.vjp(lambda x: conv(x, kernel), x_BHWC)[1](gradient_BHWC)
     pieces = _pieces(gradient_BHWC)
 
@@ -212,7 +219,7 @@ def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
 
 
 def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
-    """In a twentieth of the time of XLA's, which looks for indices in four arrays."""
+    """Finds the maxima's places once; XLA looks for indices in four arrays."""
     first_BHWC = jnp.full(y_BHWC.shape, _NONE**2, jnp.float32)
     # NaN equals nothing; -inf would let XLA compute these places once for both uses, in memory.
     for place, value_BHWC in reversed(list(enumerate(_places(x_BHWC, jnp.nan)))):

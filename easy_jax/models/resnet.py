@@ -62,8 +62,8 @@ class BatchNorm(nnx.BatchNorm):
         assert self.scale is not None and self.bias is not None
         scale_C, bias_C, mean_C = self.scale[...], self.bias[...], self.mean[...]
         if self.use_running_average:
-            rate_C = jax.lax.rsqrt(self.var[...] + self.epsilon)
-            return _scaled(x_BHWC, mean_C, rate_C * scale_C, bias_C)
+            inv_std_C = jax.lax.rsqrt(self.var[...] + self.epsilon)
+            return _scaled(x_BHWC, mean_C, inv_std_C * scale_C, bias_C)
         y_BHWC, mean_C, var_C = _normalised(self.epsilon, x_BHWC, scale_C, bias_C, mean_C, mask_B)
         self._learn(mean_C, var_C, _size(x_BHWC, mask_B))
         return y_BHWC
@@ -121,11 +121,9 @@ def _normalised(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalised by the batch's own mean and biased variance, and the two, without gradients.
 
-    The moments are of the examples that are not padding, and about `shift_C`, the running mean:
-    about 0, a large mean would drown a small variance. They are 0 without any example.
-
-    The gradient keeps nothing but the input. Masks cost next to nothing in sums over an example;
-    `jnp.mean(where=...)` and its gradient are 7 % of a small network's training step.
+    The moments are of the examples that are not padding; without any, all comes out as the bias.
+    Sums are about `shift_C`, the running mean: about 0, a large mean would drown a small variance.
+    Of what is as large as the images, the gradient keeps the input alone.
     """
     return _normalised_forward(epsilon, x_BHWC, scale_C, bias_C, shift_C, mask_B)[0]
 
@@ -146,29 +144,31 @@ def _normalised_forward(
     )
     var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
     mean_C += shift_C
-    rate_C = jax.lax.rsqrt(var_C + epsilon)
-    y_BHWC = _scaled(x_BHWC, mean_C, rate_C * scale_C, bias_C)
-    return (y_BHWC, mean_C, var_C), (x_BHWC, scale_C, mask_B, shift_C, mean_C, rate_C)
+    inv_std_C = jax.lax.rsqrt(var_C + epsilon)
+    # Without any example the variance is 0, and what comes out would grow with every layer.
+    inv_std_C = jnp.where(_size(x_BHWC, mask_B) > 0, inv_std_C, 0.0)
+    y_BHWC = _scaled(x_BHWC, mean_C, inv_std_C * scale_C, bias_C)
+    return (y_BHWC, mean_C, var_C), (x_BHWC, scale_C, mask_B, shift_C, mean_C, inv_std_C)
 
 
 def _normalised_backward(epsilon: float, residuals: Any, gradients: Any) -> Any:
     """Through the batch's mean and variance, in which padding has no part."""
     del epsilon
-    x_BHWC, scale_C, mask_B, shift_C, mean_C, rate_C = residuals
+    x_BHWC, scale_C, mask_B, shift_C, mean_C, inv_std_C = residuals
     gradient_BHWC = gradients[0].astype(jnp.float32)
     # About the shift, as in the forward pass, so that XLA needs one difference in memory only.
     shifted_BHWC = _shifted(x_BHWC, shift_C, mask_B)
     mean_C = mean_C - shift_C
     bias_gradient_C = jnp.sum(gradient_BHWC, axis=(0, 1, 2))
     product_C = jnp.sum(gradient_BHWC * shifted_BHWC, axis=(0, 1, 2))
-    scale_gradient_C = (product_C - mean_C * bias_gradient_C) * rate_C
+    scale_gradient_C = (product_C - mean_C * bias_gradient_C) * inv_std_C
     per_value = _per_value(x_BHWC, mask_B)
-    slope_C = rate_C * scale_gradient_C * per_value
+    slope_C = inv_std_C * scale_gradient_C * per_value
     centred_BHWC = shifted_BHWC - _spread(mean_C)
     shared_BHWC = _spread(bias_gradient_C * per_value) + centred_BHWC * _spread(slope_C)
     if mask_B is not None:
         shared_BHWC = jnp.where(mask_B[:, None, None, None], shared_BHWC, 0.0)
-    x_gradient_BHWC = (gradient_BHWC - shared_BHWC) * _spread(rate_C * scale_C)
+    x_gradient_BHWC = (gradient_BHWC - shared_BHWC) * _spread(inv_std_C * scale_C)
     return x_gradient_BHWC.astype(x_BHWC.dtype), scale_gradient_C, bias_gradient_C, None, None
 
 
