@@ -37,7 +37,7 @@ def main() -> None:
     steps = loader.steps
     optimizer = ej.make_optimizer(stage.optimizer, steps)
     step = ej.make_train_step(
-        nnx.graphdef(model), ej.classification_loss, optimizer, reduction=stage.reduction
+        nnx.graphdef(model), ej.classification_loss, optimizer, reduction=stage.reduction, mesh=mesh
     )
     first = {name: array for name, array in next(iter(loader)).items() if name != "example_id"}
     batch = ej.shard_batch(first, mesh)

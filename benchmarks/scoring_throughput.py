@@ -3,6 +3,7 @@
 python benchmarks/scoring_throughput.py
 """
 
+import functools
 import itertools
 import statistics
 import tempfile
@@ -37,7 +38,7 @@ def main() -> None:
     ]
     loader = ej.scoring_loader(source, BATCH_SIZE)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=ej.sharding.compiler_options(mesh))
     def forward(state: nnx.State, image_BHWC: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(image_BHWC)
 
