@@ -22,7 +22,7 @@ from easy_jax.ahead_of_time.programs import (
     tree_bytes,
 )
 from easy_jax.config import ConfigError, ExperimentConfig, GlyphDataConfig, ResNetConfig
-from easy_jax.data.glyphs import LETTERS, NUM_DIGITS
+from easy_jax.data.glyphs import DIGITS, LETTERS
 from easy_jax.data.image_datasets import DATA_SETS
 from easy_jax.models import eval_view, resnet, train_view
 from easy_jax.plan import Stage, plan, shared_stages
@@ -201,7 +201,7 @@ def _task(config: ExperimentConfig, pretraining: bool) -> tuple[int, int]:
     """
     data = config.data
     if isinstance(data, GlyphDataConfig):
-        return data.image_size, len(LETTERS) if pretraining else NUM_DIGITS
+        return data.image_size, len(LETTERS if pretraining else DIGITS)
     task = data.pretrain if pretraining else data.target
     num_classes = DATA_SETS[task.name].num_classes or task.num_classes
     if not num_classes:

@@ -19,7 +19,7 @@ from easy_jax.config import GlyphDataConfig
 from easy_jax.data.sources import ArraySource, Splits, Tasks
 
 LETTERS = string.ascii_uppercase
-NUM_DIGITS = 10
+DIGITS = string.digits
 _CANVAS = 48  # pixels, before scaling down
 _FONT_SIZE = 34
 # Families with plain capitals; the rest of matplotlib's fonts are symbols and duplicates.
@@ -123,14 +123,14 @@ def _digits(config: GlyphDataConfig, seed: int, label_noise: float) -> tuple[Spl
     order = rng.permutation(len(label))
     first, second = config.target_train, config.target_train + config.target_validation
     parts = (order[:first], order[first:second], order[second:])
-    train_label, wrong_N = corrupt_labels(label[parts[0]], NUM_DIGITS, label_noise, rng)
+    train_label, wrong_N = corrupt_labels(label[parts[0]], len(DIGITS), label_noise, rng)
     labels = (train_label, label[parts[1]], label[parts[2]])
     sources = [
-        ArraySource({"image": image[part], "label": labels[i]}, num_classes=NUM_DIGITS)
+        ArraySource({"image": image[part], "label": labels[i]}, num_classes=len(DIGITS))
         for i, part in enumerate(parts)
     ]
     train, validation, test = sources
-    return Splits(train, validation, test, classes=string.digits), wrong_N
+    return Splits(train, validation, test, classes=DIGITS), wrong_N
 
 
 @functools.lru_cache(maxsize=4)

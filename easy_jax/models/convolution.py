@@ -78,18 +78,22 @@ def _convolve_forward(
 def _convolve_backward(
     conv: _Conv, by_place: _Conv | None, residuals: Any, gradient_BHWC: jax.Array
 ) -> Any:
-    def gradients(conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: Any) -> Any:
-        return jax.vjp(conv, x_BHWC, kernel)[1](gradient_BHWC)
-
-    default = functools.partial(gradients, conv)
-    if by_place is not None:
-        cpu = functools.partial(gradients, by_place)
-    else:
+    if by_place is None:
         cpu = functools.partial(_gradients_in_pieces, conv)
+    else:
+        cpu = functools.partial(_gradients, by_place)
+    default = functools.partial(_gradients, conv)
     return jax.lax.platform_dependent(*residuals, gradient_BHWC, cpu=cpu, default=default)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)
+
+
+def _gradients(
+    conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_gradient_BHWC, kernel_gradient = jax.vjp(conv, x_BHWC, kernel)[1](gradient_BHWC)
+    return x_gradient_BHWC, kernel_gradient
 
 
 def _gradients_in_pieces(
