@@ -87,6 +87,50 @@ def write_json(target: Path, value: Any) -> None:
     write(target, json.dumps(value, indent=2) + "\n")
 
 
+def read_text(source: Path, error: type[Exception], fix: str = "") -> str:
+    """The content of a UTF-8 file, whatever the locale.
+
+    Args:
+      source: the file.
+      error: raised for whatever is wrong with it, with its path.
+      fix: what to do then; ends the message.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    advice = f"; {fix}" if fix else ""
+    try:
+        return source.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as cause:
+        raise error(f"{source} cannot be read: {cause.strerror or cause}{advice}") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{source} is not UTF-8: {cause}{advice}") from cause
+
+
+def read_json(source: Path, error: type[Exception], fix: str = "") -> dict[str, Any]:
+    """The JSON object in a file; arguments and errors as for `read_text`.
+
+    Example:
+      >>> target = Path(tempfile.mkdtemp()) / "metadata.json"
+      >>> write_json(target, {"median": 4.9})
+      >>> read_json(target, ValueError)
+      {'median': 4.9}
+    """
+    advice = f"; {fix}" if fix else ""
+    text = read_text(source, error, fix)
+    try:
+        content = json.loads(text)
+    except RecursionError as cause:
+        raise error(f"{source} is JSON nested too deeply{advice}") from cause
+    except ValueError as cause:
+        raise error(f"{source} is not JSON: {cause}{advice}") from cause
+    if not isinstance(content, dict):
+        raise error(f"{source} is not a JSON object but {type(content).__name__}{advice}")
+    return content
+
+
 class Lines:
     """A file of lines that grows; what is flushed is kept. A last line cut short is removed.
 
@@ -102,9 +146,9 @@ class Lines:
                 whole = content.rfind(b"\n") + 1
                 if whole != len(content):
                     os.truncate(target, whole)
-            self._local = target.open("a")
+            self._local = target.open("a", encoding="utf-8")
         else:
-            self._text = target.read_text() if target.exists() else ""
+            self._text = target.read_text(encoding="utf-8") if target.exists() else ""
 
     def append(self, line: str) -> None:
         """Adds a line; it is on disk after `flush`."""
@@ -118,7 +162,7 @@ class Lines:
         if self._local is not None:
             self._local.flush()
         else:
-            self._target.write_text(self._text)
+            self._target.write_text(self._text, encoding="utf-8")
 
     def close(self) -> None:
         """Writes out, and closes."""

@@ -64,3 +64,31 @@ def test_a_file_that_does_not_reach_the_disk_is_not_seen(monkeypatch, tmp_path):
     with pytest.raises(OSError, match="Input/output error"):
         files.write(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"{", "is not JSON"),
+        (b'{"a": \xff}', "is not UTF-8"),
+        (b"[" * 100_000, "is JSON nested too deeply"),
+        (b'{"a": ' + b"9" * 5_000 + b"}", "is not JSON: Exceeds the limit"),
+        (b"[1]", "is not a JSON object but list"),
+    ],
+)
+def test_malformed_json_is_one_line_with_the_path_and_the_cure(content, message, tmp_path):
+    path = tmp_path / "metadata.json"
+    path.write_bytes(content)
+    with pytest.raises(KeyError) as caught:
+        files.read_json(path, KeyError, "score again")
+    (text,) = caught.value.args
+    assert message in text and text.startswith(str(path)) and text.endswith("; score again")
+    assert "\n" not in text
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"Δ": "é"})
+    assert path.read_bytes().decode("utf-8").startswith("{")
+    assert files.read_json(path, ValueError) == {"Δ": "é"}

@@ -8,6 +8,7 @@ from easy_jax.data.reading import Reading
 from easy_jax.data.sources import (
     ArraySource,
     DataError,
+    DataWarning,
     Source,
     Splits,
     Tasks,
@@ -21,6 +22,7 @@ __all__ = [
     "AnySource",
     "ArraySource",
     "DataError",
+    "DataWarning",
     "ImageSource",
     "Loader",
     "PackedSource",

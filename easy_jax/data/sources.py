@@ -19,6 +19,10 @@ class DataError(ValueError):
     """A record or a data set cannot be used; the message names it and the fix."""
 
 
+class DataWarning(UserWarning):
+    """Something in the data is not used, or not as it may be meant; the message says what."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """What a data set must offer: a length, and a record for every position below it.
