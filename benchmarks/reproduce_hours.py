@@ -50,7 +50,7 @@ def compiled(folder: Path, model: str, topology: str) -> dict[str, Result]:
             f"--workdir={workdir}",
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result: Result = json.loads((workdir / "compile.json").read_text())
+    result: Result = json.loads((workdir / "compile.json").read_text(encoding="utf-8"))
     return {program["name"]: program for program in result["programs"]}
 
 

@@ -44,7 +44,7 @@ def compiled(folder: Path, config: str, method: str, topology: str) -> Result:
             f"--config.scoring.batch_size={ROWS * chips}", f"--workdir={workdir}",
         ]  # fmt: skip
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    result: Result = json.loads((workdir / "compile.json").read_text())
+    result: Result = json.loads((workdir / "compile.json").read_text(encoding="utf-8"))
     return result
 
 

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axis import Tick
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.text import Text
 
 from easy_jax.results import setting_name
 
@@ -54,6 +56,9 @@ def to_svg(figure: Figure) -> str:
     """A figure as SVG text without date or random ids: equal figures give equal text."""
     import matplotlib
 
+    ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
+    for text in {*figure.findobj(Text)} - ticks:
+        text.set_parse_math(False)  # names may have a $; powers of ten on an axis are formulas
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "easy_jax"}):
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
@@ -243,5 +248,5 @@ def example_pictures(
             axis.imshow(image_NHWC[index], cmap="gray", vmin=-1.0, vmax=1.0)
             is_wrong = wrong_N is not None and bool(wrong_N[index])
             color = _WRONG if is_wrong else "black"
-            axis.set_title(titles[index], fontsize=8, color=color, parse_math=False)
+            axis.set_title(titles[index], fontsize=8, color=color)
     return figure

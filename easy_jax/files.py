@@ -51,8 +51,11 @@ def is_local(location: Location) -> bool:
 
 
 def write(target: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all."""
-    data = content.encode() if isinstance(content, str) else content
+    """Writes a file, whole or not at all; text as UTF-8, whatever the locale.
+
+    Half a character, as the bytes of a file's name can become, is written as its escape.
+    """
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     if not is_local(target):
         target.write_bytes(data)
         return

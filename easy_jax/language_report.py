@@ -9,7 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from easy_jax import figures, page
+from easy_jax import figures, files, page
 from easy_jax.config import LanguageConfig
 from easy_jax.loss_table import LossTable
 
@@ -105,7 +105,7 @@ def write(config: LanguageConfig, workdir: Path, results: Mapping[str, Any]) -> 
     header, body = lines(results["language"])
     rule = ["---", *["---:"] * (len(header) - 1)]
     text = "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *body])
-    (workdir / "results.md").write_text(text + "\n")
+    files.write(workdir / "results.md", text + "\n")
     sections = [page.paragraph(_EXPLANATION), page.table(_CAPTION, header, body, left=1)]
     trade_off = _trade_off(config, results["language"])
     if trade_off is not None:
@@ -121,4 +121,4 @@ def write(config: LanguageConfig, workdir: Path, results: Mapping[str, Any]) -> 
                 "weights they become",
             )
         )  # fmt: skip
-    (workdir / "report.html").write_text(page.page(f"easy_jax: {config.name}", sections))
+    files.write(workdir / "report.html", page.page(f"easy_jax: {config.name}", sections))

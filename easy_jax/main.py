@@ -14,6 +14,7 @@ from easy_jax.ahead_of_time import command as ahead_of_time
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.errors import USER_ERRORS
 from easy_jax.peers import EXIT_PEERS, PeersError
+from easy_jax.terminal import print_whatever_the_encoding
 
 COMMANDS: dict[str, train.Until] = {
     "run": "report",
@@ -97,6 +98,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def cli() -> None:
     """The `easy-jax` console script: errors that a user can mend are one line, exit code 2."""
+    print_whatever_the_encoding()
     try:
         app.run(main, flags_parser=_parse)
     except PeersError as error:

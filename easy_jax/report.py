@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from easy_jax import figures, metrics, page, plan
+from easy_jax import figures, files, metrics, page, plan
 from easy_jax import results as results_lib
 from easy_jax.config import ExperimentConfig
 from easy_jax.data import load_tasks
@@ -54,8 +54,8 @@ def markdown(config: ExperimentConfig, results: Mapping[str, Any]) -> str:
 
 def write(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -> None:
     """Writes `results.md` and `report.html`: one self-contained page, no network."""
-    (workdir / "results.md").write_text(markdown(config, results))
-    (workdir / "report.html").write_text(_page(config, workdir, results))
+    files.write(workdir / "results.md", markdown(config, results))
+    files.write(workdir / "report.html", _page(config, workdir, results))
 
 
 def _page(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -> str:

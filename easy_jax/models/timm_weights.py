@@ -7,7 +7,6 @@ import bisect
 import collections
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
-from easy_jax import distributed, sharding
+from easy_jax import distributed, files, sharding
 from easy_jax.config import RESNETS, ConfigError, ResNetConfig
 from easy_jax.models import weight_files
 from easy_jax.models.resnet import ResNet
@@ -184,7 +183,7 @@ def export(
                     "classifier": "fc",
                 },
             }
-            (temporary / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+            files.write_json(temporary / "config.json", content)
 
 
 # What a checkpoint is of.

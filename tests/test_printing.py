@@ -1,0 +1,53 @@
+"""What is printed and written is the text that it is, in any locale."""
+
+import io
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from easy_jax import figures, files
+from easy_jax.terminal import Terminal, plain_console, print_whatever_the_encoding
+
+ODD = "x[/red]y [bold] :fire: [link=a]"
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_nothing_printed_is_read_as_markup(is_terminal):
+    file = io.StringIO()
+    console = plain_console(file=file, width=200, force_terminal=is_terminal, color_system=None)
+    with Terminal(console) as terminal:
+        terminal.start(3)
+        terminal.describe(f"stage {ODD}")
+        terminal.print(f"message {ODD}")
+        table = Table(f"header {ODD}", title=f"title {ODD}", caption=f"caption {ODD}")
+        table.add_row(f"cell {ODD}")
+        terminal.print(table)
+    shown = ["message", "header", "title", "caption", "cell", *(["stage"] if is_terminal else [])]
+    for what in shown:
+        assert f"{what} {ODD}" in file.getvalue()
+
+
+def test_what_an_output_cannot_encode_is_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii", "strict"))
+    print_whatever_the_encoding()
+    plain_console().print("Δ [x]")
+    print("é", flush=True)
+    assert written.getvalue() == b"\\u0394 [x]\n\\xe9\n"
+
+
+def test_half_a_character_of_a_files_name_is_written_as_its_escape(tmp_path):
+    files.write(tmp_path / "results.md", "Δ caf\udce9")
+    assert (tmp_path / "results.md").read_bytes() == "Δ caf\\udce9".encode()
+
+
+def test_names_in_figures_are_no_formulas():
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([0, 1], label="$\\broken{$")
+    axis.set_title("$x^2$")
+    figure.legend()
+    svg = figures.to_svg(figure)
+    assert "<!-- $x^2$ -->" in svg and "<!-- $\\broken{$ -->" in svg
