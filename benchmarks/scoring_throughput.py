@@ -15,7 +15,7 @@ from flax import nnx
 from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
-from easy_jax import scoring
+from easy_jax import scoring, sharding
 
 NUM_IMAGES = 8192
 BATCH_SIZE = 256
@@ -38,7 +38,7 @@ def main() -> None:
     ]
     loader = ej.scoring_loader(source, BATCH_SIZE)
 
-    @functools.partial(jax.jit, compiler_options=ej.sharding.compiler_options(mesh))
+    @functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
     def forward(state: nnx.State, image_BHWC: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(image_BHWC)
 

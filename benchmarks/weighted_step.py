@@ -14,6 +14,7 @@ from flax import nnx
 from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
+from easy_jax import sharding
 
 BATCH_SIZE = 64
 STEPS_PER_ROUND = 5
@@ -42,7 +43,7 @@ def make_plain_step(
         return (optax.apply_updates(params, updates), rest, opt_state), loss
 
     # The only thing that it takes from the library.
-    options = ej.sharding.compiler_options(mesh)
+    options = sharding.compiler_options(mesh)
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

@@ -10,59 +10,63 @@ weights, fine-tune with the weighted loss, and show what was learnt against what
   step = ej.make_train_step(graphdef, ej.classification_loss, optimizer, reduction="example_mean")
 """
 
-from easy_jax.config import (
-    ExperimentConfig,
-    ImageDataConfig,
-    LanguageConfig,
-    LanguageMethodConfig,
-    MeshConfig,
-    MethodConfig,
-    OptimizerConfig,
-    ResNetConfig,
-    StageConfig,
-)
-from easy_jax.data import (
-    ArraySource,
-    ImageSource,
-    PackedSource,
-    Ragged,
-    Reading,
-    TfdsSource,
-    TokenSource,
-    load_images,
-    scoring_loader,
-    text,
-    training_loader,
-)
-from easy_jax.evaluate import classification, with_task_parts
-from easy_jax.fitting import Fit, fit
-from easy_jax.lm_head import linear_cross_entropy
-from easy_jax.loss_table import LossTable
-from easy_jax.losses import (
-    causal_lm_loss,
-    causal_lm_token_losses,
-    classification_loss,
-    softmax_cross_entropy,
-    squared_error,
-)
-from easy_jax.merge import interpolate, wise_ft
-from easy_jax.models import eval_view, hugging_face, lora, timm_weights, train_view
-from easy_jax.models.resnet import ResNet
-from easy_jax.models.transformer import Transformer
-from easy_jax.models.transformer_config import TransformerConfig
-from easy_jax.optim import make_optimizer
-from easy_jax.scoring import score
-from easy_jax.sharding import make_mesh, shard_batch
-from easy_jax.step import TrainState, init_train_state, make_train_step
-from easy_jax.train import run
-from easy_jax.weighting import (
-    control_weights,
-    entropic_objective,
-    flow_weights,
-    flow_weights_token,
-    kl_dro_weights,
-    temperature,
-)
+from etils import epy
+
+# Each name is imported when it is first used: `easy-jax --help` needs none of JAX.
+with epy.lazy_api_imports(globals()):
+    from easy_jax.config import (
+        ExperimentConfig,
+        ImageDataConfig,
+        LanguageConfig,
+        LanguageMethodConfig,
+        MeshConfig,
+        MethodConfig,
+        OptimizerConfig,
+        ResNetConfig,
+        StageConfig,
+    )
+    from easy_jax.data import (
+        ArraySource,
+        ImageSource,
+        PackedSource,
+        Ragged,
+        Reading,
+        TfdsSource,
+        TokenSource,
+        load_images,
+        scoring_loader,
+        text,
+        training_loader,
+    )
+    from easy_jax.evaluate import classification, with_task_parts
+    from easy_jax.fitting import Fit, fit
+    from easy_jax.lm_head import linear_cross_entropy
+    from easy_jax.loss_table import LossTable
+    from easy_jax.losses import (
+        causal_lm_loss,
+        causal_lm_token_losses,
+        classification_loss,
+        softmax_cross_entropy,
+        squared_error,
+    )
+    from easy_jax.merge import interpolate, wise_ft
+    from easy_jax.models import eval_view, hugging_face, lora, timm_weights, train_view
+    from easy_jax.models.resnet import ResNet
+    from easy_jax.models.transformer import Transformer
+    from easy_jax.models.transformer_config import TransformerConfig
+    from easy_jax.optim import make_optimizer
+    from easy_jax.scoring import score
+    from easy_jax.sharding import make_mesh, shard_batch
+    from easy_jax.step import TrainState, init_train_state, make_train_step
+    from easy_jax.train import run
+    from easy_jax.weighting import (
+        control_weights,
+        entropic_objective,
+        flow_weights,
+        flow_weights_token,
+        kl_dro_weights,
+        temperature,
+    )
 
 __all__ = [
     "ArraySource",
