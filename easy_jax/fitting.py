@@ -116,6 +116,7 @@ def fit(
 
     Warns:
       InputBoundWarning: the devices wait for data a fifth of the time.
+      LostUpdatesWarning: most parameters are too coarse for the learning rate.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
@@ -131,6 +132,7 @@ def fit(
         stage.reduction, stage.micro_batches, mesh,
     )  # fmt: skip
     state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
+    optim.warn_of_lost_updates(state.params, stage.optimizer.learning_rate)
     state = _set_learning_rate(state, stage.optimizer.learning_rate, mesh)
     start_params = jax.tree.map(jnp.copy, state.params) if sfa_beta is not None else None
     average_at = merge.sfa_steps(total) if sfa_beta is not None else ()

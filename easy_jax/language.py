@@ -151,7 +151,10 @@ class LanguageExperiment:
             "looking for an export", lambda: (folder / "config.json").exists()
         ):
             with files.local_folder(folder) as local:
-                hugging_face.export(model, local, base=self.config.model.path)
+                hugging_face.export(
+                    model, local, base=self.config.model.path,
+                    eos_token_id=self.train.examples.eos_id,
+                )  # fmt: skip
         self.terminal.print(f"{method.name}: exported to {folder}")
 
     def _weights(

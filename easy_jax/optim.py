@@ -1,6 +1,7 @@
 """Optimisers as optax chains, and the pull towards the starting weights."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -64,6 +65,41 @@ def make_optimizer(
         return optax.chain(*parts)
 
     return optax.inject_hyperparams(chain)(learning_rate=config.learning_rate)
+
+
+class LostUpdatesWarning(UserWarning):
+    """Parameters have too few digits for what training adds to them."""
+
+
+def warn_of_lost_updates(params: Any, learning_rate: float) -> None:
+    """Warns if a change as large as the learning rate is rounded away in most parameters.
+
+    That is what happens to parameters in bfloat16, which has 8 significant bits, at the learning
+    rates of fine-tuning: an update of Adam is about as large as the learning rate.
+
+    Args:
+      params: the parameters to train, of any dtypes.
+      learning_rate: of the optimiser.
+
+    Example:
+      >>> warn_of_lost_updates({"w": jnp.full(4, 0.02, jnp.float32)}, learning_rate=1e-5)
+    """
+    total, lost = 0, 0
+    dtypes = set()
+    for leaf in jax.tree.leaves(params):
+        total += leaf.size
+        if leaf.dtype != jnp.float32:
+            share = jnp.mean(leaf + jnp.asarray(learning_rate, leaf.dtype) == leaf)
+            lost += int(float(share) * leaf.size)
+            dtypes.add(leaf.dtype.name)
+    if learning_rate > 0 and lost > 0.5 * total:
+        warnings.warn(
+            f"{lost / total:.0%} of the parameters to train are too coarse ({', '.join(dtypes)}) "
+            f"for a change as large as the learning rate, {learning_rate:g}: most updates are "
+            "rounded away. Keep them in float32 (param_dtype='float32'); the computation may "
+            "stay in bfloat16 (dtype='bfloat16')",
+            LostUpdatesWarning, stacklevel=3,
+        )  # fmt: skip
 
 
 def schedule_shape(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:

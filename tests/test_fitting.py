@@ -4,17 +4,18 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import distributed, metrics
+from easy_jax import distributed, metrics, optim
 from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.fitting import fit
-from easy_jax.losses import classification_loss
+from easy_jax.losses import classification_loss, squared_error
 from easy_jax.models import resnet, train_view
 
 CLASSES = 3
@@ -221,3 +222,14 @@ def test_a_stop_while_an_epoch_is_evaluated_loses_no_step(model, source, tmp_pat
     chex.assert_trees_all_equal(
         jax.device_get(parts.model_state), jax.device_get(whole.model_state)
     )
+
+
+def test_bfloat16_parameters_and_a_small_learning_rate_are_told(tmp_path):
+    linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, dtype=jnp.float32)
+    source = ArraySource({"x": np.ones((8, 4), np.float32), "y": np.ones((8, 3), np.float32)})
+    stage = StageConfig(batch_size=8, optimizer=OptimizerConfig(name="adamw", learning_rate=1e-6))
+    with pytest.warns(optim.LostUpdatesWarning, match=r"\(bfloat16\) .* learning rate, 1e-06"):
+        fit(
+            linear, source, tmp_path, stage=stage, mesh=devices_mesh(1),
+            loss_fn=lambda model, batch: squared_error(model(batch["x"]), batch["y"]),
+        )  # fmt: skip

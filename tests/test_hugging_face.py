@@ -320,6 +320,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
     [
         ({"model_type": "gpt2"}, r"model_type is 'gpt2'; supported are \['gemma2', 'llama'\]"),
         ({"model_type": None}, r"model_type is None"),
+        ({"quantization_config": {"quant_method": "x"}}, r"\['quantization_config'\] are not"),
+        ({"use_sliding_window": True}, r"\['use_sliding_window'\] are not supported"),
+        ({"resid_dropout": 0.1}, r"\['resid_dropout'\] are not supported"),
         ({"num_experts": 4}, r"the fields \['num_experts'\] are not supported"),
         ({"attention_bias": True}, r"attention_bias is True; supported: \[None, False\]"),
         ({"mlp_bias": True}, r"mlp_bias is True"),
@@ -342,6 +345,41 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
 def test_config_that_cannot_be_honoured(folder, changes, message):
     _write_config(folder, **changes)
     _assert_refused(folder, rf"model/config\.json: .*{message}", ConfigError)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unsloth_fixed": True},
+        {"_attn_implementation_autoset": True},
+        {"tokenizer_class": "LlamaTokenizer", "torchscript": True, "temperature": 0.7},
+        {"auto_map": {"AutoConfig": "x"}},
+        {"eos_token_id": [1, 2, 3], "sep_token_id": None, "decoder_start_token_id": 4},
+        {"quantization_config": None, "num_experts": None},
+        {"use_sliding_window": False, "pruned_heads": {}, "resid_dropout": 0.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_fields_without_effect_are_read_over(good, folder, changes):
+    expected = hugging_face.read_config(good)
+    _write_config(folder, **changes)
+    assert hugging_face.read_config(folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(2, 0), ([5, 7], 0), ([5, 0], [5, 0]), (0, 0), (None, 0)]
+)
+def test_the_export_stops_where_training_did(folder, tmp_path, before, after):
+    _write_config(folder, eos_token_id=before, bos_token_id=1)
+    generation = {"eos_token_id": before, "temperature": 0.7, "bos_token_id": 1}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    hugging_face.export(
+        hugging_face.load(folder), tmp_path / "out", base=folder, eos_token_id=0
+    )  # fmt: skip
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == CONFIG | {"eos_token_id": after, "bos_token_id": 1}
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == generation | {"eos_token_id": after}
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_attention_heads"])

@@ -1,5 +1,7 @@
 """Optimisers, schedules and anchors against NumPy and PyTorch's published update rules."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,3 +104,23 @@ def test_anchor_needs_the_parameters():
     pull = optim.anchor("l2", 1.0)
     with pytest.raises(ValueError, match="anchor needs the parameters"):
         pull.update({"x": jnp.zeros(1)}, pull.init({"x": jnp.zeros(1)}))
+
+
+def test_updates_that_bfloat16_rounds_away_are_told():
+    """The share is that of the values whose half of a last digit is above the learning rate."""
+    values = np.random.default_rng(0).normal(scale=0.02, size=10_000).astype(np.float32)
+    params = {"w": jnp.asarray(values, jnp.bfloat16), "scale": jnp.ones(100)}
+    rounded = np.asarray(params["w"], np.float32)
+    half = 2.0 ** (np.floor(np.log2(np.abs(rounded))) - 8)
+    share = (half > 1e-5).sum() / 10_100
+    assert 0.8 < share < 0.9
+    with pytest.warns(
+        optim.LostUpdatesWarning,
+        match=rf"{share:.0%} of the parameters .*\(bfloat16\).* rate, 1e-05: .*param_dtype",
+    ):
+        optim.warn_of_lost_updates(params, 1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optim.warn_of_lost_updates(params, 1e-3)
+        optim.warn_of_lost_updates(params, 0.0)
+        optim.warn_of_lost_updates(jax.tree.map(lambda x: x.astype(jnp.float32), params), 1e-9)

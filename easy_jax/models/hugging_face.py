@@ -112,6 +112,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str],
+    eos_token_id: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Writes a folder that `transformers` loads: adapters merged, dtypes as in the base model.
@@ -123,6 +124,9 @@ def export(
       folder: must not exist, or be empty.
       base: the folder or name given to `load`; `config.json` and the tokenizer's files are
         copied from it, and every tensor gets the dtype that it has there.
+      eos_token_id: the token that training put at the end of a text (`TokenSource.eos_id`), at
+        which generation is to stop: written into `config.json` and `generation_config.json`,
+        unless it is one of those that are there. Default: they stay as they are.
       max_shard_bytes: size of a safetensors file, at most; a larger tensor has its own file.
 
     Raises:
@@ -156,6 +160,8 @@ def export(
                 save_file(tensors, temporary / file, metadata={"format": "pt"})
         if distributed.leads():
             _write_beside(temporary, base, len(shards), weight_map, sizes)
+            if eos_token_id is not None:
+                _write_eos(temporary, eos_token_id)
 
 
 def _write_beside(
@@ -172,6 +178,17 @@ def _write_beside(
     for file in ("config.json", *_TOKENIZER_FILES):
         if (base / file).exists():
             shutil.copyfile(base / file, folder / file)
+
+
+def _write_eos(folder: Path, eos_token_id: int) -> None:
+    """Makes generation stop at this token, in the files that say where it does."""
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if not path.exists():  # without the second, the first decides
+            continue
+        content = files.read_json(path, WeightsError)
+        found = content.get("eos_token_id")
+        if eos_token_id not in (found if isinstance(found, list) else [found]):
+            files.write_json(path, {**content, "eos_token_id": eos_token_id})
 
 
 def read_config(folder: Path) -> transformer_config.TransformerConfig:

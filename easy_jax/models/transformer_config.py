@@ -6,15 +6,26 @@ from typing import Any, Literal
 
 from easy_jax.config import ConfigError
 
-# Fields that do not change what the model computes when it is trained or scored.
+# Fields that do not change what the model computes when it is trained or scored: what the file
+# is about, and how text is generated. Older versions of transformers write all of them.
 _IGNORED = {
-    "_name_or_path", "architectures", "bos_token_id", "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_encoder_decoder", "is_llama_config", "label2id", "max_position_embeddings",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "return_dict", "rope_interleaved", "torch_dtype", "transformers.js_config",
-    "transformers_version", "unk_token_id", "use_cache",
+    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
+    "cache_implementation", "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "max_position_embeddings",
+    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "rope_interleaved", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
+    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
+    "use_bfloat16", "use_cache",
 }  # fmt: skip
+# The notes of tools (the code that `auto_map` names is never run), and ids of tokens.
+_IGNORED_STARTS, _IGNORED_ENDS = ("_", "unsloth_"), ("_token_id",)
+# Parts that a file may say it does not have.
+_OFF = {"add_cross_attention", "pruned_heads", "use_sliding_window"}
 _USED = {
     "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping",
     "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size",
@@ -105,7 +116,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
         raise ConfigError(
             f"config.json: model_type is {family!r}; supported are {sorted(_ACTIVATIONS)}"
         )
-    unknown = sorted(config.keys() - _IGNORED - _USED)
+    unknown = sorted(name for name in config.keys() - _USED if not _without_effect(name, config))
     if unknown:
         raise ConfigError(
             f"config.json: the fields {unknown} are not supported; the model would not be the "
@@ -162,6 +173,14 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
         final_cap=config.get("final_logit_softcapping", 30.0),
         windows=_windows(config), tied=config.get("tie_word_embeddings", True),
     )  # fmt: skip
+
+
+def _without_effect(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a field leaves the model as it is: by its name, or because it switches a part off."""
+    noted = name in _IGNORED or name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDS)
+    return (
+        noted or config[name] is None or ((name in _OFF or "dropout" in name) and not config[name])
+    )
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
