@@ -2,7 +2,7 @@
 
 395,000 grade-school problems with worked answers; the paper's hyper-parameters. The data are a
 JSON-lines file with the fields `query` and `response`, the weights a folder in Hugging Face's
-format or a hub name:
+format or, as here, a model of the Hugging Face Hub:
 
   easy-jax run --config=configs/gemma2_2b_metamath.py --config.train.path=MetaMathQA.jsonl
   easy-jax run --config=configs/gemma2_2b_metamath.py:standard    unweighted
@@ -53,8 +53,8 @@ def get_config(arg: str = "") -> LanguageConfig:
         seed=42,
         mesh=MeshConfig(data=1, fsdp=-1),
         model=LanguageModelConfig(
-            path="google/gemma-2-2b", dtype="bfloat16", param_dtype="float32", remat="full",
-            lora_rank=64, lora_alpha=64.0,
+            path="hf://google/gemma-2-2b", dtype="bfloat16", param_dtype="float32",
+            remat="full", lora_rank=64, lora_alpha=64.0,
         ),
         train=InstructionsConfig(format="jsonl", path="MetaMathQA.jsonl"),
         text=TextConfig(

@@ -51,7 +51,7 @@ ARGUMENTS = tuple(f"{model},{data}" for model in RESNETS for data in RECIPES)
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 ALPHAS = (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the first is the table's
 # Of one recipe, in every size.
-WEIGHTS = {name: f"timm/{name}.a1_in1k" for name in RESNETS}
+WEIGHTS = {name: f"hf://timm/{name}.a1_in1k" for name in RESNETS}
 
 
 def get_config(arg: str = "") -> ExperimentConfig:

@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from easy_jax.config import ConfigError
-from easy_jax.models import hugging_face
+from easy_jax.models import hugging_face, timm_weights
 from easy_jax.models.hugging_face import WeightsError
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
@@ -393,7 +393,7 @@ def test_missing_field(folder, name):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c"])
-def test_a_name_that_cannot_be_downloaded(name):
+def test_a_folder_that_is_not_there(name):
     _assert_refused(name, r"there is no folder .*nowhere|there is no folder a/b/c")
 
 
@@ -402,7 +402,29 @@ def test_a_name_while_offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read once, at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    _assert_refused("no-one/nothing", r"no-one/nothing is neither a local folder nor a model")
+    _assert_refused("hf://no-one/nothing", r"hf://no-one/nothing cannot be downloaded: ")
+
+
+@pytest.mark.parametrize("name", ["no-one/nothing", "timm/resnet50.a1_in1k"])
+def test_a_path_is_never_looked_up_on_a_hub(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # a call would be a TypeError
+    for load in (hugging_face.load, timm_weights.load):
+        with pytest.raises(WeightsError, match=rf"no folder {name} .*; .* write hf://{name}$"):
+            load(name)
+
+
+def test_a_name_of_the_hub_is_looked_up(good, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **_: asked.append(name) or str(good)
+    )
+    assert hugging_face.resolve("hf://some-one/a.model_1") == good
+    assert asked == ["some-one/a.model_1"]
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://model", "hf://a/b/c", "hf://../b c"])
+def test_what_is_no_name_of_the_hub(name):
+    _assert_refused(name, "is no model of the hub; write hf://OWNER/NAME")
 
 
 def test_export_does_not_overwrite(good, tmp_path):

@@ -151,7 +151,7 @@ def test_memory_is_of_the_whole_experiment():
 def test_files_need_not_be_there():
     """Data and weights are only named; images are bytes that the device normalises."""
     config = _config(
-        model=ResNetConfig(3, WIDTH, (1, 1), path="timm/not-there"),
+        model=ResNetConfig(3, WIDTH, (1, 1), path="hf://timm/not-there"),
         data=TransferDataConfig(
             ImageDataConfig("imagenet2012", path="not-there"),
             ImageDataConfig("cars196", path="not-there", image_size=SIZE),
@@ -174,7 +174,7 @@ def test_a_batch_that_does_not_divide_is_an_error():
 def test_classes_that_only_the_data_tell_are_an_error():
     task = ImageDataConfig("other", format="folder", path="mine", image_size=SIZE)
     config = _config(
-        model=ResNetConfig(3, WIDTH, (1, 1), path="timm/not-there"),
+        model=ResNetConfig(3, WIDTH, (1, 1), path="hf://timm/not-there"),
         data=TransferDataConfig(ImageDataConfig("imagenet2012", path="not-there"), task),
     )
     with pytest.raises(ConfigError, match=r"config\.data\.target\.name is 'other'"):

@@ -79,7 +79,7 @@ def test_with_a_grid_every_method_has_all_rates(module):
     for cell in cells(config):
         tried.setdefault(cell.method.name, []).append(cell.learning_rate)
     assert all(rates == [0.001, 0.003, 0.01, 0.03, 0.1] for rates in tried.values())
-    assert config.model.path == "timm/resnet50.a1_in1k" and config.model.name() == "resnet50"
+    assert config.model.path == "hf://timm/resnet50.a1_in1k" and config.model.name() == "resnet50"
 
 
 @pytest.mark.parametrize("argument", ["resnet50", "resnet20,cifar10", "resnet18,mnist,grid"])

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,7 @@ from easy_jax.language import add_adapters, stage_of, trainable_filter
 from easy_jax.models import eval_view, hugging_face
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
+from easy_jax.models.weight_files import hub_name
 from easy_jax.scoring import make_score_step
 from easy_jax.step import make_train_step
 
@@ -48,15 +48,14 @@ def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
         score = functools.partial(score_program, config, mesh)
         lowerings.append(Lowering(score, config.scoring.batch_size))
     row = f"{config.text.row_length} tokens a row, remat {config.model.remat}"
-    return Suite(config.model.path, row, lowerings)
+    return Suite(hub_name(config.model.path) or config.model.path, row, lowerings)
 
 
 def model_config(config: LanguageConfig) -> TransformerConfig:
     """The model's sizes: from a folder's `config.json`, or by name where no weights are needed."""
     path = config.model.path
-    if path in KNOWN and not Path(path).is_dir():
-        return KNOWN[path]
-    return hugging_face.read_config(hugging_face.resolve(path))
+    known = KNOWN.get(hub_name(path) or "")
+    return hugging_face.read_config(hugging_face.resolve(path)) if known is None else known
 
 
 def train_program(

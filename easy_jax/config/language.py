@@ -103,8 +103,8 @@ class LanguageModelConfig:
     """A pre-trained model, and how it computes.
 
     Attributes:
-      path: a folder with `config.json`, safetensors and `tokenizer.json`, or a name for
-        `huggingface_hub`.
+      path: a folder with `config.json`, safetensors and `tokenizer.json`, or `hf://OWNER/NAME` for
+        a model of the Hugging Face Hub.
       dtype: of the computation (softmax, norms and loss are float32); `param_dtype`: of the
         parameters and the optimiser's state.
       remat: what the backward pass computes again: `none`, `full`, or all but `dots` or
@@ -121,7 +121,7 @@ class LanguageModelConfig:
     lora_targets: tuple[str, ...] = LORA_TARGETS
 
     def validate(self, path: str) -> None:
-        require(bool(self.path), f"{path}.path", self.path, "a model's folder or name")
+        require(bool(self.path), f"{path}.path", self.path, "a model's folder, or hf://OWNER/NAME")
         choice(self, path, "dtype", "param_dtype", "remat")
         require(self.lora_rank > 0, f"{path}.lora_rank", self.lora_rank, "positive")
         finite_at_least_zero(self, path, "lora_alpha")

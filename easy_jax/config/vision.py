@@ -43,8 +43,8 @@ class ResNetConfig:
       block: `basic`, two 3x3 convolutions, or `bottleneck`, 1x1, 3x3 (with the stride) and 1x1.
       stem: `small`, a 3x3 convolution, or `imagenet`, a 7x7 one and a maximum over 3x3, both of
         stride 2.
-      path: of pre-trained weights of timm or torchvision: a folder, or a name for
-        `huggingface_hub` such as `timm/resnet50.a1_in1k`. Empty: random ones.
+      path: of pre-trained weights of timm or torchvision: a folder, or `hf://OWNER/NAME` for a
+        model of the Hugging Face Hub, such as `hf://timm/resnet50.a1_in1k`. Empty: random ones.
       dtype: of the computation; parameters, BatchNorm and the head are float32.
     """
 

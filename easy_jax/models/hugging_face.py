@@ -71,8 +71,8 @@ def load(
     """A pre-trained transformer, its parameters born in their shards.
 
     Args:
-      folder: with `config.json` and safetensors (one file, or shards with an index), or the
-        name of a model for `huggingface_hub`, which is downloaded if it is not in its cache.
+      folder: with `config.json` and safetensors (one file, or shards with an index), or
+        `hf://OWNER/NAME`, which is downloaded from the Hugging Face Hub if it is not in the cache.
       dtype: of the computation.
       param_dtype: of the parameters; default: `dtype`.
       remat: see `Transformer`.

@@ -50,9 +50,9 @@ def load(
     """A pre-trained residual network, with the head that it has in the file.
 
     Args:
-      path: a folder with safetensors and, if it is timm's, `config.json`; or a name for
-        `huggingface_hub`, such as `timm/resnet50.a1_in1k`, which is downloaded if it is not in
-        its cache.
+      path: a folder with safetensors and, if it is timm's, `config.json`; or
+        `hf://OWNER/NAME`, such as `hf://timm/resnet50.a1_in1k`, which is downloaded from the
+        Hugging Face Hub if it is not in the cache.
       config: what the network should be; default: what `read_config` finds.
       mesh: default: all devices on the data axis, with full copies of the parameters.
 

@@ -5,6 +5,7 @@ Files from outside are not trusted: safetensors only, never pickle; files stay i
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import safetensors
 from easy_jax import distributed, files
 
 INDEX = "model.safetensors.index.json"
+HUB = "hf://"  # what a location on the Hugging Face Hub begins with
 _PICKLES = (".bin", ".pt", ".pth")
 
 
@@ -26,34 +28,58 @@ class WeightsError(ValueError):
 
 
 def resolve(location: str | os.PathLike[str]) -> Path:
-    """A local folder: the one given, or the cached or downloaded snapshot of a model's name.
+    """Finds a local folder: the one given, or the snapshot of a model on the Hugging Face Hub.
 
     Args:
-      location: a folder, or a name for `huggingface_hub`, such as `timm/resnet50.a1_in1k`.
+      location: a folder; or `hf://OWNER/NAME`, such as `hf://timm/resnet50.a1_in1k`, which is
+        downloaded if it is not in the cache. Nothing else is looked up on a hub.
 
     Raises:
-      WeightsError: neither a folder nor a name that can be had.
+      WeightsError: there is no such folder, or the model cannot be had.
 
     Example:
       >>> resolve("nowhere")
       Traceback (most recent call last):
       easy_jax.models.weight_files.WeightsError: there is no folder nowhere with a model
     """
-    path = Path(location)
-    if path.is_dir():
+    name = hub_name(location)
+    if name is None:
+        path = Path(location)
+        if not path.is_dir():
+            raise WeightsError(f"there is no folder {path} with a model{_hub_advice(path)}")
         return path
-    name = os.fspath(location)
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise WeightsError(f"there is no folder {path} with a model")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"{name} is neither a local folder nor a model that can be downloaded: {reason}"
-        ) from error
+        raise WeightsError(f"{HUB}{name} cannot be downloaded: {reason}") from error
+
+
+def hub_name(location: str | os.PathLike[str]) -> str | None:
+    """Returns the name of a model on the Hugging Face Hub, or None for a folder.
+
+    Raises:
+      WeightsError: `hf://` with something else than an owner and a name after it.
+
+    Example:
+      >>> hub_name("hf://google/gemma-2-2b"), hub_name("google/gemma-2-2b")
+      ('google/gemma-2-2b', None)
+    """
+    text = os.fspath(location)
+    if not text.startswith(HUB):
+        return None
+    name = text.removeprefix(HUB)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise WeightsError(f"{text} is no model of the hub; write {HUB}OWNER/NAME")
+    return name
+
+
+def _hub_advice(path: Path) -> str:
+    """What to write, if a path that does not exist looks like a model's name."""
+    is_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] != ".."
+    return f"; for that model of the Hugging Face Hub write {HUB}{path}" if is_name else ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
