@@ -4,12 +4,15 @@ from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import ConfigError
 from easy_jax.data import DataError
 from easy_jax.distributed import DisagreementError
+from easy_jax.files import WriteError
 from easy_jax.fitting import TrainingError
 from easy_jax.loss_table import LossTableError
 from easy_jax.models.weight_files import WeightsError
 from easy_jax.scoring import ScoringError
+from easy_jax.sealed import ArtefactError
 
 USER_ERRORS = (
+    ArtefactError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -18,4 +21,5 @@ USER_ERRORS = (
     ScoringError,
     TrainingError,
     WeightsError,
+    WriteError,
 )

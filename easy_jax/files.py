@@ -5,6 +5,7 @@ is written appears whole or not at all, also after a power cut: a file is on dis
 renamed into place, an object is whole anyway.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -21,6 +22,56 @@ from etils import epath
 from easy_jax.config import ConfigError
 
 Location = str | os.PathLike[str]
+_PATTERN = set("[]*?\\")  # what glob patterns are made of, where Orbax or an object store looks
+
+
+class WriteError(OSError):
+    """A file cannot be written: a full disk, no permission, a file where a folder belongs."""
+
+
+@contextmanager
+def writing(target: Location) -> Iterator[None]:
+    """Whatever the operating system refuses inside is told in one line.
+
+    Args:
+      target: what is written; named.
+
+    Raises:
+      WriteError: in place of any other `OSError`.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"{os.fspath(target)} cannot be written: {error.strerror or error}. What was complete "
+            "before is kept; make room (or mend what is named) and run the same command again"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder whose path would be read as something else when it is looked up again.
+
+    Raises:
+      ConfigError: characters of glob patterns, a colon at the end of a name, or bytes that are no
+        text, anywhere in the absolute path.
+
+    Example:
+      >>> check_folder(Path("/runs/run[1]"))
+      Traceback (most recent call last):
+      easy_jax.config.base.ConfigError: the folder /runs/run[1] has '[' in its path, with which \
+checkpoints cannot be read back; use another
+    """
+    text = os.fspath(folder.absolute()) if is_local(folder) else os.fspath(folder)
+    odd = next((c for c in text if c in _PATTERN or "\ud800" <= c <= "\udfff"), None)
+    if odd is None and ":/" in text.partition("://")[2 if not is_local(folder) else 0]:
+        odd = ":/"
+    if odd is not None:
+        raise ConfigError(
+            f"the folder {text} has {odd!r} in its path, with which checkpoints cannot be read "
+            "back; use another"
+        )
 
 
 def path(location: Location) -> Path:
@@ -54,14 +105,23 @@ def write(target: Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all; text as UTF-8, whatever the locale.
 
     Half a character, as the bytes of a file's name can become, is written as its escape.
+
+    Raises:
+      WriteError: it cannot be; what was there before is as it was.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
-    if not is_local(target):
-        target.write_bytes(data)
-        return
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(data)
-    publish(temporary, target)
+    with writing(target):
+        if not is_local(target):
+            target.write_bytes(data)
+            return
+        temporary = target.with_name(target.name + ".tmp")
+        try:
+            temporary.write_bytes(data)
+            publish(temporary, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()  # a full disk has better use for the room
+            raise
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -138,40 +198,50 @@ class Lines:
     """A file of lines that grows; what is flushed is kept. A last line cut short is removed.
 
     An object cannot grow: it is written anew by every flush.
+
+    Raises:
+      WriteError: it cannot be opened, or later written.
     """
 
     def __init__(self, target: Path):
         self._target = target
         self._local: io.TextIOBase | None = None
-        if is_local(target):
-            if target.exists():
-                content = target.read_bytes()
-                whole = content.rfind(b"\n") + 1
-                if whole != len(content):
-                    os.truncate(target, whole)
-            self._local = target.open("a", encoding="utf-8")
-        else:
-            self._text = target.read_text(encoding="utf-8") if target.exists() else ""
+        with writing(target):
+            if is_local(target):
+                if target.exists():
+                    content = target.read_bytes()
+                    whole = content.rfind(b"\n") + 1
+                    if whole != len(content):
+                        os.truncate(target, whole)
+                self._local = target.open("a", encoding="utf-8")
+            else:
+                content = target.read_bytes() if target.exists() else b""
+                self._text = content.decode("utf-8", "backslashreplace")
 
     def append(self, line: str) -> None:
         """Adds a line; it is on disk after `flush`."""
         if self._local is not None:
-            self._local.write(line + "\n")
+            with writing(self._target):
+                self._local.write(line + "\n")
         else:
             self._text += line + "\n"
 
     def flush(self) -> None:
         """Writes out what has been added."""
-        if self._local is not None:
-            self._local.flush()
-        else:
-            self._target.write_text(self._text, encoding="utf-8")
+        with writing(self._target):
+            if self._local is not None:
+                self._local.flush()
+            else:
+                self._target.write_text(self._text, encoding="utf-8")
 
     def close(self) -> None:
         """Writes out, and closes."""
-        self.flush()
-        if self._local is not None:
-            self._local.close()
+        try:
+            self.flush()
+        finally:
+            if self._local is not None:
+                with writing(self._target):
+                    self._local.close()
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 A directory with
   part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P;
                              for text, if asked for, token_losses list<float32>
+  dropped-PPPPP.json         ids that process P left out
   metadata.json              fingerprints of model and data, loss, size; once complete, quantiles
+                             and the fingerprint of all losses
 Parts are written whole or not at all, so an interrupted table is resumed at its missing rows;
-the metadata come first, so that it is known what a part is of.
+the metadata come first, so that it is known what a part is of. Every file carries a checksum of
+itself: a part, of its rows, in the schema's metadata.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 import io
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from easy_jax import files, weighting
+from easy_jax import files, sealed, weighting
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data import Ragged
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: checksums
 SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
 TOKEN_SCHEMA = SCHEMA.append(pa.field("token_losses", pa.list_(pa.float32())))
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -68,6 +72,16 @@ class LossTable:
         return table
 
     def check_rows(self) -> None:
+        """Raises LossTableError unless every example that was not dropped has one row, and the
+        losses are those that were scored."""
+        self.check_ids()
+        if self.fingerprint() != self.metadata["losses"]:
+            raise LossTableError(
+                f"the losses in {self.directory} were changed after they were scored: the "
+                f"fingerprint in metadata.json is of others; {_fix(self.directory)}"
+            )
+
+    def check_ids(self) -> None:
         """Raises LossTableError unless every example that was not dropped has one row."""
         seen_N = seen_ids(self.directory, self.num_examples)
         seen_N[self.metadata["dropped_ids"]] = True
@@ -193,23 +207,40 @@ def read_metadata(directory: Path) -> dict[str, Any] | None:
                 f"is; delete {directory} and score again"
             )
         return None
-    try:
-        metadata = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    found = files.read_json(path, LossTableError, _fix(directory))
+    if found.get("format_version") != FORMAT_VERSION:
         raise LossTableError(
-            f"{path} is not JSON: {error}; delete {directory} and score again"
-        ) from error
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise LossTableError(
-            f"{path} has format version {metadata.get('format_version')}; this is for "
-            f"{FORMAT_VERSION}: score again"
+            f"{path} has format version {str(found.get('format_version'))[:20]}; this is for "
+            f"{FORMAT_VERSION}: {_fix(directory)}"
         )
-    return metadata
+    return sealed.unseal(found, path, LossTableError, _fix(directory))
+
+
+def _fix(directory: Path) -> str:
+    return f"delete {directory} and score again"
 
 
 def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
-    """Writes metadata.json, whole or not at all."""
-    files.write_json(directory / "metadata.json", metadata)
+    """Writes metadata.json, sealed, whole or not at all."""
+    sealed.write(directory / "metadata.json", metadata)
+
+
+def write_dropped(directory: Path, process: int, ids: set[int]) -> None:
+    """Writes which examples a process has left out."""
+    sealed.write(directory / f"dropped-{process:05d}.json", {"dropped_ids": sorted(ids)})
+
+
+def read_dropped(directory: Path) -> set[int]:
+    """The ids that any process has left out.
+
+    Raises:
+      LossTableError: a file that cannot be read, or was changed.
+    """
+    found: set[int] = set()
+    for path in sorted(directory.glob("dropped-*.json")):
+        fix = f"delete it and score again: {directory} keeps its rows"
+        found |= set(sealed.read(path, LossTableError, fix)["dropped_ids"])
+    return found
 
 
 def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -238,9 +269,27 @@ def write_part(
         offsets = np.cumsum([0, *map(len, token_losses)], dtype=np.int32)
         columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(token_losses)))
         schema = TOKEN_SCHEMA
+    batch = pa.record_batch(columns, schema=schema)
+    schema = schema.with_metadata({sealed.KEY: _checksum([batch])})
     content = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), content, write_page_checksum=True)
     files.write(path, content.getvalue())
+
+
+def _checksum(batches: Iterable[pa.RecordBatch]) -> str:
+    """Of the rows, in order, however they come in batches."""
+    digests: dict[str, Any] = {}
+
+    def add(name: str, values: pa.Array) -> None:
+        digests.setdefault(name, hashlib.sha256()).update(values.to_numpy().tobytes())
+
+    for batch in batches:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            if name == "token_losses":
+                add("lengths", column.value_lengths())
+                column = column.flatten()
+            add(name, column)
+    return fingerprints.of_json({name: digest.hexdigest() for name, digest in digests.items()})
 
 
 def iter_rows(directory: Path) -> Iterator[Rows]:
@@ -259,31 +308,51 @@ def iter_token_losses(directory: Path) -> Iterator[tuple[np.ndarray, list[np.nda
 
 def _iter_batches(directory: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     for path in sorted(directory.glob("part-*.parquet")):
-        try:
-            with (
-                path.open("rb") as opened,
-                pq.ParquetFile(opened, page_checksum_verification=True) as file,
-            ):
-                schema = file.schema_arrow
-                if not (schema.equals(SCHEMA) or schema.equals(TOKEN_SCHEMA)):
-                    raise LossTableError(
-                        f"{path} has columns {schema.names} of types "
-                        f"{[str(t) for t in schema.types]}; a loss table has {TOKEN_SCHEMA}, "
-                        "the last one optional"
-                    )
-                yield from file.iter_batches(columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise LossTableError(
-                f"{path} is damaged: {error}; delete it and score again"
-            ) from error
+        with _opened(path) as file:
+            yield from file.iter_batches(columns=columns)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A part, to be read; what is wrong with it is told with its path."""
+    try:
+        with (
+            path.open("rb") as opened,
+            pq.ParquetFile(opened, page_checksum_verification=True) as file,
+        ):
+            schema = file.schema_arrow
+            if not (schema.equals(SCHEMA) or schema.equals(TOKEN_SCHEMA)):
+                types = ", ".join(map(str, schema.types))
+                raise LossTableError(
+                    f"{path} has columns {schema.names} of types {types}; a loss table has "
+                    f"{TOKEN_SCHEMA.names} of types {', '.join(map(str, TOKEN_SCHEMA.types))}, the "
+                    "last one optional"
+                )
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LossTableError(f"{path} is damaged: {reason}; delete it and score again") from error
+
+
+def check_parts(directory: Path) -> None:
+    """Raises LossTableError for a part that is not as it was written."""
+    for path in sorted(directory.glob("part-*.parquet")):
+        with _opened(path) as file:
+            expected = (file.schema_arrow.metadata or {}).get(sealed.KEY.encode(), b"")
+            if _checksum(file.iter_batches()).encode() != expected:
+                raise LossTableError(
+                    f"{path} was changed after it was written: its checksum is of other rows; "
+                    "delete it and score again"
+                )
 
 
 def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
     """Boolean by id: which rows are there.
 
     Raises:
-      LossTableError: an id out of range, or one that stands twice.
+      LossTableError: a part that is damaged, an id out of range, or one that stands twice.
     """
+    check_parts(directory)
     seen_N = np.zeros(num_examples, bool)
     for ids, _, _ in iter_rows(directory):
         outside = ids[(ids < 0) | (ids >= num_examples)]

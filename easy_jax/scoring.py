@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -102,13 +101,16 @@ def score(
         loss_table.check_metadata(directory, metadata, identity)
     done_N = loss_table.seen_ids(directory, len(source))
     # Examples dropped before are looked at again where they are to be errors now.
-    dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
+    dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
     done_N[list(dropped)] = True
     found = f"{done_N.sum()} of {len(source)}, {fingerprints.of_arrays({'done': done_N})}"
     distributed.agree("reading the loss table", rows=found)  # before anybody writes
     if metadata is not None and metadata["complete"] and done_N.all():
-        return LossTable(directory, metadata)
-    directory.mkdir(parents=True, exist_ok=True)
+        table = LossTable(directory, metadata)
+        table.check_rows()
+        return table
+    with files.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     header = {"format_version": loss_table.FORMAT_VERSION, **identity}
 
     bad: dict[int, str] = {}
@@ -149,7 +151,7 @@ def score(
                 stopped = True
                 break
         if bad and on_bad_example == "drop":
-            _write_dropped(directory, dropped | set(bad))
+            loss_table.write_dropped(directory, jax.process_index(), dropped | set(bad))
         writer.flush(last=True)
     if stopped:
         raise distributed.Stopped(f"stopped while scoring; what is done is in {directory}")
@@ -158,10 +160,12 @@ def score(
     distributed.barrier("the end of scoring")
 
     def complete() -> dict[str, Any]:
-        dropped = _read_dropped(directory) if on_bad_example == "drop" else set()
+        dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
         summary = loss_table.summarise(directory, token_losses)
         metadata = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
-        LossTable(directory, metadata).check_rows()  # the median is of all rows, or of none
+        table = LossTable(directory, metadata)
+        table.check_ids()  # the median is of all rows, or of none
+        metadata["losses"] = table.fingerprint()
         loss_table.write_metadata(directory, metadata)
         return metadata
 
@@ -351,13 +355,3 @@ class _PartWriter:
                 *(np.array(x, np.float32) for x in (loss, count)),
             )
             loss_table.write_part(self._directory, jax.process_index(), table, *tokens)
-
-
-def _read_dropped(directory: Path) -> set[int]:
-    paths = directory.glob("dropped-*.json")
-    return {i for path in paths for i in json.loads(path.read_text())}
-
-
-def _write_dropped(directory: Path, dropped: set[int]) -> None:
-    path = directory / f"dropped-{jax.process_index():05d}.json"
-    files.write(path, json.dumps(sorted(dropped)))

@@ -6,7 +6,7 @@ from pathlib import Path
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
     "theory", "usage", "config", "config_file",
-    "files", "fingerprint", "peers", "distributed", "sharding", "data",
+    "files", "fingerprint", "sealed", "peers", "distributed", "sharding", "data",
     "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
     "throughput", "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics",
     "fitting", "plan", "results",

@@ -93,6 +93,7 @@ def write_table(directory, losses, cuts=(), *, order=None, dropped=()):
         "dropped_ids": list(dropped),
         **loss_table.summarise(directory),
     }
+    metadata["losses"] = LossTable(directory, metadata).fingerprint()
     loss_table.write_metadata(directory, metadata)
     return LossTable.open(directory)
 
