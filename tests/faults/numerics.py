@@ -1,0 +1,467 @@
+"""Numbers at the edges, through the public functions: each has the right value, or is told.
+
+  python tests/faults/numerics.py
+
+Values are compared with NumPy's in float64. Told is what raises one line of an error that a user
+can mend, or warns, and names what the case asks for (an id, a field, a tensor). `--count` is of
+the first so many.
+"""
+
+import dataclasses
+import itertools
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attacks
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import tiny_language
+from flax import nnx
+from helpers import devices_mesh
+from safetensors.numpy import load_file, save_file
+
+import easy_jax as ej
+from easy_jax import errors
+
+NAN, INF, HUGE, TINY, SUBNORMAL = np.nan, np.inf, 3e38, 1e-39, 1e-45
+BFLOAT16 = ml_dtypes.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One input.
+
+    Attributes:
+      name: for the output.
+      call: what a user would.
+      want: the right value; None if it must be told.
+      words: that what is told must have; with none, a right value must come.
+      rtol: relative tolerance.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    want: Any = None
+    words: tuple[str, ...] = ()
+    rtol: float = 2e-6
+
+
+def judge(case):
+    """`right`, `told`, or else what is wrong; and what came out."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            got = np.asarray(case.call(), np.float64)
+        except (*errors.USER_ERRORS, ValueError) as error:
+            return _told(case, str(error))
+        except Exception as error:  # what a user would see as a traceback
+            return "traceback", f"{type(error).__name__}: {str(error)[:200]}"
+    if case.want is not None and _close(got, np.asarray(case.want, np.float64), case.rtol):
+        return "right", ""
+    said = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    if said and _told(case, " ".join(said))[0] == "told":
+        return "told", said[0]
+    wanted = "to be told" if case.want is None else case.want
+    return "silently wrong", f"{got.ravel()[:6].tolist()}, not {wanted}"
+
+
+def _told(case, message):
+    lacking = [word for word in case.words if word not in message]
+    if case.want is not None and not case.words:
+        return "refused", message
+    if "\n" in message.strip() or lacking:
+        return "badly told", f"without {lacking}: {message[:300]!r}"
+    return "told", message
+
+
+def _close(got, want, rtol):
+    # What float32 has of a value below its smallest is 0, or the nearest of its subnormals.
+    return got.shape == want.shape and np.allclose(got, want, rtol, 1.5e-45, equal_nan=True)
+
+
+def _exp(loss, tau):
+    return np.exp(-np.asarray(loss, np.float64) / tau)
+
+
+# The functions of arrays.
+
+
+def temperatures():
+    def case(name, losses, want=None, words=(), **options):
+        call = lambda: ej.temperature(losses)  # noqa: E731
+        return Case(f"temperature of {name}", call, want, words, **options)
+
+    yield case("an odd number", np.float32([0.5, 4, 1]), 1.0)
+    yield case("an even number", np.float32([4, 1, 2, 3]), 2.5)
+    yield case("one loss", np.float32([0.7]), np.float32(0.7))
+    yield case("equal losses", np.full(7, np.float32(2.5)), 2.5)
+    yield case(
+        "subnormal losses", np.float32([1, 2, 3]) * np.float32(SUBNORMAL), 2.8e-45, ("median",)
+    )
+    yield case("losses below 1e-38", np.float32([1, 2, 3]) * np.float32(TINY), 2e-39, ("median",))
+    yield case("two huge losses", np.float32([HUGE, 3.2e38]), 3.1e38)
+    yield case("minus zero", np.float32([-0.0, 1, 2]), 1.0)
+    yield case("zeros", np.float32([0, 0, 5]), None, ("zero",))
+    yield case("NaN", np.float32([1, 2, NAN]), None, ("[2]",))
+    yield case("inf", np.float32([1, INF, 2]), None, ("[1]",))
+    yield case("a negative loss", np.float32([-1, 1, 2]), None, ("[0]",))
+    yield case("no loss", np.zeros(0, np.float32))
+    yield case("bfloat16", np.array([1.2, 2.3, 3.4], BFLOAT16), float(BFLOAT16(2.3)))
+    yield case("float16", np.float16([1.2, 2.3, 3.4]), float(np.float16(2.3)))
+    yield case("integers", np.array([1, 2, 3]), 2.0)
+    yield case("float64 beyond float32", np.array([1.0, 1e300, 2.0]), None, ("[1]",))
+
+
+def weights():
+    def case(name, losses, tau=None, want=None, words=(), **options):
+        call = lambda: ej.flow_weights(losses, tau)  # noqa: E731
+        return Case(f"weights of {name}", call, want, words, **options)
+
+    few = np.float32([0, 1, 2])
+    for tau in (0.0, INF, NAN, -1.0):
+        yield case(f"tau {tau}", few, tau, None, ("tau",))
+    yield case("the smallest tau", np.float32([0, 1]), np.float32(SUBNORMAL), [1, 0], ("tau",))
+    tiny = np.float32(TINY)
+    yield case("tau 1e-39", np.float32([0, tiny]), tiny, [1, np.exp(-1)], ("tau",), rtol=1e-5)
+    yield case("a huge loss", np.float32([0, HUGE]), 1.0, [1, 0])
+    yield case("huge losses", np.float32([HUGE] * 3), None, _exp([1] * 3, 1))
+    yield case("90 medians", np.float32([1, 1, 90]), None, _exp([1, 1, 90], 1), ("[2]",), rtol=1e-5)
+    yield case("1000 medians", np.float32([1, 1, 1000]), None, _exp([1, 1, 1000], 1))
+    yield case("minus zero", np.float32([-0.0, 1, 2]), None, _exp([0, 1, 2], 1))
+    yield case("bfloat16", np.array([0, 1, 3], BFLOAT16), None, _exp([0, 1, 3], 1))
+    yield case("inf", np.float32([1, INF, 2]), 1.0, None, ("[1]",))
+
+
+def token_weights():
+    def case(name, losses, mask, want=None, words=(), tau=None):
+        losses, mask = np.float32(losses), np.array(mask, bool)
+        call = lambda: ej.flow_weights_token(losses, mask, tau)  # noqa: E731
+        return Case(f"token weights of {name}", call, want, words)
+
+    yield case("two of three", [[1, 1, 9]], [[1, 1, 0]], [[np.exp(-1), np.exp(-1), 0]])
+    yield case("a masked NaN", [[1, 1, NAN]], [[1, 1, 0]], [[np.exp(-1), np.exp(-1), 0]])
+    yield case("a target's NaN", [[1, 1, NAN]], [[1, 1, 1]], None, ("[2]",))
+    yield case("no target", [[1, 1]], [[0, 0]])
+    yield case("another mask", [[1, 1]], [[1]], None, ("shape",))
+    yield case("the smallest tau", [[0, 1]], [[1, 1]], [[1, 0]], ("tau",), np.float32(SUBNORMAL))
+
+
+def others():
+    losses = np.float32([0, HUGE])
+    yield Case("KL-DRO that overflows", lambda: ej.kl_dro_weights(losses, 0.1), [0, 1])
+    yield Case("KL-DRO with tau 0", lambda: ej.kl_dro_weights(losses, 0.0), None, ("tau",))
+    zeros = np.zeros(3, np.float32)
+    yield Case("mean one of zeros", lambda: ej.control_weights(zeros, "mean_one", 0))
+    half = np.float32([0.5, 0.5, 0])
+    yield Case("entropy", lambda: ej.entropic_objective(half, half, 1.0), 0.5 - np.log(2))
+    beyond = np.float32([1.5, -0.5])
+    yield Case("entropy of a negative", lambda: ej.entropic_objective(beyond, beyond, 1.0))
+    trees = {"w": jnp.zeros(1)}, {"w": jnp.ones(1)}
+    for alpha in (NAN, 1.5):
+        yield Case(f"alpha {alpha}", lambda a=alpha: ej.wise_ft(*trees, a)["w"], None, ("alpha",))
+
+    def entropy(*logits):
+        return lambda: ej.softmax_cross_entropy(jnp.array([logits]), jnp.array([0]))[0]
+
+    yield Case("logits of 1e38", entropy(-1e38, 1e38), [2e38])
+    yield Case("logits of minus inf", entropy(3.0, -INF, -INF), [0.0])
+    hundreds, third = jnp.full((1, 4), 100, jnp.bfloat16), jnp.array([3])
+    rounded = lambda: ej.softmax_cross_entropy(hundreds, third)[0]  # noqa: E731
+    yield Case("bfloat16 logits", rounded, [np.log(4)], rtol=1e-5)
+
+
+# Loss tables.
+
+
+def table(losses, counts=None, dtype=np.float32, **options):
+    """A table of losses that are looked up, whatever the model."""
+    sums_N = jnp.asarray(np.asarray(losses).astype(dtype))
+    count_N = jnp.asarray(np.ones(len(losses)) if counts is None else counts, np.float32)
+    source = ej.ArraySource({"i": np.arange(len(losses), dtype=np.int32)})
+
+    def looked_up(model, batch):
+        return sums_N[batch["i"]], count_N[batch["i"]]
+
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    with tempfile.TemporaryDirectory() as folder:
+        scored = ej.score(
+            model, source, folder, loss_fn=looked_up, batch_size=8, mesh=devices_mesh(1), **options
+        )
+        return scored.flow_weights()
+
+
+def tables():
+    def case(name, losses, want=None, words=(), rtol=2e-6, **options):
+        call = lambda: table(losses, **options)  # noqa: E731
+        return Case(f"table of {name}", call, want, words, rtol)
+
+    nine = np.float32([0.3, 1.2, 2.5, 0.9, 4, 3, 0.1, 7, 1.9])
+    yield case("nine, padded", nine, _exp(nine, np.median(nine)))
+    yield case("one", [0.7], [np.exp(-1)])
+    yield case("equal losses", [2.5] * 5, _exp([1] * 5, 1))
+    yield case("some zeros", [0, -0.0, 1, 2, 3], _exp([0, 0, 1, 2, 3], 1))
+    yield case("mostly zeros", [0, 0, 0, 1], None, ("zero",))
+    yield case(
+        "1e-40 and so on", [1e-40, 2e-40, 3e-40], _exp([0.5, 1, 1.5], 1), ("temperature",), 1e-4
+    )
+    yield case("3e38 and so on", [2e38, 3e38, 3.2e38, 3.4e38], _exp([2, 3, 3.2, 3.4], 3.1))
+    yield case("inf", [1, 2, 3, INF, 5], None, ("id 3",))
+    yield case("NaN", [1, 2, 3, NAN, 5, NAN], None, ("id 3", "id 5"))
+    yield case("a negative loss", [1, 2, -3], None, ("id 2",))
+    yield case("no target", [1, 2, 3], None, ("id 1",), counts=[1, 0, 1])
+    dropped = [np.exp(-0.5), np.exp(-1), np.exp(-1.5), NAN]
+    yield case("NaN, dropped", [1, 2, 3, NAN], dropped, on_bad_example="drop")
+    rounded = np.array([1.1, 2.2, 3.3], BFLOAT16)
+    yield case("bfloat16", rounded, _exp(rounded, float(rounded[1])), rtol=1e-5, dtype=BFLOAT16)
+    yield case("sums of 3e38", [3e38, 1e38], _exp([1.5, 0.5], 1), counts=[2, 2])
+    yield case("1000 medians", [1] * 8 + [1000], _exp([1] * 8 + [1000], 1))
+
+
+# Steps and stages: a line through the origin, the square of its error, plain gradient descent.
+
+KERNEL, RATE = 0.5, 0.25
+
+
+def line():
+    model = nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))
+    model.kernel[...] = jnp.full((1, 1), KERNEL)
+    return model
+
+
+def squared(model, batch):
+    return ej.squared_error(model(batch["x"]), batch["y"])
+
+
+def surprise(model, batch):
+    """Infinite where x is 0, and so is its gradient's factor."""
+    nll_B = -jnp.log(model(batch["x"])[:, 0])
+    return nll_B, jnp.ones_like(nll_B)
+
+
+def corner(model, batch):
+    """Finite where x is 0, but its gradient is not."""
+    nll_B = jnp.sqrt(jnp.abs(model(batch["x"])[:, 0]))
+    return nll_B, jnp.ones_like(nll_B)
+
+
+def descent(x, y, weight, reduction="example_mean", mask=None):
+    """The kernel after a step, in float64; y None is `surprise`."""
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    mask = np.ones(len(x), bool) if mask is None else np.array(mask, bool)
+    counts = mask & (weight > 0)
+    size = mask.sum() if reduction != "weight_mean" else weight[counts].sum()
+    x_, w_ = x[counts], weight[counts]
+    gradient_ = np.full(len(x_), -1 / KERNEL)
+    if y is not None:
+        gradient_ = 2 * (KERNEL * x_ - np.asarray(y, np.float64)[counts]) * x_
+    return KERNEL - RATE * (w_ @ gradient_) / size if size else KERNEL
+
+
+def step(x, y, weight, reduction="example_mean", mask=None, micro_batches=1, dtype=np.float32):
+    mask = np.ones(len(x), bool) if mask is None else np.array(mask, bool)
+    batch = {
+        "x": jnp.asarray(np.asarray(x)[:, None].astype(dtype)),
+        "y": jnp.asarray(np.asarray(y)[:, None].astype(dtype)),
+        "weight": jnp.asarray(weight, jnp.float32), "mask": jnp.asarray(mask),
+    }  # fmt: skip
+    model, optimizer, mesh = line(), optax.sgd(RATE), devices_mesh(1)
+    take = ej.make_train_step(
+        nnx.graphdef(model), squared, optimizer, reduction=reduction,
+        micro_batches=micro_batches, mesh=mesh,
+    )  # fmt: skip
+    state, metrics = take(ej.init_train_state(model, optimizer, mesh=mesh), batch)
+    if not np.isfinite(float(metrics["loss"])):
+        return float(metrics["loss"])
+    return jax.tree.leaves(state.params)[0][0, 0]
+
+
+def steps():
+    x, y, w = np.float32([1, 2, 3, 4]), np.float32([1, 0, 1, 0]), np.float32([1, 0.5, 0.25, 2])
+
+    def case(name, x=x, y=y, w=w, rtol=2e-6, dtype=np.float32, **options):
+        call = lambda: step(x, y, w, dtype=dtype, **options)  # noqa: E731
+        options = {name: options[name] for name in ("reduction", "mask") if name in options}
+        return Case(f"step with {name}", call, descent(x, y, w, **options), rtol=rtol)
+
+    padded = {"mask": [1, 0, 1, 0]}
+    yield case("a micro-batch of padding", micro_batches=2, **padded)
+    yield case("NaN in the padding", x=np.float32([1, NAN, 3, INF]), **padded)
+    yield case("bfloat16 data", dtype=BFLOAT16, rtol=1e-2)
+    yield case("float16 data", dtype=np.float16, rtol=1e-3)
+    yield case("one example", x=x[:1], y=y[:1], w=w[:1])
+    yield case("weights of zero", w=np.zeros(4))
+    for reduction in ("token_mean", "example_mean", "weight_mean"):
+        yield case(f"an infinite loss of weight 0, {reduction}", x=np.float32([1, 2, 1e30, 4]),
+                   w=np.float32([1, 0.5, 0, 2]), reduction=reduction)  # fmt: skip
+    yield case("weights of 1e-30 and 1e30", w=np.float32([1e-30, 1e30, 1, 1]),
+               reduction="weight_mean")  # fmt: skip
+
+
+def stage(batch_size, reduction):
+    optimizer = ej.OptimizerConfig(learning_rate=RATE, schedule="constant", momentum=0.0)
+    return ej.StageConfig(epochs=1, batch_size=batch_size, reduction=reduction, optimizer=optimizer)
+
+
+def fitted(fields, weight_N=None, loss_fn=squared, batch_size=None, reduction="example_mean"):
+    """The kernel after a stage, which is one step by default."""
+    source = ej.ArraySource({name: np.asarray(value) for name, value in fields.items()})
+    with tempfile.TemporaryDirectory() as folder:
+        fit = ej.fit(
+            line(), source, folder, stage=stage(batch_size or len(source), reduction),
+            loss_fn=loss_fn, weight_N=weight_N, mesh=devices_mesh(1),
+        )  # fmt: skip
+        return jax.tree.leaves(jax.device_get(fit.model_state))[0][0, 0]
+
+
+def stages():
+    x, y = np.float32([1, 2, 3, 4]), np.float32([1, 0, 1, 0])
+    fields = {"x": x[:, None], "y": y[:, None]}
+
+    def case(name, w=None, want=None, words=(), fields=fields, **options):
+        w = None if w is None else np.float32(w)
+        return Case(f"stage with {name}", lambda: fitted(fields, w, **options), want, words)
+
+    yield case("a weight of inf", [1, INF, 1, 1], None, ("weight", "[1]"))
+    yield case("a negative weight", [1, 1, -1, 1], None, ("weight", "[2]"))
+    rest = np.array([0, 1, 3])
+    yield case("a weight of NaN", [1, 1, NAN, 1], descent(x[rest], y[rest], [1, 1, 1]))
+    yield case("weights of zero", np.zeros(4), None, ("weight",))
+    yield case("weights of NaN", np.full(4, NAN), None, ("weight",))
+    yield case("three weights", np.ones(3), None, ("weight",))
+    small = np.full(4, 1e-40)
+    yield case("weights of 1e-40", small, descent(x, y, np.ones(4)), ("weight",),
+               reduction="weight_mean")  # fmt: skip
+    yield case("weights of 3e38", np.full(4, HUGE), None, ("step 1", "ids", "2"))
+    far = {"x": np.float32([[1], [2], [1e30], [4]]), "y": fields["y"]}
+    zero = np.float32([1, 0.5, 0, 2])
+    yield case("an infinite loss of weight 0", zero, descent(x, y, zero), (), far)
+    nothing = {"x": np.float32([[1], [2], [0], [4]])}
+    yield case("a NaN gradient of weight 0", zero, descent(x, None, zero), (), nothing,
+               loss_fn=surprise)  # fmt: skip
+    own = {**fields, "weight": np.float32([1, 1, -1, 1])}
+    yield case("a negative weight of its own", None, None, ("weight", "2"), own)
+    many = np.ones((6, 1), np.float32)
+    many[4] = 0
+    loader = ej.training_loader(ej.ArraySource({"x": many}), 1, epochs=1, seed=0, rows=np.arange(1))
+    order = [int(batch["example_id"][0]) for batch in loader]
+    at = f"step {1 + order.index(4)}"
+    alone = {"fields": {"x": many}, "batch_size": 1}
+    yield case("an infinite loss", None, None, (at, "[4]"), loss_fn=surprise, **alone)
+    yield case("a NaN gradient of a finite loss", None, None, (at, "[4]"), loss_fn=corner, **alone)
+
+
+# What a model and its data are read from.
+
+
+class Classifier(nnx.Module):
+    def __init__(self):
+        self.head = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, image, mask=None):
+        return self.head(image)
+
+
+def labels():
+    image = np.ones((6, 2), np.float32)
+
+    def source(bad, **options):
+        label = np.array([0, 1, 2, bad, 1, 0], np.int32)
+        return ej.ArraySource({"image": image, "label": label}, **options)
+
+    def scored(bad):
+        with tempfile.TemporaryDirectory() as folder:
+            return ej.score(
+                Classifier(), source(bad), folder, loss_fn=ej.classification_loss, batch_size=4,
+                mesh=devices_mesh(1),
+            ).loss_N()  # fmt: skip
+
+    def trained(bad):
+        with tempfile.TemporaryDirectory() as folder:
+            return ej.fit(
+                Classifier(), source(bad), folder, stage=stage(2, "example_mean"),
+                loss_fn=ej.classification_loss, mesh=devices_mesh(1),
+            ).steps  # fmt: skip
+
+    for bad in (7, -1):
+        yield Case(f"score with label {bad} of 3", lambda bad=bad: scored(bad), None, ("3",))
+        yield Case(f"fit with label {bad} of 3", lambda bad=bad: trained(bad), None, ("3",))
+    declared = lambda: len(source(7, num_classes=3))  # noqa: E731
+    yield Case("label 7 of 3, declared", declared, None, ("[3]", "label"))
+
+
+def texts(folder):
+    """Of a tiny transformer's folder."""
+    mesh = devices_mesh(1)
+
+    def scored(token):
+        examples = ej.TokenSource([3, 4, 5, 3, token, 5], [0, 3, 6], [1, 1])
+        model = ej.hugging_face.load(folder, mesh=mesh)
+        with tempfile.TemporaryDirectory() as where:
+            return ej.score(
+                model, ej.PackedSource(examples, row_length=4), where, mesh=mesh, batch_size=2,
+                loss_fn=ej.causal_lm_loss,
+            ).loss_N()  # fmt: skip
+
+    yield Case("token 99 of 14", lambda: scored(99), None, ("99",))
+    yield Case("token -5", lambda: scored(-5), None, ("-5",))
+    name = "model.layers.1.mlp.up_proj.weight"
+    for bad in (NAN, INF):
+        damaged = folder.parent / f"with {bad}"
+        damaged.mkdir()
+        for path in folder.iterdir():
+            (damaged / path.name).write_bytes(path.read_bytes())
+        tensors = load_file(damaged / "model.safetensors")
+        tensors[name] = tensors[name].copy()
+        tensors[name][2, 1] = bad
+        save_file(tensors, damaged / "model.safetensors")
+        load = lambda where=damaged: len(jax.tree.leaves(  # noqa: E731
+            nnx.state(ej.hugging_face.load(where, mesh=mesh))))  # fmt: skip
+        yield Case(f"a transformer's tensor with {bad}", load, None, (name,))
+    config = ej.ResNetConfig(in_channels=1, width=4, depths=(1,), stem="imagenet")
+    where = folder.parent / "network"
+    where.mkdir()
+    save_file(_network(), where / "model.safetensors")
+    load = lambda: ej.timm_weights.load(where, config, mesh=mesh).head.bias  # noqa: E731
+    yield Case("a ResNet's tensor with nan", load, None, ("layer1.0.conv1.weight",))
+
+
+def _network():
+    """The tensors of a residual network with a block; one of them is not finite."""
+    tensors = {"fc.weight": np.ones((2, 4), "f"), "fc.bias": np.ones(2, "f")}
+    kernels = {"conv1": (1, 7, 7), "layer1.0.conv1": (4, 3, 3), "layer1.0.conv2": (4, 3, 3)}
+    for name, shape in kernels.items():
+        tensors[f"{name}.weight"] = np.ones((4, *shape), "f")
+        for leaf in ("weight", "bias", "running_mean", "running_var"):
+            tensors[f"{name.replace('conv', 'bn')}.{leaf}"] = np.ones(4, "f")
+    tensors["layer1.0.conv1.weight"][1, 2, 0, 1] = NAN
+    return tensors
+
+
+def cases(folder):
+    """All of them; the folder is for files."""
+    model = Path(folder) / "model"
+    model.mkdir()
+    tiny_language.write_folder(model)
+    for kind in (temperatures, weights, token_weights, others, tables, steps, stages, labels):
+        yield from kind()
+    yield from texts(model)
+
+
+def main(argv=None):
+    args = attacks.arguments(__doc__, count=94, argv=argv)
+    tally = attacks.Tally("right", "told")
+    with tempfile.TemporaryDirectory() as folder:
+        for number, case in enumerate(itertools.islice(cases(folder), args.count), start=1):
+            tally.add(f"{number} {case.name}", *judge(case))
+    return tally.finish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
