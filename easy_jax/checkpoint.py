@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ from easy_jax import distributed, files
 from easy_jax.config import differences
 from easy_jax.step import TrainState
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+
+
+_ANEW = "use another directory or, to start anew, delete this one (in Python: overwrite=True)"
 
 
 class CheckpointError(ValueError):
@@ -150,11 +154,21 @@ class Checkpointer:
             args=ocp.args.Composite(identity=ocp.args.JsonRestore()),
         )
         found = restored.identity
-        wrong = differences(self._identity, found, "identity")
+        if found.get("format") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"the checkpoint in {self.directory} was written by another version of easy_jax "
+                f"(format {found.get('format')}; this one reads {FORMAT_VERSION}): {_ANEW}"
+            )
+        keys = [*self._identity, *(key for key in found if key not in self._identity)]
+        wrong = [
+            line
+            for key in keys
+            for line in differences(self._identity.get(key), found.get(key), key)
+        ]
         if wrong:
             raise CheckpointError(
                 f"the checkpoint in {self.directory} is of another run: {'; '.join(wrong)}. "
-                "Use another workdir, or delete that directory"
+                f"{_ANEW[0].upper()}{_ANEW[1:]}"
             )
 
     def close(self) -> None:
@@ -191,6 +205,15 @@ class Checkpointer:
                 f"a checkpoint cannot be written to {self.directory}: {reason}. Those before it "
                 "are kept; make room (or mend what is named) and run the same command again"
             ) from error
+
+
+def clear(directory: str | os.PathLike[str]) -> None:
+    """Deletes the checkpoints in a directory, finished or not, and nothing else."""
+    directory = files.path(directory)
+    if directory.exists():
+        for each in directory.iterdir():
+            if each.name.isdigit() or ".orbax-checkpoint-tmp" in each.name:
+                shutil.rmtree(each) if files.is_local(each) else each.rmtree()  # type: ignore[attr-defined]
 
 
 def _loss(metrics: Mapping[str, float]) -> float:

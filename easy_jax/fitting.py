@@ -16,8 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, distributed, merge, optim, sharding
-from easy_jax import fingerprint as fingerprints
+from easy_jax import checkpoint, data, distributed, identity, merge, optim, sharding
 from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, Reduction, StageConfig
 from easy_jax.data.loader import PADDING_ID
@@ -65,7 +64,7 @@ def fit(
     seed: int = 0,
     mesh: Mesh | None = None,
     name: str = "fit",
-    identity: dict[str, Any] | None = None,
+    overwrite: bool = False,
     log: MetricsLog | None = None,
     log_every_steps: int = 10,
     save_every_steps: int = 100,
@@ -76,6 +75,11 @@ def fit(
     on_speed: Callable[[dict[str, float]], None] | None = None,
 ) -> Fit:
     """Trains a model on weighted examples; called again, it continues or returns the result.
+
+    All that the result depends on is recorded with it (`easy_jax.identity`): the model's variables
+    and structure, the data, the loss function's code and closed-over values, what is trained, the
+    weights, the stage and the seed. A directory with a checkpoint of anything else is refused. A
+    source without a method `fingerprint` is read once for this.
 
     Args:
       model: in the mode to train it in (`easy_jax.models.train_view` or `eval_view`); its
@@ -94,8 +98,7 @@ def fit(
       seed: of the order of the examples.
       mesh: default: all devices on the data axis.
       name: in logs and errors.
-      identity: what the stage's result depends on, beside what is recorded anyway
-        (stage, seed, weights); a checkpoint with another identity is refused.
+      overwrite: delete the checkpoints in the directory and start anew.
       log: where metrics and speed go.
       log_every_steps, save_every_steps: intervals.
       keep, keep_best: how many checkpoints to keep, the latest; and whether to keep the one
@@ -109,7 +112,8 @@ def fit(
 
     Raises:
       TrainingError: the loss, or something that is about to be saved, is not finite.
-      CheckpointError: the directory has a checkpoint of another run, or cannot be written.
+      CheckpointError: the directory has a checkpoint of another run (what differs is named), or
+        cannot be written.
       DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh.
@@ -126,10 +130,16 @@ def fit(
         rows=sharding.process_rows(stage.batch_size, mesh),
     )  # fmt: skip
     total = loader.steps
-    graphdef = nnx.graphdef(model)
+    run = identity.of_stage(
+        model, source, stage=stage, loss_fn=loss_fn, weight_N=weight_N, token_weight=token_weight,
+        online=None if online is None else online.fingerprint(), trainable=trainable,
+        anchored=anchored, sfa_beta=sfa_beta, seed=seed,
+    )  # fmt: skip
+    if overwrite:
+        distributed.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
     optimizer, train_step = _compiled(
-        graphdef, loss_fn, _without_rate(stage.optimizer), total, anchored,
-        stage.reduction, stage.micro_batches, mesh,
+        nnx.graphdef(model), loss_fn, run["the loss function"], _without_rate(stage.optimizer),
+        total, anchored, stage.reduction, stage.micro_batches, mesh,
     )  # fmt: skip
     state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
     optim.warn_of_lost_updates(state.params, stage.optimizer.learning_rate)
@@ -137,16 +147,6 @@ def fit(
     start_params = jax.tree.map(jnp.copy, state.params) if sfa_beta is not None else None
     average_at = merge.sfa_steps(total) if sfa_beta is not None else ()
 
-    identity = {
-        **(identity or {}),
-        "stage": dataclasses.asdict(stage),
-        "seed": seed,
-        "sfa_beta": sfa_beta,
-        "weights": weights_fingerprint(weight_N, token_weight),
-        **({} if online is None else {"online": online.fingerprint()}),
-        **_arrangement(source),
-        "steps": total,
-    }
     first, seconds = 0, 0.0
     steps_per_epoch = total / stage.epochs
     examples = len(source) if weight_N is None else np.count_nonzero(~np.isnan(weight_N))
@@ -157,10 +157,10 @@ def fit(
     stopped = False
     with (
         contextlib.closing(iter(loader)) as batches,
-        Checkpointer(directory, identity, keep, keep_best) as checkpointer,
+        Checkpointer(directory, run, keep, keep_best) as checkpointer,
     ):
         latest = checkpointer.latest_step()
-        distributed.agree(f"the start of {name}", **{**identity, "checkpoint": latest})
+        distributed.agree(f"the start of {name}", **{**run, "steps": total, "checkpoint": latest})
         if latest is not None:
             state, saved = checkpointer.restore(state, batches)
             first, seconds = int(jax.device_get(state.step)), saved["seconds"]
@@ -218,28 +218,11 @@ def fit(
     return Fit(state.model_state(), total, elapsed, first)
 
 
-def _arrangement(source: data.AnySource) -> dict[str, Any]:
-    """What training sees of a source and scoring does not: rows of packed text, random views."""
-    if isinstance(source, data.PackedSource):
-        return {"rows": [source.row_length, source.max_segments]}
-    views = getattr(source, "views", None)
-    return {} if views is None else {"views": dataclasses.asdict(views)}
-
-
-def weights_fingerprint(
-    weight_N: np.ndarray | None, token_weight: data.Ragged | None = None
-) -> str:
-    """Fingerprint of the weights; `none` for plain training."""
-    arrays = {} if weight_N is None else {"weight": weight_N}
-    if token_weight is not None:
-        arrays |= {"token_weight": token_weight.values, "offsets": token_weight.offsets}
-    return fingerprints.of_arrays(arrays) if arrays else "none"
-
-
 @functools.lru_cache(maxsize=32)
 def _compiled(
     graphdef: nnx.GraphDef[Any],
     loss_fn: LossFn,
+    loss: str,  # its fingerprint: an object's attributes may have changed
     optimizer_json: str,
     total_steps: int,
     anchored: Callable[[Any, Any], bool] | None,
@@ -248,6 +231,7 @@ def _compiled(
     mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
+    del loss
     config = OptimizerConfig(**json.loads(optimizer_json))
     optimizer = optim.make_optimizer(config, total_steps, anchored)
     step = make_train_step(

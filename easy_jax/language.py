@@ -14,7 +14,6 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from easy_jax import data, distributed, evaluate, files, losses, merge, metrics, scoring, sharding
-from easy_jax import fingerprint as fingerprints
 from easy_jax.config import LanguageConfig, LanguageMethodConfig, StageConfig
 from easy_jax.data import instructions, text
 from easy_jax.data.packing import PackedSource
@@ -125,11 +124,6 @@ class LanguageExperiment:
             weight_N=weight_N, token_weight=token_weight, trainable=trainable,
             sfa_beta=method.alpha if method.averaging == "sfa" else None, seed=config.seed,
             mesh=self.mesh, name=name,
-            identity={
-                "start": fingerprints.of_state(nnx.state(self.model)),
-                "data": self.train.fingerprint(),
-                "trainable": method.trainable,
-            },
             log=log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
             keep_best=config.keep_best, progress=self.terminal.advance,

@@ -28,7 +28,7 @@ from easy_jax import files, sealed, weighting
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data import Ragged
 
-FORMAT_VERSION = 2  # 2: checksums
+FORMAT_VERSION = 2  # 2: checksums, the loss function's code, the model's structure
 SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
 TOKEN_SCHEMA = SCHEMA.append(pa.field("token_losses", pa.list_(pa.float32())))
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -210,8 +210,8 @@ def read_metadata(directory: Path) -> dict[str, Any] | None:
     found = files.read_json(path, LossTableError, _fix(directory))
     if found.get("format_version") != FORMAT_VERSION:
         raise LossTableError(
-            f"{path} has format version {str(found.get('format_version'))[:20]}; this is for "
-            f"{FORMAT_VERSION}: {_fix(directory)}"
+            f"{path} has format version {str(found.get('format_version'))[:20]}, of another "
+            f"version of easy_jax; this one reads {FORMAT_VERSION}: {_fix(directory)}"
         )
     return sealed.unseal(found, path, LossTableError, _fix(directory))
 
@@ -253,8 +253,15 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
     if wrong:
         raise LossTableError(
             f"the loss table in {directory} is of something else: {'; '.join(wrong)}. "
-            "Score again into another directory, or delete this one"
+            "Score again into another directory, or delete this one (in Python: overwrite=True)"
         )
+
+
+def clear(directory: Path) -> None:
+    """Deletes the table in a directory, complete or not, and nothing else."""
+    for pattern in ("part-*.parquet", "dropped-*.json", "metadata.json"):  # the description last
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def write_part(

@@ -13,8 +13,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, distributed, files, loss_table, sharding, weighting
+from easy_jax import (
+    code_fingerprint,
+    data,
+    distributed,
+    files,
+    loss_table,
+    sharding,
+    weighting,
+)
 from easy_jax import fingerprint as fingerprints
+from easy_jax.code_fingerprint import name_of
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view
@@ -37,6 +46,7 @@ def score(
     mesh: Mesh | None = None,
     on_bad_example: Literal["error", "drop"] = "error",
     token_losses: bool = False,
+    overwrite: bool = False,
     rows_per_part: int = 100_000,
     progress: Callable[[int], None] | None = None,
 ) -> LossTable:
@@ -62,11 +72,13 @@ def score(
         token) are an error, after the good ones have been saved; or dropped and counted.
       token_losses: keep every target token's loss as well, for token-wise weights. The loss
         function then returns them as a third array, as `losses.causal_lm_token_losses` does.
+      overwrite: delete the table in the directory and start anew.
       rows_per_part: rows between two saves.
       progress: called with the number of examples scored after every batch.
 
     Raises:
-      LossTableError: the directory has a table of another model, data set or loss.
+      LossTableError: the directory has a table of another model, data set or loss function (its
+        code and the values it closes over count; see `easy_jax.code_fingerprint`).
       ScoringError: bad examples, by id.
       DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
@@ -88,12 +100,15 @@ def score(
     graphdef, state = nnx.split(eval_view(model))
     identity = {
         "model": fingerprints.of_state(state),
+        "structure": code_fingerprint.of_structure(graphdef),
         "data": data.fingerprint(source),
-        "loss": loss_name(loss_fn),
+        "loss": code_fingerprint.of_function(loss_fn),
         "num_examples": len(source),
         "token_losses": token_losses,
     }
     distributed.agree("the start of scoring", **identity, batch_size=batch_size)
+    if overwrite:
+        distributed.broadcast("the start of scoring", lambda: loss_table.clear(directory))
     metadata = distributed.broadcast(
         "reading the loss table's metadata", lambda: loss_table.read_metadata(directory)
     )
@@ -127,7 +142,7 @@ def score(
             if number == 0:
                 if bool(tokens) != token_losses:
                     raise ValueError(
-                        f"token_losses is {token_losses}, but {loss_name(loss_fn)} returns "
+                        f"token_losses is {token_losses}, but {name_of(loss_fn)} returns "
                         f"{2 + len(tokens)} arrays; token losses are the third"
                     )
                 # Not earlier: a call with a mistake would leave a table that refuses the next.
@@ -190,20 +205,18 @@ def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
         )
 
 
-def loss_name(loss_fn: Callable[..., Any]) -> str:
-    """What the metadata calls a loss: the function's qualified name."""
-    if isinstance(loss_fn, functools.partial):
-        return f"{loss_name(loss_fn.func)}({loss_fn.args}, {loss_fn.keywords})"
-    return getattr(loss_fn, "__qualname__", type(loss_fn).__qualname__)
-
-
 @functools.lru_cache(maxsize=32)
 def make_score_step(
-    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., tuple[jax.Array, ...]], mesh: Mesh
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    mesh: Mesh,
+    loss: str = "",
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
-    every pass with the same model structure, loss and shapes shares one compilation. On a mesh of
-    CPUs it has compiler options, with which JAX lets no other `jit` call it."""
+    every pass with the same model structure, loss and shapes shares one compilation. `loss`, the
+    loss function's fingerprint, tells apart what one object does before and after a change. On a
+    mesh of CPUs it has compiler options, with which JAX lets no other `jit` call it."""
+    del loss
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         with sharding.tracing_on(mesh):
@@ -236,8 +249,10 @@ class OnlineWeights:
         weighting.flow_weights([0.0], tau)  # raises
         graphdef, state = nnx.split(eval_view(model))
         self._state = sharding.shard_tree(state, mesh)
-        self._weigh = _make_weigh(graphdef, loss_fn, tau, mesh)
-        self._identity = {"online": loss_name(loss_fn), "tau": tau}
+        loss = code_fingerprint.of_function(loss_fn)
+        self._weigh = _make_weigh(graphdef, loss_fn, loss, tau, mesh)
+        structure = code_fingerprint.of_structure(graphdef)
+        self._identity = {"online": loss, "tau": tau, "structure": structure}
 
     def __call__(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """The batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
@@ -250,8 +265,10 @@ class OnlineWeights:
 
 @functools.lru_cache(maxsize=32)
 def _make_weigh(
-    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any], tau: float, mesh: Mesh
+    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any], loss: str, tau: float, mesh: Mesh
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], jax.Array]:
+    del loss
+
     def weigh(state: nnx.State, batch: Mapping[str, jax.Array]) -> jax.Array:
         with sharding.tracing_on(mesh):
             nll_sum_B, count_B = loss_fn(nnx.merge(graphdef, state, copy=True), batch)
@@ -289,7 +306,7 @@ def per_example(
       mesh: where the batches go.
       name: of the pass, in the warning that devices wait for data.
     """
-    score_step = make_score_step(graphdef, loss_fn, mesh)
+    score_step = make_score_step(graphdef, loss_fn, mesh, code_fingerprint.of_function(loss_fn))
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     throughput = Throughput(name)
     with contextlib.closing(iter(loader)) as batches:

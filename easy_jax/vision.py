@@ -222,12 +222,6 @@ class ImageExperiment:
             loss_fn=classification_loss, **self._weights(stage),
             trainable=TRAINABLE[stage.trainable], anchored=resnet.is_backbone,
             sfa_beta=stage.sfa_beta, seed=stage.seed, mesh=self.mesh, name=name,
-            identity={
-                "start": fingerprints.of_state(nnx.state(model)),
-                "data": fingerprint(task.train),
-                "trainable": stage.trainable,
-                "frozen_norm": stage.frozen_norm,
-            },
             log=self._log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
             keep_best=config.keep_best, on_epoch=on_epoch,

@@ -5,11 +5,10 @@ from pathlib import Path
 
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
-    "theory", "usage", "config", "config_file",
-    "files", "fingerprint", "sealed", "peers", "distributed", "sharding", "data",
-    "models", "vocabulary_parallel", "lm_head", "losses", "weighting", "loss_table",
-    "throughput", "scoring", "optim", "step", "checkpoint", "merge", "evaluate", "metrics",
-    "fitting", "plan", "results",
+    "theory", "usage", "config", "config_file", "files", "fingerprint", "code_fingerprint",
+    "sealed", "peers", "distributed", "sharding", "data", "models", "vocabulary_parallel",
+    "lm_head", "losses", "weighting", "loss_table", "throughput", "scoring", "optim", "step",
+    "identity", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan", "results",
     "page", "figures", "report", "language_report", "terminal", "workdir", "language",
     "vision", "ahead_of_time", "train",
     "theory_report", "errors", "main",

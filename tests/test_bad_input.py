@@ -494,7 +494,7 @@ def test_workdir_with_a_damaged_configuration(config, tmp_path):
 def small_fit(directory, **changes):
     arguments = {
         "source": points(), "stage": StageConfig(batch_size=8), "loss_fn": classify,
-        "seed": 0, "weight_N": np.ones(20, np.float32), "identity": {"start": "abc"},
+        "seed": 0, "weight_N": np.ones(20, np.float32),
     }  # fmt: skip
     arguments |= changes
     return fit(linear(), arguments.pop("source"), directory, **arguments)
@@ -511,10 +511,9 @@ def checkpoints(tmp_path_factory):
     ("named", "changes"),
     [
         ("seed", {"seed": 1}),
-        ("weights", {"weight_N": np.full(20, 0.5, np.float32)}),
-        ("weights", {"weight_N": None}),
+        ("the weights", {"weight_N": np.full(20, 0.5, np.float32)}),
+        ("the weights", {"weight_N": None}),
         ("sfa_beta", {"sfa_beta": 0.5}),
-        ("start", {"identity": {"start": "xyz"}}),
         (
             "stage.optimizer.learning_rate",
             {"stage": StageConfig(batch_size=8, optimizer=OptimizerConfig(learning_rate=0.5))},
@@ -522,10 +521,10 @@ def checkpoints(tmp_path_factory):
     ],
 )
 def test_checkpoint_of_another_run(checkpoints, named, changes):
-    with pytest.raises(CheckpointError, match=r"of another run: .* Use another workdir") as error:
+    with pytest.raises(CheckpointError, match=r"of another run: .* Use another directory") as error:
         small_fit(checkpoints, **changes)
     _, differing = str(error.value).split("of another run: ")
-    assert re.findall(r"identity\.([\w.]+): ", differing) == [named]
+    assert re.findall(r"(?:^|; )([\w. ]+): ", differing) == [named]
 
 
 def test_checkpoint_of_the_same_run_is_taken(checkpoints):

@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from easy_jax import loss_table, scoring, sharding
+from easy_jax import code_fingerprint, loss_table, scoring, sharding
 from easy_jax.data import ArraySource, training_loader
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import squared_error
@@ -462,18 +463,15 @@ def test_metadata_is_plain_json(tmp_path):
 
 
 def test_one_compilation(tmp_path):
-    traces = []
-
-    def traced(model, batch):
-        traces.append(batch["x"].shape)
-        return regress(model, batch)
-
+    chex.clear_trace_counter()
+    traced = chex.assert_max_traces(regress, n=1)
     options = {**OPTIONS, "loss_fn": traced}
     for seed in (0, 1):  # another model of the same structure shares it
         for size in (1, 20, 65):
             source = ArraySource(make_arrays(size))
             score(make_model(seed), source, tmp_path / f"{seed}-{size}", **options)
     graphdef = nnx.graphdef(eval_view(make_model()))
-    step = scoring.make_score_step(graphdef, traced, sharding.make_mesh())
+    step = scoring.make_score_step(
+        graphdef, traced, sharding.make_mesh(), code_fingerprint.of_function(traced)
+    )
     assert step._cache_size() == 1
-    assert traces == [(8, FEATURES)]
