@@ -51,6 +51,7 @@ with epy.lazy_api_imports(globals()):
     )
     from easy_jax.merge import interpolate, wise_ft
     from easy_jax.models import eval_view, hugging_face, lora, timm_weights, train_view
+    from easy_jax.models.classifier import ClassifierInfo, new_head
     from easy_jax.models.resnet import ResNet
     from easy_jax.models.transformer import Transformer
     from easy_jax.models.transformer_config import TransformerConfig
@@ -70,6 +71,7 @@ with epy.lazy_api_imports(globals()):
 
 __all__ = [
     "ArraySource",
+    "ClassifierInfo",
     "ExperimentConfig",
     "Fit",
     "ImageDataConfig",
@@ -111,6 +113,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_train_step",
+    "new_head",
     "run",
     "score",
     "scoring_loader",

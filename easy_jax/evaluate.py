@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import data, distributed, losses, scoring, sharding
+from easy_jax import compatibility, data, distributed, losses, scoring, sharding
 from easy_jax.models import eval_view
 
 
@@ -43,6 +43,7 @@ def classification(
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
+      DataError: a head that is not of the data's classes (`easy_jax.compatibility`).
 
     Example:
       >>> source = data.ArraySource({"image": np.eye(2, dtype="f"), "label": np.arange(2)})
@@ -51,6 +52,7 @@ def classification(
       >>> classification(Identity(), source, batch_size=8)["accuracy"]
       100.0
     """
+    compatibility.check_classifier(model, source, nll_and_correct)
     nll_G, correct_G, count_G = _sums(model, source, nll_and_correct, batch_size, mesh, group_N)
     count = count_G.sum()
     result = {

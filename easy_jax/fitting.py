@@ -16,7 +16,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import checkpoint, data, distributed, identity, merge, optim, sharding
+from easy_jax import (
+    checkpoint,
+    compatibility,
+    data,
+    distributed,
+    identity,
+    merge,
+    optim,
+    sharding,
+)
 from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, Reduction, StageConfig
 from easy_jax.data.loader import PADDING_ID
@@ -116,7 +125,8 @@ def fit(
         cannot be written.
       DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
-      ConfigError, DataError: as the loaders and the mesh.
+      ConfigError, DataError: as the loaders and the mesh; a head that is not of the data's classes
+        (`easy_jax.compatibility`).
 
     Warns:
       InputBoundWarning: the devices wait for data a fifth of the time.
@@ -129,6 +139,8 @@ def fit(
         weight_N=weight_N, token_weight=token_weight,
         rows=sharding.process_rows(stage.batch_size, mesh),
     )  # fmt: skip
+    used_N = None if weight_N is None else ~np.isnan(weight_N)
+    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
     total = loader.steps
     run = identity.of_stage(
         model, source, stage=stage, loss_fn=loss_fn, weight_N=weight_N, token_weight=token_weight,

@@ -4,7 +4,9 @@ Scoring, training and evaluation all call these; nothing here averages over the 
 The score of an example is `nll_sum / count`. Reductions live in `easy_jax.step`.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +21,30 @@ from easy_jax.lm_head import (
 
 PerExampleLoss = tuple[jax.Array, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]
+
+
+_outputs: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("outputs", default=None)
+
+
+@contextlib.contextmanager
+def recorded_outputs() -> Iterator[list[int]]:
+    """Collects how many classes every call of `softmax_cross_entropy` inside distinguishes.
+
+    So `easy_jax.compatibility` learns, from an abstract trace, what any loss function that is
+    built on it expects of the data.
+
+    Example:
+      >>> with recorded_outputs() as outputs:
+      ...   _ = softmax_cross_entropy(jnp.zeros((2, 5)), jnp.zeros(2, int))
+      >>> outputs
+      [5]
+    """
+    found: list[int] = []
+    token = _outputs.set(found)
+    try:
+        yield found
+    finally:
+        _outputs.reset(token)
 
 
 @runtime_checkable
@@ -59,6 +85,8 @@ def softmax_cross_entropy(
     """
     logits_BK = logits_BK.astype(jnp.float32)
     num_classes = logits_BK.shape[1]
+    if (outputs := _outputs.get()) is not None:
+        outputs.append(num_classes)
     # A masked sum, not a gather: it fuses, and its gradient needs no scatter.
     is_label_BK = jnp.arange(num_classes)[None, :] == label_B[:, None]
     chosen_B = jnp.sum(jnp.where(is_label_BK, logits_BK, 0.0), axis=1)

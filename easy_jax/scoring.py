@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from easy_jax import (
     code_fingerprint,
+    compatibility,
     data,
     distributed,
     files,
@@ -82,6 +83,7 @@ def score(
       ScoringError: bad examples, by id.
       DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
+      DataError: a head that is not of the data's classes (`easy_jax.compatibility`).
       ValueError: a loss function with token losses where none are asked for, or without.
 
     Example:
@@ -97,6 +99,9 @@ def score(
     directory = files.path(directory)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
+    # With "drop", labels out of range are dropped with the other bad examples.
+    used_N = np.zeros(len(source), bool) if on_bad_example == "drop" else None
+    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
     graphdef, state = nnx.split(eval_view(model))
     identity = {
         "model": fingerprints.of_state(state),

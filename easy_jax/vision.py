@@ -12,7 +12,17 @@ import jax
 import numpy as np
 from flax import nnx
 
-from easy_jax import distributed, evaluate, files, merge, metrics, scoring, sharding, weighting
+from easy_jax import (
+    compatibility,
+    distributed,
+    evaluate,
+    files,
+    merge,
+    metrics,
+    scoring,
+    sharding,
+    weighting,
+)
 from easy_jax import fingerprint as fingerprints
 from easy_jax.config import (
     ConfigError,
@@ -22,7 +32,6 @@ from easy_jax.config import (
     TransferDataConfig,
 )
 from easy_jax.data import Splits, Tasks, fingerprint, load_tasks
-from easy_jax.data.image_datasets import DATA_SETS
 from easy_jax.fitting import Fit, fit
 from easy_jax.language import Until
 from easy_jax.loss_table import LossTable
@@ -186,20 +195,17 @@ class ImageExperiment:
         config = self.config.model
         model = timm_weights.load(config.path, config, mesh=self.mesh)
         assert isinstance(self.config.data, TransferDataConfig)
-        name, num_classes = self.config.data.names[0], self.data(stage).pretrain.num_classes
-        data_set = DATA_SETS[self.config.data.pretrain.name]
-        wanted = timm_weights.read_normalisation(config.path)
-        found = data_set.mean, data_set.std
-        if wanted is not None and not np.allclose(wanted, found, atol=1e-3):
-            raise ConfigError(
-                f"{config.path} wants images of mean and standard deviation {wanted}; those of "
-                f"{name} are normalised by {found}"
-            )
+        name, task = self.config.data.names[0], self.data(stage).pretrain
+        num_classes = task.num_classes
+        difference = compatibility.difference_of_pixels(model.info, task.test)
+        if difference:
+            raise ConfigError(f"{config.path}, for {name}: {difference}")
         if model.head.out_features != num_classes:
             raise ConfigError(
                 f"the head of {config.path} has {model.head.out_features} classes; {name}, the "
                 f"pre-training task, has {num_classes}"
             )
+        compatibility.check_names(model.info.classes, task.classes, config.path)
         return Fit(nnx.state(model), steps=0, seconds=0.0, resumed_from=0)
 
     def _train(self, stage: Stage, stage_config: StageConfig) -> Fit:

@@ -7,8 +7,9 @@ from pathlib import Path
 ORDER = [
     "theory", "usage", "config", "config_file", "files", "fingerprint", "code_fingerprint",
     "sealed", "peers", "distributed", "sharding", "data", "models", "vocabulary_parallel",
-    "lm_head", "losses", "weighting", "loss_table", "throughput", "scoring", "optim", "step",
-    "identity", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan", "results",
+    "lm_head", "losses", "compatibility", "weighting", "loss_table", "throughput", "scoring",
+    "optim", "step", "identity", "checkpoint", "merge", "evaluate", "metrics", "fitting", "plan",
+    "results",
     "page", "figures", "report", "language_report", "terminal", "workdir", "language",
     "vision", "ahead_of_time", "train",
     "theory_report", "errors", "main",

@@ -40,12 +40,15 @@ def regress(model, batch):
     return squared_error(model(batch["x"]), batch["y"])
 
 
-def points(size=20, bad_label=None):
+def points(size=20, bad_label=None, value=3):
     rng = np.random.default_rng(0)
     label = rng.integers(3, size=size).astype(np.int32)
-    if bad_label is not None:
-        label[bad_label] = 3
-    return ArraySource({"x": rng.normal(size=(size, 2)).astype(np.float32), "label": label})
+    x = rng.normal(size=(size, 2)).astype(np.float32)
+    if bad_label is None:
+        return ArraySource({"x": x, "label": label})
+    # Labels in memory would be looked at before anything is computed.
+    label[bad_label] = value
+    return Records([{"x": x[i], "label": label[i]} for i in range(size)])
 
 
 # The command line and the configuration.
@@ -184,8 +187,7 @@ def test_label_that_is_no_integer():
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_label_out_of_range_while_scoring(bad, tmp_path):
-    source = points()
-    source.fields["label"][[5, 13]] = bad
+    source = points(bad_label=[5, 13], value=bad)
     with pytest.raises(ScoringError, match=r"2 of 20 .*id 5 has loss nan; id 13 has loss nan"):
         score(linear(), source, tmp_path, loss_fn=classify, batch_size=8)
 
@@ -326,7 +328,7 @@ def other_loss(model, batch):
     ("model", "source", "loss_fn", "named"),
     [
         (linear(1), points(), classify, "model"),
-        (linear(), points(bad_label=0), classify, "data"),
+        (linear(), points(bad_label=0, value=1), classify, "data"),
         (linear(), points(), other_loss, "loss"),
     ],
     ids=["model", "data", "loss"],

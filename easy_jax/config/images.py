@@ -1,6 +1,7 @@
 """Data sets of images: what an experiment with images reads or draws."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +63,9 @@ class ImageDataConfig:
       resize_size: what the shorter side is resized to before the crop; 0: 8/7 of `image_size`
         for photos (256 for 224), `image_size` for CIFAR (paper.md section 2).
       interpolation: of the resize.
+      mean, std: by channel, of pixels in [0, 1], that images are normalised with; empty: the data
+        set's (ImageNet's, or CIFAR's own). A checkpoint that wants others has them in its
+        `config.json`.
       augment: random training views; without, training sees the scoring views.
       threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
         above which Python's lock is what they wait for.
@@ -77,6 +81,8 @@ class ImageDataConfig:
     image_size: int = 224
     resize_size: int = 0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     augment: bool = True
     threads: int = 0
     workers: int = 0
@@ -101,6 +107,13 @@ class ImageDataConfig:
             f"{path}.resize_size", self.resize_size,
             f"0 or at least image_size = {self.image_size}",
         )  # fmt: skip
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            ok = all(math.isfinite(each) and (each > 0 or name == "mean") for each in value)
+            require(
+                ok and len(value) in (0, 3), f"{path}.{name}", value,
+                f"three {'positive ' if name == 'std' else ''}numbers, or empty",
+            )  # fmt: skip
         for name in ("threads", "workers"):
             require(getattr(self, name) >= 0, f"{path}.{name}", getattr(self, name), "at least 0")
 

@@ -111,8 +111,8 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
     )
     positions = _cut(len(store), data_set.validation_share, split) if cut else None
     return ImageSource(
-        store, views, mean=data_set.mean, std=data_set.std, positions=positions,
-        reading=_reading(config),
+        store, views, mean=config.mean or data_set.mean, std=config.std or data_set.std,
+        positions=positions, reading=_reading(config),
     )  # fmt: skip
 
 

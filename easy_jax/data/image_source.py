@@ -58,8 +58,8 @@ class ImageSource:
         self.num_classes = store.num_classes
         self.classes = store.classes
         self.reading = Reading() if reading is None else reading
-        self._mean = np.array(mean, np.float32)
-        self._std = np.array(std, np.float32)
+        self.mean = np.array(mean, np.float32)
+        self.std = np.array(std, np.float32)
         self._positions = np.arange(len(store)) if positions is None else np.asarray(positions)
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class ImageSource:
         """
         views = dataclasses.asdict(self.views)
         fixed = {name: views[name] for name in ("image_size", "resize_size", "interpolation")}
-        arrays = {"positions": self._positions, "mean": self._mean, "std": self._std}
+        arrays = {"positions": self._positions, "mean": self.mean, "std": self.std}
         return fingerprints.of_json(
             {"store": self.store.fingerprint(), "arrays": fingerprints.of_arrays(arrays), **fixed}
         )
@@ -113,6 +113,6 @@ class ImageSource:
         return {
             "image": image_BHWC,
             "label": label_B,
-            "image_mean": np.tile(self._mean, (count, 1)),
-            "image_std": np.tile(self._std, (count, 1)),
+            "image_mean": np.tile(self.mean, (count, 1)),
+            "image_std": np.tile(self.std, (count, 1)),
         }

@@ -104,7 +104,7 @@ def scoring_loader(
     if isinstance(source, PackedSource):
         packed = source.rows(ids)
         return Loader(_packed(source, packed, batch_size, share), reading, packed)
-    read = _Reader(functools.partial(_read, source), batch_size, share)
+    read = _Reader(functools.partial(read_records, source), batch_size, share)
     starts = grain.MapDataset.range(0, len(ids), batch_size)
     dataset = starts.map(lambda start: read(ids[start : start + batch_size]))
     return Loader(dataset, reading, ids)
@@ -305,7 +305,7 @@ class _Reader:
         return {**batch, "example_id": id_b, "mask": mask_b}
 
 
-def _read(source: Source, positions: list[int]) -> Batch:
+def read_records(source: Source, positions: list[int]) -> Batch:
     """The records at these positions, stacked."""
     if hasattr(source, "batch"):
         return dict(source.batch(positions))
@@ -318,7 +318,7 @@ def _read_views(source: Source, seed: int, positions: list[int], epochs: list[in
     """The records at these positions in the views of these epochs, if the source has any."""
     if hasattr(source, "training_batch"):
         return dict(source.training_batch(positions, epochs, seed))
-    return _read(source, positions)
+    return read_records(source, positions)
 
 
 def _check(batch: Batch, positions: list[int]) -> None:

@@ -41,6 +41,10 @@ class Source(Protocol):
     that decides them: training does not continue with others.
 
     Optional: `reading: Reading` (`easy_jax.data.reading`), how a loader reads if it is not told.
+
+    Optional, of labelled data: `num_classes`, which all labels are below; `classes`, their names;
+    `mean` and `std`, by channel, that images are normalised with. A model that was made for
+    others is refused or told (`easy_jax.compatibility`).
     """
 
     def __len__(self) -> int: ...
@@ -85,7 +89,8 @@ class ArraySource:
 
     Args:
       fields: arrays with equal leading axes, for example `image` and `label`.
-      num_classes: if given, `label` must be integers in [0, num_classes).
+      num_classes: if given, `label` must be integers in [0, num_classes), and a classifier must
+        have as many outputs (`easy_jax.compatibility`).
 
     Raises:
       DataError: no examples, unequal lengths, non-finite values, or labels out of range;
@@ -110,6 +115,7 @@ class ArraySource:
                     ~np.isfinite(array).reshape(len(array), -1).all(axis=1),
                     f"field {name!r} has NaN or infinite values",
                 )
+        self.num_classes = num_classes
         if num_classes is not None:
             check_labels(self.fields["label"], num_classes)
 
@@ -147,6 +153,9 @@ class TfdsSource:
     ):
         builder, self._data = open_tfds(name, split, data_dir, fields)
         self._fields = dict(fields)
+        features = builder.info.features
+        labels = [features[theirs] for theirs, ours in fields.items() if ours == "label"]
+        self.num_classes: int | None = getattr(labels[0], "num_classes", None) if labels else None
         self._identity = {
             **tfds_identity(builder, split), "fields": self._fields,
             "num_examples": len(self._data),
@@ -225,12 +234,14 @@ def fingerprint(source: Any) -> str:
     return fingerprints.of_records(source[position] for position in range(len(source)))
 
 
-def check_labels(label_N: np.ndarray, num_classes: int) -> None:
-    """Raises DataError unless all labels are integers in [0, num_classes)."""
+def check_labels(label_N: np.ndarray, num_classes: int, used_N: np.ndarray | None = None) -> None:
+    """Raises DataError unless all labels, or those that are used, are integers in
+    [0, num_classes)."""
     if not np.issubdtype(label_N.dtype, np.integer):
         raise DataError(f"field 'label' has dtype {label_N.dtype}; labels are integers")
+    outside_N = (label_N < 0) | (label_N >= num_classes)
     _raise_if_any(
-        (label_N < 0) | (label_N >= num_classes),
+        outside_N if used_N is None else outside_N & used_N,
         f"field 'label' is out of range for {num_classes} classes (0 to {num_classes - 1})",
     )
 

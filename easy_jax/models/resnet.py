@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from easy_jax.config import ResNetConfig
+from easy_jax.models.classifier import ClassifierInfo, linear_head
 from easy_jax.models.convolution import convolve, max_pool
 
 _KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
@@ -246,6 +247,8 @@ class ResNet(nnx.Module):
       num_classes: outputs of the head.
       rngs: NNX random streams; `params` is used.
 
+    Its attribute `info`, a `ClassifierInfo`, says what is known of its classes and images.
+
     Example:
       >>> from flax import nnx
       >>> from easy_jax.config import ResNetConfig
@@ -270,7 +273,8 @@ class ResNet(nnx.Module):
                 blocks.append(new_block(features, width, stride, dtype, rngs))
                 features = new_block.expansion * width
         self.blocks = nnx.List(blocks)
-        self.head = new_head(features, num_classes, rngs)
+        self.head = linear_head(features, num_classes, rngs)
+        self.info = ClassifierInfo()
 
     def __call__(self, image_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:
         """Logits.
@@ -290,17 +294,6 @@ class ResNet(nnx.Module):
         for block in self.blocks:
             x_BHWC = block(x_BHWC, mask_B)
         return self.head(jnp.mean(x_BHWC, axis=(1, 2), dtype=jnp.float32))
-
-
-def new_head(features: int, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A fresh linear classification head, `features` to `num_classes`, with zero bias."""
-    return nnx.Linear(
-        features,
-        num_classes,
-        kernel_metadata={"logical_axes": ("features", "classes")},
-        bias_metadata={"logical_axes": ("classes",)},
-        rngs=rngs,
-    )
 
 
 def is_head(path: Sequence[Any], variable: Any) -> bool:

@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from easy_jax import distributed, files, sharding
 from easy_jax.config import RESNETS, ConfigError, ResNetConfig
 from easy_jax.models import weight_files
+from easy_jax.models.classifier import ClassifierInfo, info_of
 from easy_jax.models.resnet import ResNet
 from easy_jax.models.weight_files import WeightsError
 
@@ -57,7 +58,9 @@ def load(
       mesh: default: all devices on the data axis, with full copies of the parameters.
 
     Returns:
-      The network; parameters and BatchNorm's statistics are float32, in their shards.
+      The network; parameters and BatchNorm's statistics are float32, in their shards. Its `info`
+      has what `config.json` tells: the names of the classes, and the images' mean and standard
+      deviation, which scoring and training compare with the data's.
 
     Raises:
       WeightsError: nothing there, a pickle, a damaged file; tensors that are missing, extra, of
@@ -87,7 +90,9 @@ def load(
             raise WeightsError(f"{file}: {name} has negative values, which no variance has")
         flat.append((paths[name], variable.replace(value)))
     mesh = sharding.make_mesh() if mesh is None else mesh
-    return nnx.merge(graphdef, sharding.shard_tree(nnx.from_flat_state(flat), mesh))
+    model = nnx.merge(graphdef, sharding.shard_tree(nnx.from_flat_state(flat), mesh))
+    model.info = checkpoint.info()
+    return model
 
 
 def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
@@ -108,24 +113,17 @@ def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
     return config
 
 
-def read_normalisation(
-    path: str | os.PathLike[str],
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Mean and standard deviation of the images that a network wants, by channel, of [0, 1].
+def read_info(path: str | os.PathLike[str]) -> ClassifierInfo:
+    """The classes and images that a network was made for, as far as `config.json` tells.
 
     Args:
       path: see `load`.
 
-    Returns:
-      Both, or None where there is no `config.json` that tells.
-
     Raises:
-      WeightsError: see `load`.
+      WeightsError: see `load`; names that are not one for every class, or no numbers for the
+        mean and standard deviation of a channel.
     """
-    images = _find(path).images()
-    if "mean" not in images or "std" not in images:
-        return None
-    return tuple(images["mean"]), tuple(images["std"])
+    return _find(path).info()
 
 
 def export(
@@ -134,6 +132,7 @@ def export(
     folder: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
+    info: ClassifierInfo | None = None,
 ) -> None:
     """Writes a folder that timm loads: `timm.create_model("local-dir:...", pretrained=True)`.
 
@@ -146,19 +145,30 @@ def export(
       base: the path given to `load`; what its `config.json` says of images (their size, mean,
         standard deviation) and BatchNorm's numbers of batches are copied. Without it, timm
         takes its defaults, ImageNet's, for the images; the numbers of batches are 0.
+      info: the names of the classes, which timm's `label_names` will be, and the images' mean
+        and standard deviation; default: the network's own `info`. A state has none.
 
     Raises:
       ConfigError: a network that timm does not have.
-      WeightsError: the folder is not empty; the model or the base is of another network.
+      WeightsError: the folder is not empty; the model or the base is of another network; another
+        number of names than of outputs.
     """
     architecture = config.name()
     if architecture is None:
         raise ConfigError(f"{config} cannot be exported; timm has {list(RESNETS)} of this kind")
-    variables = dict(nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model)))
+    state = model if isinstance(model, nnx.State) else nnx.state(model)
+    variables = dict(nnx.to_flat_state(state))
     num_classes = len(variables["head", "bias"].get_value())
     expected = dict(nnx.to_flat_state(nnx.state(_abstract(config, num_classes))))
     if _shapes(variables) != _shapes(expected):
         raise WeightsError(f"the model is not the {architecture} that its configuration says")
+    if info is None:
+        info = ClassifierInfo() if isinstance(model, nnx.State) else info_of(model)
+    if info.classes and len(info.classes) != num_classes:
+        raise WeightsError(
+            f"the head has {num_classes} outputs, and there are names of {len(info.classes)} "
+            "classes; give it a head of their number with easy_jax.new_head"
+        )
     paths = _paths(config, variables)
     counts = {name: np.zeros((), np.int64) for name in _counts(paths)}
     images: dict[str, Any] = {"input_size": [config.in_channels, 224, 224]}
@@ -167,6 +177,7 @@ def export(
         checkpoint.check(config, paths)
         counts |= weight_files.read_tensors(checkpoint.files, counts.keys() & checkpoint.files)
         images |= checkpoint.images()
+    images |= {key: list(getattr(info, key)) for key in ("mean", "std") if getattr(info, key)}
     with weight_files.new_folder(Path(folder)) as temporary:
         # On every process: what is in shards comes together.
         tensors = {name: _read_out(variables[path].get_value()) for name, path in paths.items()}
@@ -176,6 +187,7 @@ def export(
                 "architecture": architecture,
                 "num_classes": num_classes,
                 "num_features": tensors["fc.weight"].shape[1],
+                **({"label_names": list(info.classes)} if info.classes else {}),
                 "pretrained_cfg": {
                     **images,
                     "num_classes": num_classes,
@@ -236,6 +248,39 @@ class _Checkpoint:
         """What `config.json` says of the images, to be said of a fine-tuned network as well."""
         told = self._object("pretrained_cfg")
         return {key: told[key] for key in _IMAGES if key in told}
+
+    def info(self) -> ClassifierInfo:
+        """What `config.json` tells of classes and images."""
+        names = self.content.get("label_names") or self._object("pretrained_cfg").get("label_names")
+        count = self.num_classes()
+        if isinstance(names, dict):  # by number, as timm allows it as well
+            names = [names.get(str(number)) for number in range(count)]
+        if names is not None and not (
+            isinstance(names, list)
+            and len(names) == count
+            and all(isinstance(name, str) for name in names)
+        ):
+            raise WeightsError(
+                f"{self.folder / 'config.json'}: label_names is not a list of {count} names, one "
+                "for each output of the head, fc.weight; correct or remove it"
+            )
+        images = self.images()
+        return ClassifierInfo(
+            tuple(names or ()), *(self._colour(images, key) for key in ("mean", "std"))
+        )
+
+    def _colour(self, images: Mapping[str, Any], key: str) -> tuple[float, ...]:
+        """A number for each channel; empty where there is none."""
+        value = images.get(key)
+        if value is None:
+            return ()
+        ok = isinstance(value, list) and all(type(each) in (int, float) for each in value)
+        if not ok or len(value) != self._axis("conv1.weight", 1):
+            raise WeightsError(
+                f"{self.folder / 'config.json'}: pretrained_cfg.{key} is {value!r}, not a number "
+                "for each channel of the images"
+            )
+        return tuple(float(each) for each in value)
 
     def check(self, config: ResNetConfig, paths: Mapping[str, _Path]) -> None:
         """Raises unless this is the network configured, by all that can be told unread."""
