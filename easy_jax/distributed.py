@@ -51,15 +51,20 @@ def initialize(
     `JAX_PROCESS_ID`, or from the cluster: TPU slices (also on GKE), SLURM, Kubernetes, Open MPI.
     One process alone is not a cluster: nothing happens. A process that is lost later ends all.
 
+    The processes prove to each other that they are of one run: by the token in the environment
+    variable `EASY_JAX_RUN_TOKEN`, the same in all, or else by their version and command line.
+
     Args:
-      coordinator_address: `host:port` of process 0; the port must be free there, and open to
-        the others. It is the only one that this needs: what devices use to talk is another.
+      coordinator_address: `HOST:PORT` of process 0, `[HOST]:PORT` for an IPv6 address; the port
+        must be free there, and open to the others. It is the only one that this needs: what
+        devices use to talk is another. Process 0 listens on the interfaces that the address leads
+        to (`easy_jax.peers.listening`).
       num_processes, process_id: how many there are, and which this one is, from 0.
       timeout: seconds to wait for the others at the start, and to bear their silence later.
 
     Raises:
       ConfigError: some of the three are given and others cannot be found, or are wrong.
-      PeersError: processes did not come in time (named), or are of another run.
+      PeersError: processes did not come in time (named), or are of another run or version.
     """
     global _peers
     values: dict[str, Any] = {
@@ -67,7 +72,7 @@ def initialize(
         "num_processes": _number("num_processes", num_processes),
         "process_id": _number("process_id", process_id),
     }
-    if not timeout > 0:
+    if not 0 < timeout < float("inf"):
         raise ConfigError(f"peer_timeout is {timeout}; it must be a positive number of seconds")
     devices = None
     if None in values.values():
@@ -96,6 +101,7 @@ def initialize(
     jax.distributed.initialize(
         address, count, index, devices,
         initialization_timeout=int(timeout) + 1,
+        coordinator_bind_address=peers.bind_address,
         heartbeat_timeout_seconds=2 * int(timeout) + 10,  # ours come first, and name the process
     )  # fmt: skip
     _peers = peers

@@ -1,4 +1,4 @@
-"""The roll call and the watch, between threads: who is missing, doubled, lost, silent, stuck."""
+"""The rendezvous and the watch, between threads: who is missing, doubled, lost, silent, stuck."""
 
 import json
 import queue
@@ -11,6 +11,7 @@ import pytest
 from processes import free_port
 
 from easy_jax.peers import EXIT_PEERS, Peers, PeersError
+from easy_jax.peers.member import Member
 
 TIMEOUT = 6.0
 
@@ -25,15 +26,33 @@ class Run:
         self.timeout = timeout
         self.ended = queue.Queue()
 
-    def peer(self, index, count=None, run="same", timeout=None):
+    def peer(self, index, count=None, run="same", token=""):
         return Peers(
-            self.address, count or self.count, index, timeout=timeout or self.timeout, run=run,
+            self.address, count or self.count, index, timeout=self.timeout, run=run, token=token,
             end=lambda *why: self.ended.put((index, *why)),
         )  # fmt: skip
 
     def connect(self):
         """A connection to process 0 of somebody else."""
         return socket.create_connection(("127.0.0.1", self.port))
+
+    def member(self, index):
+        return Member(index, self.count, json.dumps("same"))
+
+    def hello(self, link, index):
+        """What a process says, in bytes: for those that the tests speak for themselves."""
+        theirs = json.loads(link.recv(10_000))["challenge"]
+        hello = {**self.member(index).hello(), "challenge": "mine"}
+        proof = self.member(index).proof("hello", theirs, hello)
+        return json.dumps({**hello, "proof": proof}).encode() + b"\n"
+
+    def lead(self, server):
+        """Plays process 0 for the next that connects; returns the connection, and its `go`."""
+        link, _ = server.accept()
+        link.sendall(b'{"challenge": "mine"}\n')
+        theirs = json.loads(link.recv(10_000))["challenge"]
+        proof = self.member(0).proof("go", "mine", theirs)
+        return link, json.dumps({"go": True, "proof": proof}).encode() + b"\n"
 
     def together(self, *makers):
         """What each maker gives or raises, all started at the same time."""
@@ -105,37 +124,39 @@ def test_a_late_process_0_has_its_time():
     [
         ({"index": 1}, "process 1 .* and process 1 .* have the same process id"),
         ({"index": 0}, "process 0 .* and process 0 .* have the same process id"),
-        ({"index": 2, "count": 4}, "process 2 .* is one of 4 processes, process 0 one of 3"),
-        ({"index": 2, "run": "other"}, "process 2 .* runs another command or version, other"),
+        ({"index": 2, "count": 4}, "process 2 .* is one of 4 processes; process 0 is one of 3"),
     ],
 )
-def test_a_wrong_process_is_refused(other, message):
+def test_a_mistake_of_a_member_ends_all_at_once(other, message):
     run = Run(3)
+    start = time.monotonic()
 
     def wrong():
         time.sleep(0.3)
         if other["index"] == 0:  # it says so itself, whatever it listens to
-            with run.connect() as line:
-                line.sendall(json.dumps({"hello": 0, "count": 3, "run": "same"}).encode() + b"\n")
-                return PeersError(json.loads(line.recv(10_000))["reason"])
+            with run.connect() as link:
+                link.sendall(run.hello(link, 0))
+                return PeersError(json.loads(link.recv(10_000))["reason"])
         return run.peer(**other)
 
     for error in run.together(lambda: run.peer(0), lambda: run.peer(1), wrong):
         assert isinstance(error, PeersError)
         assert re.search(message, str(error)), error
+    assert time.monotonic() - start < 0.5 * TIMEOUT
 
 
-def test_strangers_at_the_port_are_ignored():
-    run = Run(2)
-
-    def stranger():
-        time.sleep(0.3)
-        for text in (b"GET / HTTP/1.1\r\n\r\n", b'{"hello": "you"}\n', b""):
-            with run.connect() as line:
-                line.sendall(text)
-        return run.peer(1)
-
-    leave(run.together(lambda: run.peer(0), stranger))
+def test_a_member_by_token_with_another_command_ends_all_at_once():
+    run = Run(3)
+    start = time.monotonic()
+    errors = run.together(
+        lambda: run.peer(0, token="secret"),
+        lambda: run.peer(1, token="secret"),
+        lambda: run.peer(2, token="secret", run="other"),
+    )
+    for error in errors:
+        message = 'process 2 .* runs another command or version, "other"; process 0 runs "same"'
+        assert re.search(message, str(error)), error
+    assert time.monotonic() - start < 0.5 * TIMEOUT
 
 
 def test_who_says_nothing_keeps_nobody_waiting():
@@ -159,15 +180,15 @@ def test_a_greeting_in_two_pieces():
 
     def slow():
         time.sleep(0.3)
-        hello = json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n"
         with run.connect() as line:
+            hello = run.hello(line, 1)
             line.sendall(hello[:10])
             time.sleep(0.5)
             line.sendall(hello[10:])
             return json.loads(line.recv(10_000))
 
     first, answer, last = run.together(lambda: run.peer(0), slow, lambda: run.peer(2))
-    assert answer == {"go": True}
+    assert answer["go"] is True
     leave([first, last])
 
 
@@ -176,9 +197,8 @@ def test_what_comes_together_with_the_call_to_go_is_heard():
 
     def leader():
         with socket.create_server(("", run.port)) as server:
-            line, _ = server.accept()
-            line.recv(10_000)
-            line.sendall(b'{"go": true}\n{"end": 7, "reason": "it is over"}\n')
+            line, go = run.lead(server)
+            line.sendall(go + b'{"end": 7, "reason": "it is over"}\n')
             return line
 
     line, peer = run.together(leader, lambda: run.peer(1))
@@ -194,9 +214,8 @@ def test_a_process_that_starts_again_before_all_are_there():
 
     def again():
         time.sleep(0.3)
-        hello = {"hello": 2, "count": 3, "run": "same"}
         with run.connect() as line:
-            line.sendall(json.dumps(hello).encode() + b"\n")
+            line.sendall(run.hello(line, 2))
             time.sleep(0.2)
         return run.peer(2)
 
@@ -215,8 +234,8 @@ def test_a_killed_process_ends_the_others_at_once(lost):
     peers = run.all()
     start = time.monotonic()
     peers[lost]._closing = True  # its thread says nothing more
-    for line in peers[lost]._lines.values():
-        line.connection.shutdown(socket.SHUT_RDWR)  # what the kernel does for a killed process
+    for connection in peers[lost]._connections.values():
+        connection.link.shutdown(socket.SHUT_RDWR)  # what the kernel does for a killed process
     ended = run.ends(3)
     peers[lost].close()
     assert time.monotonic() - start < 30
@@ -234,15 +253,15 @@ def test_a_silent_process_ends_the_others_in_time(silent):
 
     def mute_leader():
         with socket.create_server(("", run.port)) as server:
-            lines.extend(server.accept()[0] for _ in range(2))
-        for line in lines:
-            line.recv(10_000)
-            line.sendall(b'{"go": true}\n')
+            led = [run.lead(server) for _ in range(2)]
+        for line, go in led:
+            lines.append(line)
+            line.sendall(go)
 
     def mute_follower():
         time.sleep(0.3)
         lines.append(run.connect())
-        lines[0].sendall(json.dumps({"hello": 1, "count": 3, "run": "same"}).encode() + b"\n")
+        lines[0].sendall(run.hello(lines[0], 1))
 
     expected = {0, 1, 2} - {silent}
     mute = mute_follower if silent else mute_leader
@@ -285,16 +304,3 @@ def test_a_run_that_does_not_move_is_told_by_place(capsys):
     assert "nothing has moved for" in told
     assert "processes 0, 2 at step 8, compiling; process 1 at step 7. To compile a large" in told
     assert run.ended.empty()
-
-
-@pytest.mark.parametrize("address", ["host", "host:", ":123", "host:port", "host:99999"])
-def test_bad_address(address):
-    with pytest.raises(PeersError, match=r"it must be HOST:PORT"):
-        Peers(address, 2, 0, timeout=1.0, run="")
-
-
-def test_port_in_use():
-    with socket.create_server(("", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(PeersError, match=r"cannot listen on port \d+: .*--coordinator_address"):
-            Peers(address, 2, 0, timeout=1.0, run="")

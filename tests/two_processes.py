@@ -102,7 +102,7 @@ def compilation(config, folder, patch):
 
 
 def port(config, folder, patch):
-    """Whether JAX's service is where the roll was called."""
+    """Whether JAX's service is where the processes met."""
     return jax_distributed.global_state.coordinator_address == main._COORDINATOR.value
 
 
