@@ -13,12 +13,25 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax import data, distributed, evaluate, files, losses, merge, metrics, scoring, sharding
-from easy_jax.config import LanguageConfig, LanguageMethodConfig, StageConfig
+from easy_jax import (
+    data,
+    distributed,
+    evaluate,
+    files,
+    losses,
+    merge,
+    metrics,
+    scoring,
+    sealed,
+    sharding,
+)
+from easy_jax import fingerprint as fingerprints
+from easy_jax.config import ConfigError, LanguageConfig, LanguageMethodConfig, StageConfig
 from easy_jax.data import instructions, text
 from easy_jax.data.packing import PackedSource
 from easy_jax.fitting import fit
 from easy_jax.loss_table import LossTable
+from easy_jax.measurements import Measurements
 from easy_jax.models import hugging_face, lora
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
@@ -44,6 +57,7 @@ class LanguageExperiment:
         )  # fmt: skip
         self.train = self._instructions(config.train)
         self._scored: LossTable | None = None
+        self._measured_on: dict[str, PackedSource] | None = None
         terminal.print(f"training data: {self.train.examples.describe()}")
 
     def run(self, until: Until) -> dict[str, Any]:
@@ -60,16 +74,14 @@ class LanguageExperiment:
     def _run(self, until: Until, log: metrics.MetricsLog) -> dict[str, Any]:
         methods = self.config.selected_methods()
         measured = until in ("evaluate", "report")
-        path = self.workdir / "cells.jsonl"
-        if any(method.weighting != "none" for method in methods):
+        if self._weighs():
             self._table()
-        found = distributed.broadcast("reading the results", lambda: metrics.read_lines(path))
-        rows = {row["method"]: row for row in found}
+        cells = Measurements(self.workdir / "cells.jsonl", self._inputs)
+        rows = {row["method"]: row for row in cells.read()} if measured else {}
         if measured and BASE not in rows:
-            rows[BASE] = {"method": BASE, **self._measure(self.model)}
-            metrics.append_line(path, rows[BASE])
+            rows[BASE] = cells.add({"method": BASE, **self._measure(self.model)})
         for method in methods:
-            if measured and method.name in rows:
+            if method.name in rows:
                 continue
             model, seconds = self.fit(method, log)
             if until == "export":
@@ -77,15 +89,13 @@ class LanguageExperiment:
             if not measured:
                 continue
             self.terminal.describe(f"evaluate {method.name}")
-            rows[method.name] = {
-                "method": method.name, **self._measure(model), "seconds": seconds,
-            }  # fmt: skip
-            metrics.append_line(path, rows[method.name])
+            row = {"method": method.name, **self._measure(model), "seconds": seconds}
+            rows[method.name] = cells.add(row)
         if not measured:
             return {}
         results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
         if distributed.leads():
-            files.write_json(self.workdir / "results.json", results)
+            sealed.write(self.workdir / "results.json", results)
         return results
 
     # Stages.
@@ -174,21 +184,47 @@ class LanguageExperiment:
         text.check_vocabulary(source.examples, self.model.config.vocab)
         return source
 
+    def _sources(self) -> dict[str, PackedSource]:
+        """Held-out problems and general text, by the names that they have in the results."""
+        config = self.config
+        if self._measured_on is None:
+            sources = {
+                f"heldout{number or ''}": self._instructions(heldout)
+                for number, heldout in enumerate(config.heldout)
+            }
+            for path in config.general:
+                name = Path(path).stem
+                if name in sources:
+                    raise ConfigError(
+                        f"config.general has {path}, but there is another text called {name}, "
+                        "which its results would replace; give the file another name"
+                    )
+                sources[name] = instructions.general(
+                    path, config.general_characters, config.text, self.tokenizer
+                )
+            self._measured_on = sources
+        return self._measured_on
+
+    def _inputs(self) -> dict[str, str]:
+        """Fingerprints of what the results depend on, beside the configuration."""
+        found = {
+            "base model": fingerprints.of_json(dataclasses.asdict(self.model.config)),
+            "base weights": fingerprints.of_state(nnx.state(self.model)),
+            "training data": self.train.fingerprint(),
+        }
+        if self._weighs():
+            found["loss table"] = self._table().fingerprint()
+        return found | {name: source.fingerprint() for name, source in self._sources().items()}
+
+    def _weighs(self) -> bool:
+        return any(method.weighting != "none" for method in self.config.selected_methods())
+
     def _measure(self, model: Transformer) -> dict[str, float]:
         """Cross-entropy and perplexity on held-out problems and on general text."""
-        config = self.config
-        sources = {
-            f"heldout{number or ''}": self._instructions(heldout)
-            for number, heldout in enumerate(config.heldout)
-        }
-        for name in config.general:
-            sources[Path(name).stem] = instructions.general(
-                name, config.general_characters, config.text, self.tokenizer
-            )
         values: dict[str, float] = {}
-        for name, source in sources.items():
+        for name, source in self._sources().items():
             measured = evaluate.language(
-                model, source, batch_size=config.eval_batch_size, mesh=self.mesh
+                model, source, batch_size=self.config.eval_batch_size, mesh=self.mesh
             )
             values |= {f"{name}_{key}": value for key, value in measured.items()}
         return values

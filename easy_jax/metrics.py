@@ -3,12 +3,19 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 
-from easy_jax import distributed, files
+from easy_jax import distributed, files, sealed
+from easy_jax.sealed import ArtefactError
+
+_KEYS = {"stage": str, "kind": str, "step": int}
+_FIX = "delete that line, which the curves of the report then lack"
 
 
 class MetricsLog:
@@ -27,7 +34,7 @@ class MetricsLog:
         if not files.is_local(workdir):
             self._temporary = tempfile.TemporaryDirectory()
             self._board = Path(self._temporary.name)
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, EventsWriter] = {}
 
     def write(self, stage: str, kind: str, step: int, values: dict[str, float]) -> None:
         """Logs values of a stage after `step` steps; `kind` is `train` or `validation`."""
@@ -35,18 +42,23 @@ class MetricsLog:
             return
         entry = {"stage": stage, "kind": kind, "step": step, **values}
         self._file.append(json.dumps(entry))
-        if stage not in self._writers:
-            self._close_writers()
-            self._writers = {stage: SummaryWriter(str(self._board / stage), write_to_disk=True)}
-        for name, value in values.items():
-            self._writers[stage].add_scalar(f"{kind}/{name}", value, step)
+        with files.writing(self._board):
+            if stage not in self._writers:
+                self._close_writers()
+                (self._board / stage).mkdir(parents=True, exist_ok=True)
+                self._writers = {stage: EventsWriter(str(self._board / stage / "events"))}
+            for name, value in values.items():
+                summary = scalar(f"{kind}/{name}", value)
+                event = Event(summary=summary, step=step, wall_time=time.time())
+                self._writers[stage].write_event(event)
 
     def flush(self) -> None:
         """Writes out what is buffered."""
         if self._file is not None:
             self._file.flush()
-        for writer in self._writers.values():
-            writer.flush()
+        with files.writing(self._board):
+            for writer in self._writers.values():
+                writer.flush()
         if self._temporary is not None:
             files.upload(self._board, self._workdir / "tensorboard")
 
@@ -59,8 +71,9 @@ class MetricsLog:
             self._temporary.cleanup()
 
     def _close_writers(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        with files.writing(self._board):
+            for writer in self._writers.values():
+                writer.close()
         self._writers = {}
 
 
@@ -72,31 +85,17 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         lines.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The entries of a JSON-lines file; a last line cut short by a kill is left out.
+def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All entries of a workdir's log, the last one of every (stage, kind, step).
 
     Raises:
-      ValueError: any other broken line, by file and number.
+      ArtefactError: a line that is no entry, by file and number; but for a last one cut short.
     """
-    if not path.exists():
-        return []
-    entries = []
-    lines = path.read_text().split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline at its end: the write was interrupted
-                continue
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-    return entries
-
-
-def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All entries of a workdir's log, the last one of every (stage, kind, step)."""
     latest: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for entry in read_lines(files.path(workdir) / "metrics.jsonl"):
+    path = files.path(workdir) / "metrics.jsonl"
+    for where, entry in sealed.read_lines(path, ArtefactError, _FIX):
+        types = {name: type(value) for name, value in entry.items()}
+        if _KEYS.items() - types.items() or not {*types.values()} <= {str, int, float}:
+            raise ArtefactError(f"{where} is no entry of a log of metrics; {_FIX}")
         latest[entry["stage"], entry["kind"], entry["step"]] = entry
     return list(latest.values())

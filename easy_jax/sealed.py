@@ -52,6 +52,8 @@ score again
         intact = value.get(KEY) == fingerprints.of_json(content)
     except RecursionError as cause:
         raise error(f"{where} is JSON nested too deeply; {fix}") from cause
+    if KEY not in value:
+        raise error(f"{where} has no checksum: it was changed, or is of an older version; {fix}")
     if not intact:
         raise error(
             f"{where} was changed after it was written: its checksum is of other values; {fix}"
@@ -89,8 +91,10 @@ def read(source: Path, error: type[Exception], fix: str) -> dict[str, Any]:
     return unseal(files.read_json(source, error, fix), source, error, fix)
 
 
-def read_lines(source: Path, error: type[Exception], fix: str) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line cut short by a kill is left out.
+def read_lines(source: Path, error: type[Exception], fix: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place (file and number of the line).
+
+    A last line that was cut short by a kill is left out.
 
     Args:
       source: the file; none at all has no lines.
@@ -114,5 +118,5 @@ def read_lines(source: Path, error: type[Exception], fix: str) -> list[dict[str,
             raise error(f"{source}:{number} is not JSON: {cause}; {fix}") from cause
         if not isinstance(entry, dict):
             raise error(f"{source}:{number} is not a JSON object but {type(entry).__name__}; {fix}")
-        entries.append(entry)
+        entries.append((f"{source}:{number}", entry))
     return entries

@@ -16,10 +16,10 @@ from easy_jax import (
     compatibility,
     distributed,
     evaluate,
-    files,
     merge,
     metrics,
     scoring,
+    sealed,
     sharding,
     weighting,
 )
@@ -36,6 +36,7 @@ from easy_jax.fitting import Fit, fit
 from easy_jax.language import Until
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
+from easy_jax.measurements import Measurements
 from easy_jax.models import eval_view, resnet, timm_weights, train_view
 from easy_jax.plan import (
     Cell,
@@ -66,7 +67,6 @@ class ImageExperiment:
         self._finished: dict[str, Fit] = {}
         self._data: tuple[tuple[int, float], Tasks] | None = None
         self._did_work = False
-        self._files: str | None = None
         self._counted: set[str] = set()
         self._tables: dict[tuple[int, float, str], LossTable] = {}
         self._measured_before: dict[str, float] = {}
@@ -95,20 +95,15 @@ class ImageExperiment:
                         f"temperature {table.temperature:.4g} nats"
                     )
             return {}
-        found = distributed.broadcast(
-            "reading the results", lambda: metrics.read_lines(self._cells_path)
-        )
-        rows = {row_key(row): row for row in found}
-        if rows:
-            self._check_inputs(found)
+        measured = Measurements(self.workdir / "cells.jsonl", self._inputs)
+        rows = {row_key(row): row for row in measured.read()}
         for cell in cells(config):
             last = cell_stages(config, cell)[-1].name
             if until == "train" or cell.key not in rows:
                 self.fit(last)
             if until != "train" and cell.key not in rows:
-                rows[cell.key] = self.evaluate(cell)
+                rows[cell.key] = measured.add(self.evaluate(cell))
                 self._did_work = True
-                metrics.append_line(self._cells_path, rows[cell.key])
             else:
                 self._count_as_done(last)
         if until == "train":
@@ -123,36 +118,24 @@ class ImageExperiment:
             )
         results = select(config, [rows[cell.key] for cell in cells(config)])
         if distributed.leads():
-            files.write_json(self.workdir / "results.json", results)
+            sealed.write(self.workdir / "results.json", results)
         return results
 
-    def _check_inputs(self, rows: list[dict[str, Any]]) -> None:
-        """Results of other weights or images than there are now are refused."""
-        stale = sorted({row["method"] for row in rows if row.get("inputs") != self._inputs()})
-        if stale:
-            raise ConfigError(
-                f"{self._cells_path} has results, of {', '.join(stale)}, from other weights or "
-                "images than those that are now where the configuration says; use another "
-                "--workdir, or delete this one"
-            )
-
-    def _inputs(self) -> str:
-        """Fingerprint of what comes from files: given weights, and the images measured on."""
+    def _inputs(self) -> dict[str, str]:
+        """Fingerprints of what comes from files: given weights, and the images of each split."""
         config = self.config
-        if self._files is None:
-            found = {}
-            if config.model.path:
-                name = pretrain_name(config, config.seeds[0])
-                found["weights"] = fingerprints.of_state(self.fit(name).model_state)
-            if isinstance(config.data, TransferDataConfig):
-                tasks = self._tasks(0, 0.0)
-                for task, splits in (("pretrain", tasks.pretrain), ("target", tasks.target)):
-                    for split in ("train", "validation", "test"):
-                        source = getattr(splits, split)
-                        if source is not None:
-                            found[f"{task}/{split}"] = fingerprint(source)
-            self._files = fingerprints.of_json(found)
-        return self._files
+        found = {}
+        if config.model.path:
+            name = pretrain_name(config, config.seeds[0])
+            found["base weights"] = fingerprints.of_state(self.fit(name).model_state)
+        if isinstance(config.data, TransferDataConfig):
+            tasks = self._tasks(0, 0.0)
+            for task, splits in (("pretrain", tasks.pretrain), ("target", tasks.target)):
+                for split in ("train", "validation", "test"):
+                    source = getattr(splits, split)
+                    if source is not None:
+                        found[f"{task}/{split}"] = fingerprint(source)
+        return found
 
     # Stages.
 
@@ -281,7 +264,6 @@ class ImageExperiment:
             "seed": cell.seed,
             "label_noise": cell.label_noise,
             "learning_rate": cell.learning_rate,
-            "inputs": self._inputs(),
             "pretrain_before": before,
             "pretrain_after": after["pretrain"],
             "target": after["target"],
@@ -419,10 +401,6 @@ class ImageExperiment:
         return self._measured_before[stage.name]
 
     # Bookkeeping.
-
-    @property
-    def _cells_path(self) -> Path:
-        return self.workdir / "cells.jsonl"
 
     def _steps(self, stage: Stage) -> int:
         if stage.stage is None:

@@ -44,7 +44,7 @@ def _damaged(path):
                 yield place, content[:place] + bytes([other]) + content[place + 1 :]
 
 
-def _check_every_byte(path, read, same, error):
+def check_every_byte(path, read, same, error):
     """Reading gives the same or one line that names the file; how often it was the same."""
     content, survived = path.read_bytes(), 0
     try:
@@ -64,7 +64,7 @@ def _check_every_byte(path, read, same, error):
 
 def test_every_byte_of_the_metadata(table):
     path = table.directory / "metadata.json"
-    survived = _check_every_byte(
+    survived = check_every_byte(
         path, lambda: LossTable.open(table.directory), lambda found: _same(found, table),
         LossTableError,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def test_every_byte_of_the_metadata(table):
 
 def test_every_byte_of_a_part(table):
     path = table.directory / "part-00000-00001.parquet"
-    _check_every_byte(
+    check_every_byte(
         path, lambda: LossTable.open(table.directory), lambda found: _same(found, table),
         LossTableError,
     )  # fmt: skip
@@ -81,7 +81,7 @@ def test_every_byte_of_a_part(table):
 
 def test_every_byte_of_the_dropped_ids(table):
     path = table.directory / "dropped-00000.json"
-    _check_every_byte(
+    check_every_byte(
         path, lambda: loss_table.read_dropped(table.directory), lambda found: found == {3},
         LossTableError,
     )  # fmt: skip

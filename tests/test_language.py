@@ -11,7 +11,7 @@ import tiny_language
 from helpers import load_config
 from safetensors.numpy import load_file, save_file
 
-from easy_jax import figures, language_report, losses, scoring, train
+from easy_jax import figures, language_report, losses, scoring, sealed, train
 from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
@@ -92,7 +92,7 @@ def test_it_learns_and_the_averages_are_between(done):
 
 def test_what_is_written(done):
     workdir, results = done
-    assert json.loads((workdir / "results.json").read_text()) == results
+    assert sealed.read(workdir / "results.json", AssertionError, "") == results
     table = LossTable.open(workdir / "loss_table")
     assert table.num_examples == 24
     ids = np.concatenate([ids for ids, _, _ in table.rows()])

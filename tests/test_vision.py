@@ -32,6 +32,7 @@ from easy_jax.data.images import training_view, uniforms
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view, resnet, timm_weights
 from easy_jax.plan import plan
+from easy_jax.sealed import ArtefactError
 
 
 def stage(epochs=1, rate=0.1):
@@ -259,14 +260,18 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
     picture = next((tmp_path / "pretrain" / "test").glob("*/*.jpg")).resolve()
     content = picture.read_bytes()
     picture.write_bytes(content + b"0")
-    with pytest.raises(ConfigError, match=r"cells.jsonl has results, of flow, linear_probe, from"):
+    with pytest.raises(
+        ArtefactError, match=r"results, of linear_probe, .*: pretrain/test is \w+ there"
+    ):
         train.run(config, tmp_path / "run")
     picture.write_bytes(content)
     train.run(config, tmp_path / "run")
     other = resnet.ResNet(model_config, 4, rngs=nnx.Rngs(1))
     shutil.rmtree(tmp_path / "network")
     timm_weights.export(other, model_config, tmp_path / "network")
-    with pytest.raises(ConfigError, match=r"from other weights or images than those that are now"):
+    with pytest.raises(
+        ArtefactError, match=r"from other inputs than .*: base weights is \w+ there"
+    ):
         train.run(config, tmp_path / "run")
 
     wrong = dataclasses.replace(config, data=TransferDataConfig(photos.target, photos.target))
