@@ -67,6 +67,7 @@ class Checkpointer:
         keep_best: bool = False,
     ):
         directory = files.path(directory)
+        files.check_folder(directory)
         self.directory = directory.absolute() if files.is_local(directory) else directory
         identity = {"format": FORMAT_VERSION, **identity}
         self._identity = json.loads(json.dumps(identity))

@@ -78,7 +78,8 @@ def path(location: Location) -> Path:
     """A path that reads and writes where the location is.
 
     Raises:
-      ConfigError: what talks to the object store is not installed.
+      ConfigError: what talks to the object store is not installed; or a path there that its
+        listings would take for a pattern (see `check_folder`).
 
     Example:
       >>> path("runs/quickstart").name
@@ -93,6 +94,7 @@ def path(location: Location) -> Path:
         extra = "; pip install 'easy-jax[gcs]'" if scheme == "gs" else ""
         raise ConfigError(f"{location} cannot be opened: {error}{extra}") from error
     remote: Any = epath.Path(location)
+    check_folder(remote)
     return remote
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import jax
 
 from easy_jax import config as config_lib
-from easy_jax import distributed, files
+from easy_jax import distributed, files, sealed
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.peers import processes
+
+_FIX = "delete the workdir or choose another with --workdir"
 
 
 def open_workdir(
@@ -20,17 +22,20 @@ def open_workdir(
     """Makes a workdir for a configuration, or checks that an existing one belongs to it.
 
     Raises:
-      ConfigError: it cannot be written, is not shared by all processes, or belongs to another
-        configuration (the fields that differ are named).
+      ConfigError: its path cannot be used, it cannot be written, is not shared by all processes,
+        or belongs to another configuration (the fields that differ are named).
     """
     workdir = files.path(workdir)
+    files.check_folder(workdir)
     path = workdir / "config.json"
-    text = config_lib.to_json(config)
+    ours = json.loads(config_lib.to_json(config))
 
     def stored() -> Any:
         if not path.exists():
-            files.write(path, text + "\n")
-        return json.loads(path.read_text())
+            sealed.write(path, ours)
+        found = files.read_json(path, ConfigError, _FIX)
+        # Without a checksum it is of an older version, and compared all the same.
+        return sealed.unseal(found, path, ConfigError, _FIX) if sealed.KEY in found else found
 
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -43,11 +48,7 @@ def open_workdir(
         raise ConfigError(
             f"cannot write to the workdir {workdir}: {error}; choose another with --workdir"
         ) from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path} is not JSON: {error}; delete the workdir or choose another with --workdir"
-        ) from error
-    differences = config_lib.differences(json.loads(text), found)
+    differences = config_lib.differences(ours, found)
     if differences:
         raise ConfigError(
             f"the workdir {workdir} belongs to another configuration: {'; '.join(differences)}. "

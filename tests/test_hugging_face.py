@@ -288,7 +288,7 @@ def test_index_places_a_tensor_in_the_wrong_file(folder):
 def test_index_that_is_none(folder, text):
     _shard(folder)
     (folder / INDEX).write_bytes(text.encode(errors="surrogateescape"))
-    _assert_refused(folder, r"index.json is not an index of safetensors")
+    _assert_refused(folder, r"index.json is not (an index of safetensors|JSON|UTF-8|a JSON object)")
 
 
 # Configurations that cannot be honoured.
@@ -302,7 +302,7 @@ def test_no_config(folder):
 @pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe{}"])
 def test_config_that_is_not_json(folder, text):
     (folder / "config.json").write_bytes(text)
-    _assert_refused(folder, r"config.json is not JSON")
+    _assert_refused(folder, r"config.json is not (JSON|UTF-8)")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null"])

@@ -86,13 +86,14 @@ def load(
     folder = resolve(folder)
     mesh = sharding.make_mesh() if mesh is None else mesh
     config = read_config(folder)
+    files = weight_files.tensor_files(folder, convert=_CONVERT)
+    _check_sizes(config, files)
     param_dtype = dtype if param_dtype is None else param_dtype
     model = abstract(config, dtype=dtype, param_dtype=param_dtype, remat=remat)
     graphdef, state = nnx.split(model)
     placed = dict(nnx.to_flat_state(sharding.tree_shardings(state, mesh)))
     variables = dict(nnx.to_flat_state(state))
     places = _places(model)
-    files = weight_files.tensor_files(folder, convert=_CONVERT)
     _check_names(folder, places, files, tied=config.tied)
     arrays: dict[tuple[Any, ...], jax.Array] = {}
     for name, tensor in weight_files.read_tensors(files, places.keys()):
@@ -235,6 +236,26 @@ def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
 # Reading.
 
 
+def _check_sizes(config: transformer_config.TransformerConfig, files: Mapping[str, Path]) -> None:
+    """Compares sizes with shapes in the files before anything of such a size is made."""
+    layer = "model.layers.0."
+    rows = {
+        "model.embed_tokens.weight": config.vocab,
+        f"{layer}{_LINEAR['q']}.weight": config.heads * config.head_dim,
+        f"{layer}{_LINEAR['k']}.weight": config.kv_heads * config.head_dim,
+        f"{layer}{_LINEAR['gate']}.weight": config.mlp,
+    }
+    for name, size in rows.items():
+        if name in files:  # what is missing is told with all else that is
+            shape = weight_files.tensor_shape(files[name], name)
+            _check_shape(f"{files[name]}: {name}", shape, (size, config.embed))
+
+
+def _check_shape(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise WeightsError(f"{what} has shape {found}; config.json makes it {expected}")
+
+
 def _check_names(
     folder: Path, places: Mapping[str, _Place], files: Mapping[str, Path], tied: bool
 ) -> None:
@@ -260,8 +281,7 @@ def _write(
 ) -> jax.Array:
     """The parameter with this tensor in its place; each device gets its own share only."""
     expected = _checkpoint_shape(variable, place)
-    if tensor.shape != expected:
-        raise WeightsError(f"{what} has shape {tensor.shape}; config.json makes it {expected}")
+    _check_shape(what, tensor.shape, expected)
     shape = variable.shape if place.group is None else variable.shape[1:]
     spec = tuple(target.spec) if place.group is None else tuple(target.spec)[1:]
     inputs = len(shape) - place.outputs

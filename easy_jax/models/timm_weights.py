@@ -7,6 +7,7 @@ import bisect
 import collections
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -247,6 +248,12 @@ class _Checkpoint:
     def images(self) -> dict[str, Any]:
         """What `config.json` says of the images, to be said of a fine-tuned network as well."""
         told = self._object("pretrained_cfg")
+        for key in ("mean", "std"):
+            if not _is_colour(told.get(key, [1.0]), positive=key == "std"):
+                raise ConfigError(
+                    f"{self.folder / 'config.json'}: {key} is {told[key]!r:.80}; it must be a "
+                    "list of numbers, one for each channel"
+                )
         return {key: told[key] for key in _IMAGES if key in told}
 
     def info(self) -> ClassifierInfo:
@@ -311,6 +318,13 @@ class _Checkpoint:
         if not isinstance(value, dict):
             raise ConfigError(f"{self.folder / 'config.json'}: {key} is not a JSON object")
         return value
+
+
+def _is_colour(value: object, positive: bool) -> bool:
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(each, int | float) and math.isfinite(each) and (each > 0 or not positive)
+        for each in value
+    )  # fmt: skip
 
 
 def _find(path: str | os.PathLike[str]) -> _Checkpoint:

@@ -1,6 +1,7 @@
 """The shape of a decoder-only transformer, read from a Hugging Face `config.json`."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -38,6 +39,11 @@ _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
 )  # fmt: skip
 _SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim")
+_LARGEST = {"num_hidden_layers": 10_000}  # each has names of its own, which are all listed
+_TYPES = {
+    "tie_word_embeddings": bool, "sliding_window": int, "layer_types": list, "rope_scaling": dict,
+    "rope_parameters": dict,
+}  # fmt: skip
 _ACTIVATIONS = {"llama": ("silu",), "gemma2": ("gelu_pytorch_tanh", "gelu_tanh")}
 
 
@@ -112,7 +118,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
       2
     """
     family = config.get("model_type")
-    if family not in _ACTIVATIONS:
+    if not isinstance(family, str) or family not in _ACTIVATIONS:
         raise ConfigError(
             f"config.json: model_type is {family!r}; supported are {sorted(_ACTIVATIONS)}"
         )
@@ -125,10 +131,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
     missing = [name for name in _REQUIRED if name not in config]
     if missing:
         raise ConfigError(f"config.json: the fields {missing} are missing")
-    for name in _SIZES:
-        value = config.get(name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"config.json: {name} is {value!r}; it must be a positive integer")
+    _check_types(config)
     activation = config.get("hidden_activation", config.get("hidden_act"))
     if activation is None:
         activation = _ACTIVATIONS[family][0]
@@ -146,7 +149,7 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "norm_eps": _positive("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
         **_rope(config),
     }
     if head_dim % 2 or head_dim < 2:
@@ -168,9 +171,11 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
             tied=config.get("tie_word_embeddings", False),
         )  # fmt: skip
     return TransformerConfig(
-        "gemma2", **shared, query_scale=config.get("query_pre_attn_scalar", 256) ** -0.5,
-        attention_cap=config.get("attn_logit_softcapping", 50.0),
-        final_cap=config.get("final_logit_softcapping", 30.0),
+        "gemma2", **shared,
+        query_scale=_positive("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256))
+        ** -0.5,
+        attention_cap=_cap("attn_logit_softcapping", config, 50.0),
+        final_cap=_cap("final_logit_softcapping", config, 30.0),
         windows=_windows(config), tied=config.get("tie_word_embeddings", True),
     )  # fmt: skip
 
@@ -183,9 +188,44 @@ def _without_effect(name: str, config: Mapping[str, Any]) -> bool:
     )
 
 
+def _check_types(config: Mapping[str, Any]) -> None:
+    """Sizes that a model can have, and the types of all that is not a number."""
+    for name in _SIZES:
+        value, largest = config.get(name), _LARGEST.get(name, 2**31 - 1)
+        if value is None and name not in _REQUIRED:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise ConfigError(
+                f"config.json: {name} is {value!r:.80}; it must be a positive integer, at most "
+                f"{largest}"
+            )
+    for name, kind in _TYPES.items():
+        value = config.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"config.json: {name} is {value!r:.80}; it must be of type {kind.__name__}"
+            )
+    if not all(isinstance(each, str) for each in config.get("layer_types") or ()):
+        raise ConfigError("config.json: layer_types must be a list of strings")
+
+
+def _positive(name: str, value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: {name} is {value!r:.80}; it must be a positive number")
+    return value
+
+
+def _cap(name: str, config: Mapping[str, Any], default: float) -> float | None:
+    value = config.get(name, default)
+    return None if value is None else _positive(name, value)
+
+
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Gemma 2's alternation of sliding and full attention, as its shortest period."""
     window = config.get("sliding_window", 4096)
+    if window is not None:
+        _positive("sliding_window", window)
     layers = config["num_hidden_layers"]
     types = config.get("layer_types") or [
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)
@@ -208,7 +248,7 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     rope |= config.get("rope_scaling") or {}
     rope |= config.get("rope_parameters") or {}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    theta = rope.pop("rope_theta")
+    theta = _positive("rope_theta", rope.pop("rope_theta"))
     if kind == "default":
         if rope:
             raise ConfigError(f"config.json: the rope fields {sorted(rope)} are not supported")
@@ -221,7 +261,8 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"config.json: rope_scaling has the fields {sorted(rope)}; llama3 has {sorted(names)}"
         )
-    return {"rope_theta": theta, "rope_scaling": Llama3Rope(*(rope[name] for name in names))}
+    values = (_positive(f"rope_scaling.{name}", rope[name]) for name in names)
+    return {"rope_theta": theta, "rope_scaling": Llama3Rope(*values)}
 
 
 def _honour(name: str, value: object, *allowed: object) -> None:

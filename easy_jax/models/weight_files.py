@@ -3,7 +3,6 @@
 Files from outside are not trusted: safetensors only, never pickle; files stay in their folder.
 """
 
-import json
 import os
 import re
 import shutil
@@ -90,14 +89,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        content = json.loads(path.read_text())
+        return files.read_json(path, WeightsError, "copy it again")
     except FileNotFoundError as error:
         raise WeightsError(f"there is no {path}: this is not a model's folder") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeightsError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path} is not a JSON object")
-    return content
 
 
 def tensor_files(folder: Path, *, convert: str) -> dict[str, Path]:
@@ -112,11 +106,13 @@ def tensor_files(folder: Path, *, convert: str) -> dict[str, Path]:
     """
     index = folder / INDEX
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            found = {name: folder / file for name, file in weight_map.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index} is not an index of safetensors: {error!r}") from error
+        weight_map = files.read_json(index, WeightsError, "copy it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
+            raise WeightsError(
+                f"{index} is not an index of safetensors: its weight_map is not a name of a file "
+                "for every tensor; copy it again"
+            )
+        found = {name: folder / file for name, file in weight_map.items()}
         for name, path in found.items():
             if path.parent != folder or ".." in path.parts:
                 raise WeightsError(f"{index}: the file of {name}, {path}, is not in its folder")
@@ -133,6 +129,10 @@ def tensor_files(folder: Path, *, convert: str) -> dict[str, Path]:
         else "copy model.safetensors, or its shards and their index, there"
     )
     raise WeightsError(f"there is no model.safetensors in {folder}; {advice}")
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str) and name != "" and "\0" not in name
 
 
 def tensor_dtype(path: Path, name: str) -> np.dtype:
