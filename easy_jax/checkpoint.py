@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from easy_jax import distributed, files
+from easy_jax import distributed, files, lock
 from easy_jax.config import differences
 from easy_jax.step import TrainState
 
@@ -110,7 +110,9 @@ class Checkpointer:
 
         Raises:
           CheckpointError: this, or the save before, cannot be written.
+          LockError: another run has taken the directory over.
         """
+        lock.check(self.directory)
         if jax.default_backend() == "cpu":
             # There, a buffer on the device is what Orbax reads, and the next step donates it.
             state = _copied(state)

@@ -6,6 +6,7 @@ from easy_jax.data import DataError
 from easy_jax.distributed import DisagreementError
 from easy_jax.files import WriteError
 from easy_jax.fitting import TrainingError
+from easy_jax.lock import LockError
 from easy_jax.loss_table import LossTableError
 from easy_jax.models.weight_files import WeightsError
 from easy_jax.scoring import ScoringError
@@ -17,6 +18,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     DisagreementError,
+    LockError,
     LossTableError,
     ScoringError,
     TrainingError,

@@ -22,6 +22,7 @@ from easy_jax import (
     data,
     distributed,
     identity,
+    lock,
     merge,
     optim,
     sharding,
@@ -57,6 +58,7 @@ class Fit:
     resumed_from: int
 
 
+@lock.alone
 def fit(
     model: nnx.Module,
     source: data.AnySource,
@@ -123,6 +125,7 @@ def fit(
       TrainingError: the loss, or something that is about to be saved, is not finite.
       CheckpointError: the directory has a checkpoint of another run (what differs is named), or
         cannot be written.
+      LockError: another run is at work in the directory, or has taken it over.
       DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`distributed.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh; a head that is not of the data's classes

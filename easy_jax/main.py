@@ -41,6 +41,8 @@ _COORDINATOR = flags.DEFINE_string("coordinator_address", None, _text("coordinat
 _PROCESSES = flags.DEFINE_integer("num_processes", None, _text("num_processes"))
 _PROCESS = flags.DEFINE_integer("process_id", None, _text("process_id"))
 _TIMEOUT = flags.DEFINE_float("peer_timeout", 300.0, _text("peer_timeout"))
+_TAKE_OVER = flags.DEFINE_bool("take-over", False, _text("take-over"))
+flags.DEFINE_alias("take_over", "take-over")  # as other flags are written
 _TOPOLOGY = flags.DEFINE_string("topology", None, _text("topology"))
 _PROGRAM = flags.DEFINE_enum("program", "all", ["all", "train", "score"], _text("program"))
 _LARGEST = flags.DEFINE_bool("largest_batch", False, _text("largest_batch"))
@@ -151,7 +153,10 @@ def main(command: str) -> int:
     distributed.stop_on_sigterm()
     code = 0
     try:
-        train.run(config, _WORKDIR.value or f"runs/{config.name}", UNTIL[command])
+        train.run(
+            config, _WORKDIR.value or f"runs/{config.name}", UNTIL[command],
+            take_over=bool(_TAKE_OVER.value),
+        )  # fmt: skip
     except distributed.Stopped as stop:
         print(f"easy-jax: {stop}; the same command again continues", file=sys.stderr)
         code = distributed.EXIT_STOPPED

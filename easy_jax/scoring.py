@@ -19,6 +19,7 @@ from easy_jax import (
     data,
     distributed,
     files,
+    lock,
     loss_table,
     sharding,
     weighting,
@@ -37,6 +38,7 @@ class ScoringError(ValueError):
     """Some examples have no usable loss; the message lists their ids."""
 
 
+@lock.alone
 def score(
     model: nnx.Module,
     source: data.AnySource,
@@ -81,6 +83,7 @@ def score(
       LossTableError: the directory has a table of another model, data set or loss function (its
         code and the values it closes over count; see `easy_jax.code_fingerprint`).
       ScoringError: bad examples, by id.
+      LockError: another run is at work in the directory.
       DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
       DataError: a head that is not of the data's classes (`easy_jax.compatibility`).
@@ -177,6 +180,7 @@ def score(
         raise distributed.Stopped(f"stopped while scoring; what is done is in {directory}")
     if on_bad_example == "error":
         _raise_bad(bad, len(source))
+    lock.check(directory)
     distributed.barrier("the end of scoring")
 
     def complete() -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The orchestrator: an experiment's stages, in a workdir, up to the one that is asked for."""
 
 import os
+from pathlib import Path
 from typing import Any
 
-from easy_jax import distributed, language_report, report
+from easy_jax import distributed, language_report, lock, report
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.language import LanguageExperiment, Until
 from easy_jax.terminal import Terminal
@@ -15,6 +16,8 @@ def run(
     config: ExperimentConfig | LanguageConfig,
     workdir: str | os.PathLike[str],
     until: Until = "report",
+    *,
+    take_over: bool = False,
 ) -> dict[str, Any]:
     """Runs an experiment, or what is left of it.
 
@@ -24,6 +27,7 @@ def run(
         `metrics.jsonl`, `tensorboard/`, `cells.jsonl`, `results.json`, `report.html`.
       until: stop after scoring, training, evaluation or the report; `export` writes the
         trained language models as folders for `transformers`.
+      take_over: the workdir's lock from another run, which is known to be gone.
 
     Returns:
       The content of `results.json`; empty before `evaluate`.
@@ -31,11 +35,16 @@ def run(
     Raises:
       ConfigError: a bad configuration, a workdir of another one or one that cannot be
         written.
+      LockError: another run is at work in the workdir.
     """
     config.validate()
     if until == "export" and isinstance(config, ExperimentConfig):
         raise ConfigError("export is for language models; an image model is in `checkpoints/`")
-    workdir = open_workdir(config, workdir)
+    with lock.hold(workdir, take_over=take_over):
+        return _run(config, open_workdir(config, workdir), until)
+
+
+def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until) -> dict[str, Any]:
     view: Any = report if isinstance(config, ExperimentConfig) else language_report
     with Terminal(quiet=not distributed.leads()) as terminal:
         experiment: ImageExperiment | LanguageExperiment

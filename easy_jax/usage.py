@@ -103,6 +103,7 @@ OPTIONS = {
         "--config.FIELD=VALUE", "another value of a field, such as --config.finetune.epochs=2"
     ),
     "workdir": Option("--workdir=DIR", "folder of all outputs (default: runs/ and the name)"),
+    "take-over": Option("--take-over", "take the folder from a run that is known to be gone"),
     "coordinator_address": Option(
         "--coordinator_address=HOST:PORT", "of several processes: where process 0 is"
     ),
@@ -115,7 +116,7 @@ OPTIONS = {
     "json": Option("--json", "print JSON, not a table", "compile"),
 }
 _ALWAYS = (Option("--help", "this text"), Option("--version", "the version"))
-_OF_A_RUN = ("coordinator_address", "num_processes", "process_id", "peer_timeout")
+_OF_A_RUN = ("take-over", "coordinator_address", "num_processes", "process_id", "peer_timeout")
 _FOOT = """\
 Several processes find each other on TPU slices, GKE and SLURM without options.
 README.md and docs/ tell more; exit codes: 0 done, 2 something for you to mend,

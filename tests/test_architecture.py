@@ -6,7 +6,8 @@ from pathlib import Path
 # Left to right. A package counts as one place; `theory`, the first, depends on nothing here.
 ORDER = [
     "theory", "usage", "config", "config_file", "files", "fingerprint", "code_fingerprint",
-    "sealed", "peers", "distributed", "sharding", "data", "models", "vocabulary_parallel",
+    "sealed", "peers", "distributed", "lock_file", "lock", "sharding", "data", "models",
+    "vocabulary_parallel",
     "lm_head", "losses", "compatibility", "weighting", "loss_table", "throughput", "scoring",
     "optim", "step", "identity", "checkpoint", "merge", "evaluate", "metrics",
     "measurements", "fitting", "plan",
