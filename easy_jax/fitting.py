@@ -32,8 +32,10 @@ from easy_jax.config import OptimizerConfig, Reduction, StageConfig
 from easy_jax.data.loader import PADDING_ID
 from easy_jax.losses import LossFn
 from easy_jax.metrics import MetricsLog
+from easy_jax.progress import Part
 from easy_jax.scoring import OnlineWeights
 from easy_jax.step import StepFn, TrainState, init_train_state, make_train_step
+from easy_jax.terminal import shown
 from easy_jax.throughput import Throughput
 
 
@@ -82,7 +84,7 @@ def fit(
     keep: int = 1,
     keep_best: bool = False,
     on_epoch: Callable[[int, nnx.State], None] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | Part = True,
     on_speed: Callable[[dict[str, float]], None] | None = None,
 ) -> Fit:
     """Trains a model on weighted examples; called again, it continues or returns the result.
@@ -116,7 +118,9 @@ def fit(
         with the lowest mean loss since the checkpoint before it, too.
       on_epoch: called with the number of epochs done and the model's variables; may raise
         `Stopped`, and is not called again for that epoch.
-      progress: called with the number of steps done since the last call.
+      progress: whether to show a bar, on standard error (elsewhere than in a terminal or a
+        notebook: a line a minute); or a function that is called with the number of steps done
+        since the last call.
       on_speed: called every `log_every_steps` with `examples_per_second`, `steps_per_second` and
         `input_wait`, the share of time in which the devices waited for data
         (`easy_jax.throughput`).
@@ -173,12 +177,14 @@ def fit(
     with (
         contextlib.closing(iter(loader)) as batches,
         Checkpointer(directory, run, keep, keep_best) as checkpointer,
+        shown(progress, name, "steps", quiet=not distributed.leads()) as part,
     ):
         latest = checkpointer.latest_step()
         distributed.agree(f"the start of {name}", **{**run, "steps": total, "checkpoint": latest})
         if latest is not None:
             state, saved = checkpointer.restore(state, batches)
             first, seconds = int(jax.device_get(state.step)), saved["seconds"]
+        part.begin(total, first)
         elapsed = seconds
         throughput = Throughput(name)
         clock = time.perf_counter()
@@ -202,8 +208,7 @@ def fit(
                         log.write(name, "speed", step, speed)
                     if on_speed is not None:
                         on_speed(speed)
-                if progress is not None:
-                    progress(1)
+                part.advance(1)
                 if step in epoch_ends and on_epoch is not None:
                     seconds += time.perf_counter() - clock
                     with jax.transfer_guard("allow"):

@@ -74,6 +74,8 @@ class LanguageExperiment:
     def _run(self, until: Until, log: metrics.MetricsLog) -> dict[str, Any]:
         methods = self.config.selected_methods()
         measured = until in ("evaluate", "report")
+        steps = self._expected_steps()
+        self.terminal.start({stage_name(method): steps for method in methods}, roughly=True)
         if self._weighs():
             self._table()
         cells = Measurements(self.workdir / "cells.jsonl", self._inputs)
@@ -82,6 +84,7 @@ class LanguageExperiment:
             rows[BASE] = cells.add({"method": BASE, **self._measure(self.model)})
         for method in methods:
             if method.name in rows:
+                self.terminal.skip(stage_name(method))
                 continue
             model, seconds = self.fit(method, log)
             if until == "export":
@@ -103,12 +106,12 @@ class LanguageExperiment:
     def loss_table(self) -> LossTable:
         """The loss table of the pre-trained model, scored if it is not there."""
         config = self.config.scoring
-        self.terminal.describe("score")
         table = scoring.score(
             self.model, self.train, self.workdir / "loss_table",
             loss_fn=losses.causal_lm_token_losses, token_losses=True,
             batch_size=config.batch_size, mesh=self.mesh, on_bad_example=config.on_bad_example,
             rows_per_part=config.rows_per_part,
+            progress=self.terminal.part("score", "examples"),
         )  # fmt: skip
         self.terminal.print(
             f"loss table: {table.directory}, {table.num_examples} examples, temperature "
@@ -127,22 +130,18 @@ class LanguageExperiment:
             add_adapters(model, config)
         weight_N, token_weight = self._weights(method)
         name = stage_name(method)
-        self.terminal.describe(name)
+        directory = self.workdir / "checkpoints" / name
         result = fit(
-            model, self.train, self.workdir / "checkpoints" / name,
+            model, self.train, directory,
             stage=stage_of(config.finetune, method), loss_fn=losses.causal_lm_loss,
             weight_N=weight_N, token_weight=token_weight, trainable=trainable,
             sfa_beta=method.alpha if method.averaging == "sfa" else None, seed=config.seed,
             mesh=self.mesh, name=name,
             log=log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
-            keep_best=config.keep_best, progress=self.terminal.advance,
+            keep_best=config.keep_best, progress=self.terminal.part(name, where=directory),
             on_speed=self.terminal.speed,
         )  # fmt: skip
-        if 0 < result.resumed_from < result.steps:
-            self.terminal.print(f"{name}: continued from step {result.resumed_from}")
-        elif result.resumed_from == result.steps:
-            self.terminal.print(f"{name}: done, from its checkpoint")
         state = result.model_state
         if method.averaging == "wise_ft":
             state = merge.wise_ft(nnx.state(self.model), state, method.alpha)
@@ -176,6 +175,13 @@ class LanguageExperiment:
         if self._scored is None:
             self._scored = self.loss_table()
         return self._scored
+
+    def _expected_steps(self) -> int:
+        """Of a stage, if rows were full; `fit` says how many there are, when they are packed."""
+        source, stage = self.train, self.config.finetune
+        packed = -(-int((source.examples.lengths - 1).sum()) // source.row_length)
+        rows = len(source) if source.max_segments == 1 else packed
+        return -(-rows * stage.epochs // stage.batch_size)
 
     # Data and measurements.
 

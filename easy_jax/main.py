@@ -183,8 +183,9 @@ def _run(command: str) -> None:
     except USER_ERRORS as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         distributed.abort(2, str(error))
-    except KeyboardInterrupt:
-        print("easy-jax: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        place = str(stop) or "interrupted"
+        print(f"easy-jax: {place}; the same command continues", file=sys.stderr)
         distributed.abort(130, "interrupted from the keyboard")
     except Exception as error:
         traceback.print_exc()

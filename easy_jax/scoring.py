@@ -29,6 +29,8 @@ from easy_jax.code_fingerprint import name_of
 from easy_jax.data.packing import split_tokens
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view
+from easy_jax.progress import Part
+from easy_jax.terminal import shown
 from easy_jax.throughput import Throughput
 
 _SPEED_EVERY = 50  # batches
@@ -51,7 +53,7 @@ def score(
     token_losses: bool = False,
     overwrite: bool = False,
     rows_per_part: int = 100_000,
-    progress: Callable[[int], None] | None = None,
+    progress: bool | Callable[[int], None] | Part = True,
 ) -> LossTable:
     """Scores every example once with the frozen model; returns the loss table.
 
@@ -77,7 +79,9 @@ def score(
         function then returns them as a third array, as `losses.causal_lm_token_losses` does.
       overwrite: delete the table in the directory and start anew.
       rows_per_part: rows between two saves.
-      progress: called with the number of examples scored after every batch.
+      progress: whether to show a bar, on standard error (elsewhere than in a terminal or a
+        notebook: a line a minute); or a function that is called with the number of examples
+        scored after every batch.
 
     Raises:
       LossTableError: the directory has a table of another model, data set or loss function (its
@@ -146,33 +150,34 @@ def score(
         writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
         state = sharding.shard_tree(state, mesh)
         results = per_example(graphdef, state, loss_fn, loader, mesh)
-        for number, (ids, nll_sum, count, *tokens) in enumerate(results):
-            if number == 0:
-                if bool(tokens) != token_losses:
-                    raise ValueError(
-                        f"token_losses is {token_losses}, but {name_of(loss_fn)} returns "
-                        f"{2 + len(tokens)} arrays; token losses are the third"
-                    )
-                # Not earlier: a call with a mistake would leave a table that refuses the next.
-                # Not later: a part must never be there without it.
-                if distributed.leads():
-                    loss_table.write_metadata(directory, {**header, "complete": False})
-                distributed.barrier("writing the loss table's metadata")
-            with np.errstate(invalid="ignore", divide="ignore"):
-                loss = nll_sum / count
-            usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
-            reason = np.where(count == 0, "no target", np.where(usable, "", "loss"))
-            good = reason == ""
-            bad.update(
-                (int(i), "has no target token" if r == "no target" else f"has loss {x}")
-                for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
-            )
-            writer.add(ids, good, loss, count, *tokens)
-            if progress is not None:
-                progress(len(ids))
-            if distributed.should_stop(f"scoring batch {number + 1}"):
-                stopped = True
-                break
+        with shown(progress, "scoring", "examples", quiet=not distributed.leads()) as part:
+            part.begin(len(source), len(source) - todo.size, jax.process_count())
+            for number, (ids, nll_sum, count, *tokens) in enumerate(results):
+                if number == 0:
+                    if bool(tokens) != token_losses:
+                        raise ValueError(
+                            f"token_losses is {token_losses}, but {name_of(loss_fn)} returns "
+                            f"{2 + len(tokens)} arrays; token losses are the third"
+                        )
+                    # Not earlier: a call with a mistake would leave a table that refuses the next.
+                    # Not later: a part must never be there without it.
+                    if distributed.leads():
+                        loss_table.write_metadata(directory, {**header, "complete": False})
+                    distributed.barrier("writing the loss table's metadata")
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    loss = nll_sum / count
+                usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
+                reason = np.where(count == 0, "no target", np.where(usable, "", "loss"))
+                good = reason == ""
+                bad.update(
+                    (int(i), "has no target token" if r == "no target" else f"has loss {x}")
+                    for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
+                )
+                writer.add(ids, good, loss, count, *tokens)
+                part.advance(len(ids))
+                if distributed.should_stop(f"scoring batch {number + 1}"):
+                    stopped = True
+                    break
         if bad and on_bad_example == "drop":
             loss_table.write_dropped(directory, jax.process_index(), dropped | set(bad))
         writer.flush(last=True)

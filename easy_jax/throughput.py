@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -26,6 +26,7 @@ class Throughput:
 
     Args:
       name: of the loop, in the warning.
+      clock: in seconds.
 
     Example:
       >>> throughput = Throughput("fit")
@@ -36,8 +37,9 @@ class Throughput:
       ['input_wait', 'steps_per_second']
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, clock: Callable[[], float] = time.perf_counter):
         self._name = name
+        self._clock = clock
         self._lost, self._elapsed = 0.0, 0.0
         self._compiled = False
         self._warned = False
@@ -45,7 +47,7 @@ class Throughput:
 
     def restart(self) -> None:
         """Begins an interval anew, after something that is no step."""
-        self._start = time.perf_counter()
+        self._start = self._clock()
         self._waits: list[float] = []
 
     def fetch(self, batches: Iterator[T]) -> T:
@@ -53,9 +55,9 @@ class Throughput:
         if self._waits and not self._compiled:  # what came before was compilation
             self._compiled = True
             self.restart()
-        start = time.perf_counter()
+        start = self._clock()
         batch = next(batches)
-        self._waits.append(time.perf_counter() - start)
+        self._waits.append(self._clock() - start)
         return batch
 
     def read(self, running: Any) -> dict[str, float]:
@@ -70,9 +72,9 @@ class Throughput:
         Warns:
           InputBoundWarning: once, if a fifth of more than ten seconds was lost.
         """
-        start = time.perf_counter()
+        start = self._clock()
         jax.block_until_ready(running)
-        now = time.perf_counter()
+        now = self._clock()
         step, elapsed = now - start, now - self._start
         lost = sum(max(0.0, wait - step) for wait in self._waits)
         self._lost += lost

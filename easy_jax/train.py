@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from easy_jax import distributed, language_report, lock, report
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.language import LanguageExperiment, Until
@@ -47,12 +49,16 @@ def run(
 def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until) -> dict[str, Any]:
     view: Any = report if isinstance(config, ExperimentConfig) else language_report
     with Terminal(quiet=not distributed.leads()) as terminal:
+        terminal.print(f"{config.name}: on {_devices()}, in {workdir}")
         experiment: ImageExperiment | LanguageExperiment
         if isinstance(config, ExperimentConfig):
             experiment = ImageExperiment(config, workdir, terminal)
         else:
             experiment = LanguageExperiment(config, workdir, terminal)
-        results = experiment.run(until)
+        try:
+            results = experiment.run(until)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(terminal.interrupted()) from None
     if until == "report" and distributed.leads():
         view.write(config, workdir, results)
     if results:
@@ -61,3 +67,11 @@ def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until)
             f"output: {workdir / ('report.html' if until == 'report' else 'results.json')}"
         )
     return results
+
+
+def _devices() -> str:
+    """What the run computes on."""
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    processes = jax.process_count()
+    shared = f" of {processes} processes" if processes > 1 else ""
+    return f"{count} {kind} device{'s' if count > 1 else ''}{shared}"

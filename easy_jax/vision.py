@@ -67,7 +67,6 @@ class ImageExperiment:
         self._finished: dict[str, Fit] = {}
         self._data: tuple[tuple[int, float], Tasks] | None = None
         self._did_work = False
-        self._counted: set[str] = set()
         self._tables: dict[tuple[int, float, str], LossTable] = {}
         self._measured_before: dict[str, float] = {}
         self._trained: set[str] = set()
@@ -84,8 +83,9 @@ class ImageExperiment:
 
     def _run(self, until: Until) -> dict[str, Any]:
         config = self.config
-        total = sum(self._steps(stage) for stage in self.stages.values())
-        self.terminal.start(total)
+        self.terminal.start({
+            stage.name: self._steps(stage) for stage in self.stages.values() if stage.stage
+        })  # fmt: skip
         if until == "score":
             for seed in config.seeds:
                 for noise in config.data.label_noise:
@@ -148,17 +148,8 @@ class ImageExperiment:
         result = (
             self._read_weights(stage) if stage.stage is None else self._train(stage, stage.stage)
         )
-        if name in self._trained:
-            pass  # trained a moment ago and since dropped from memory
-        elif stage.stage is None:
+        if stage.stage is None and name not in self._trained:
             self.terminal.print(f"{name}: from {self.config.model.path}")
-        elif result.resumed_from > 0:
-            what = "done, from" if result.resumed_from == result.steps else "continued from"
-            path = self.workdir / "checkpoints" / name / str(result.resumed_from)
-            self.terminal.print(f"{name}: {what} checkpoint {path}")
-        if name not in self._counted:
-            self._counted.add(name)
-            self.terminal.advance(result.resumed_from)
         self._trained.add(name)
         self._did_work |= result.resumed_from < result.steps
         self._finished[name] = result
@@ -205,16 +196,16 @@ class ImageExperiment:
                 values = self._accuracies(model_state, stage, "validation")
                 self._log.write(name, "validation", step, values)
 
-        self.terminal.describe(name)
+        directory = self.workdir / "checkpoints" / name
         return fit(
-            model, task.train, self.workdir / "checkpoints" / name, stage=stage_config,
+            model, task.train, directory, stage=stage_config,
             loss_fn=classification_loss, **self._weights(stage),
             trainable=TRAINABLE[stage.trainable], anchored=resnet.is_backbone,
             sfa_beta=stage.sfa_beta, seed=stage.seed, mesh=self.mesh, name=name,
             log=self._log, log_every_steps=config.log_every_steps,
             save_every_steps=config.save_every_steps, keep=config.keep_checkpoints,
             keep_best=config.keep_best, on_epoch=on_epoch,
-            progress=self.terminal.advance, on_speed=self.terminal.speed,
+            progress=self.terminal.part(name, where=directory), on_speed=self.terminal.speed,
         )  # fmt: skip
 
     def loss_table(
@@ -232,7 +223,6 @@ class ImageExperiment:
         source = target.test if split == "test" else target.train
         assert source is not None
         scoring_config = self.config.scoring
-        self.terminal.describe(f"score {probe.name}")
         table = self._tables[seed, label_noise, split] = scoring.score(
             self._merge(model_state, target.num_classes),
             source,
@@ -242,6 +232,7 @@ class ImageExperiment:
             mesh=self.mesh,
             on_bad_example="error" if split == "test" else scoring_config.on_bad_example,
             rows_per_part=scoring_config.rows_per_part,
+            progress=self.terminal.part(f"score {probe.name}", "examples"),
         )
         return table
 
@@ -417,7 +408,6 @@ class ImageExperiment:
 
     def _count_as_done(self, name: str | None) -> None:
         """Progress for a chain of stages that need not run, because their results are there."""
-        while name is not None and name not in self._counted:
-            self._counted.add(name)
-            self.terminal.advance(self._steps(self.stages[name]))
+        while name is not None:
+            self.terminal.skip(name)
             name = self.stages[name].start

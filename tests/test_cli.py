@@ -200,7 +200,9 @@ def test_killed_and_run_again_gives_the_same_results(whole, command_line, tmp_pa
     assert len(metrics_by_step(workdir)) < 2 * EPOCHS
 
     printed = command_line("run", workdir)
-    found = re.search(r"seed0/pretrain: continued from checkpoint (\S+)", printed)
+    found = re.search(
+        r"seed0/pretrain: continues after \d+ of 16 steps, from checkpoint (\S+)", printed
+    )
     assert 4 <= int(found[1].rsplit("/", 1)[1]) < 2 * EPOCHS
     assert found[1].startswith(str(saves))
     assert "all is done" not in printed

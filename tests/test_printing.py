@@ -18,7 +18,7 @@ def test_nothing_printed_is_read_as_markup(is_terminal):
     file = io.StringIO()
     console = plain_console(file=file, width=200, force_terminal=is_terminal, color_system=None)
     with Terminal(console) as terminal:
-        terminal.start(3)
+        terminal.start({"fit": 3})
         terminal.describe(f"stage {ODD}")
         terminal.print(f"message {ODD}")
         table = Table(f"header {ODD}", title=f"title {ODD}", caption=f"caption {ODD}")

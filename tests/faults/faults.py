@@ -136,9 +136,9 @@ class Faults:
     def check_origin(self, printed, saved):
         """It was said from where the run continued."""
         if saved and saved[-1] < BATCHES:
-            assert f"continued from step {saved[-1]}" in printed, printed
+            assert f"continues after {saved[-1]:,} of" in printed, printed
         elif saved:
-            assert "done, from its checkpoint" in printed, printed
+            assert "done, from checkpoint" in printed, printed
 
     def exported(self, workdir):
         """The file with the trained model."""

@@ -1,0 +1,109 @@
+"""How much is done and how long the rest takes: what is counted, and the columns that show it."""
+
+import datetime
+from collections.abc import Callable
+
+from rich.progress import ProgressColumn, Task
+from rich.text import Text
+
+
+class Count:
+    """How much of something is done, and how long the rest takes at the speed until now.
+
+    What was done before, and what comes before the first step is over (its compilation), tell
+    nothing of the speed.
+
+    Example:
+      >>> seconds = iter([100.0, 102.0, 104.0])
+      >>> count = Count(clock=lambda: next(seconds))
+      >>> count.begin(total=20, done=10)
+      >>> for _ in range(3):
+      ...     count.advance(1)
+      >>> count.done, count.left()
+      (13, 14.0)
+    """
+
+    def __init__(self, clock: Callable[[], float]):
+        self.total: int | None = None
+        self.done = 0
+        self._clock = clock
+        self._begun: tuple[float, int] | None = None  # when the first step was over, and which
+        self._last = 0.0
+
+    def begin(self, total: int | None, done: int) -> None:
+        """Sets both numbers."""
+        self.total, self.done, self._begun = total, done, None
+
+    def advance(self, count: int) -> None:
+        """Counts what has just been done."""
+        self.done += count if self.total is None else min(count, self.total - self.done)
+        self._last = self._clock()
+        if self._begun is None:
+            self._begun = self._last, self.done
+
+    def skip(self, count: int) -> None:
+        """Counts what was done before."""
+        self.done += count
+        if self._begun is not None:
+            self._begun = self._begun[0], self._begun[1] + count
+
+    def left(self) -> float | None:
+        """Seconds, at the last step; None if they are not known yet."""
+        if self.total is None or self.done == self.total:
+            return None if self.total is None else 0.0
+        then, before = (self._last, self.done) if self._begun is None else self._begun
+        since = self.done - before
+        return (self.total - self.done) * (self._last - then) / since if since else None
+
+
+class Part:
+    """What `fit` and `score` tell of where they are; here nobody listens."""
+
+    def begin(self, total: int, done: int, processes: int = 1) -> None:
+        """Called once, when it is known how much there is, and how much is done from before.
+
+        Args:
+          total, done: in steps or examples.
+          processes: how many share them, if each counts its own alone.
+        """
+
+    def advance(self, count: int) -> None:
+        """Called after every step or batch."""
+
+
+class Calls(Part):
+    """Calls a function with every count."""
+
+    def __init__(self, function: Callable[[int], None]):
+        self._function = function
+
+    def advance(self, count: int) -> None:
+        self._function(count)
+
+
+class Done(ProgressColumn):
+    """How many of how many."""
+
+    def render(self, task: Task) -> Text:
+        count: Count | None = task.fields["count"]
+        if count is None:
+            return Text("")
+        return Text(f"{count.done:,}/{count.total or 0:,} {task.fields['unit']}")
+
+
+class Left(ProgressColumn):
+    """The time left, never the time elapsed."""
+
+    def render(self, task: Task) -> Text:
+        count: Count | None = task.fields["count"]
+        return Text("" if count is None else f"{clock_time(count.left())} left")
+
+
+def clock_time(seconds: float | None) -> str:
+    """Hours, minutes and seconds.
+
+    Example:
+      >>> clock_time(3725.4), clock_time(None)
+      ('1:02:05', '-:--:--')
+    """
+    return "-:--:--" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
