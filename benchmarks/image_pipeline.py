@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 import easy_jax as ej
 from easy_jax import Reading
-from easy_jax.data.image_stores import FolderImages
+from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.images import Views
 
 NUM_IMAGES = 1024

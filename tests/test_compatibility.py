@@ -17,7 +17,7 @@ import easy_jax as ej
 from easy_jax import compatibility, fitting, scoring
 from easy_jax.config import ConfigError
 from easy_jax.data import ArraySource, DataError, DataWarning
-from easy_jax.data.image_stores import FolderImages
+from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.images import Views
 from easy_jax.models.classifier import ClassifierInfo
 from easy_jax.models.resnet import head_params

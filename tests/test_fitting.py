@@ -104,9 +104,10 @@ def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
 
 
 def test_one_compilation_for_a_sweep(model, source, tmp_path):
-    # Learning rates and weights are data: six stages, one trace of the loss.
+    # Learning rates and weights are data: six stages, one trace of the loss; and an abstract one,
+    # which compares the head with the labels.
     chex.clear_trace_counter()
-    loss_fn = chex.assert_max_traces(classification_loss, n=1)
+    loss_fn = chex.assert_max_traces(classification_loss, n=2)
     for index, rate in enumerate((0.0, 0.01, 0.1)):
         for weight_N in (None, _weights()):
             fit(

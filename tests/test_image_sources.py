@@ -29,7 +29,8 @@ from easy_jax.data import (
     scoring_loader,
     training_loader,
 )
-from easy_jax.data.image_stores import FolderImages, ParquetImages, TfdsImages
+from easy_jax.data.image_folders import FolderImages
+from easy_jax.data.image_stores import ParquetImages, TfdsImages
 from easy_jax.data.images import Views
 
 VIEWS = Views(image_size=16, resize_size=20)
@@ -82,7 +83,6 @@ def test_other_things_in_a_folder(folder):
     for name, what in (
         ("readme.txt", r"readme\.txt is no folder of a class"),
         ("cat/list.csv", r"cat/list\.csv is no image: its name ends in none of \.jpg"),
-        ("cat/empty.jpg", r"cat/empty\.jpg is empty: it has 0 bytes"),
     ):
         (folder / name).touch()
         with pytest.raises(DataError, match=what):
@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 def test_a_file_that_went_away(folder):
     store = FolderImages(folder)
     (folder / "cat" / "002.jpg").unlink()
-    with pytest.raises(DataError, match=r"cannot read .*cat/002\.jpg: No such file"):
+    with pytest.raises(DataError, match=r"cat/002\.jpg cannot be read: No such file"):
         store.read([8])
 
 
@@ -408,7 +408,7 @@ def test_worker_processes_give_the_same_and_resume(source, tmp_path):
 def test_errors_of_worker_processes_are_ours(folder):
     (folder / "dog" / "003.jpg").write_bytes(b"<html>")
     source = ImageSource(FolderImages(folder), VIEWS, reading=Reading(1, 1, workers=1))
-    with pytest.raises(DataError, match=r"dog/003\.jpg \(example id 15\) is no JPEG"):
+    with pytest.raises(DataError, match=r"dog/003\.jpg \(example id 15\) is no image in"):
         list(scoring_loader(source, 8))
 
 

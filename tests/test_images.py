@@ -225,13 +225,15 @@ def test_deeper_greys_are_refused():
 def test_files_cut_short_are_refused(kind):
     data = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), kind)
     for length in (len(data) // 2, len(data) // 4):
-        with pytest.raises(DataError, match=r"a/cut is (damaged|no JPEG)"):
+        with pytest.raises(DataError, match=r"a/cut is (damaged|no image)"):
             decode(data[:length], "a/cut")
 
 
 def test_what_is_no_image_is_refused():
     for data in (b"GIF89a" + bytes(100), b"<html>404</html>", bytes(1000)):
-        with pytest.raises(DataError, match="a/page is no JPEG, PNG or WebP image"):
+        with pytest.raises(
+            DataError, match=r"a/page is no image in a format that is read \(JPEG, PNG"
+        ):
             decode(data, "a/page")
     with pytest.raises(DataError, match="a/nothing is empty: it has 0 bytes"):
         decode(b"", "a/nothing")

@@ -66,6 +66,19 @@ class ImageDataConfig:
       mean, std: by channel, of pixels in [0, 1], that images are normalised with; empty: the data
         set's (ImageNet's, or CIFAR's own). A checkpoint that wants others has them in its
         `config.json`.
+      rotate: turn images upright by their EXIF orientation; else it is ignored, as TFDS and
+        torchvision do.
+      max_pixels: images with more are refused; the default is where Pillow begins to suspect a
+        decompression bomb.
+      check_images: a split with at most so many images is decoded once when it is opened, and all
+        that cannot be used are told at once. Of a larger one, only empty files and HEIC are found
+        then; the others, one at a time, when they are read.
+      on_bad_example: images that cannot be used are an error; or left out, counted and listed
+        (every image is then decoded once, however many there are).
+      missing_classes: classes of the training data without a folder or without images in
+        `validation` or `test` are an error; or allowed.
+      test_share: of `other` without test data, the share of the training data that tests, drawn
+        once and for all; 0: there has to be test data.
       augment: random training views; without, training sees the scoring views.
       threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
         above which Python's lock is what they wait for.
@@ -83,12 +96,18 @@ class ImageDataConfig:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    rotate: bool = False
+    max_pixels: int = 89_478_485
+    check_images: int = 20_000
+    on_bad_example: Literal["error", "drop"] = "error"
+    missing_classes: Literal["error", "allow"] = "error"
+    test_share: float = 0.0
     augment: bool = True
     threads: int = 0
     workers: int = 0
 
     def validate(self, path: str = "data") -> None:
-        choice(self, path, "name", "format", "interpolation")
+        choice(self, path, "name", "format", "interpolation", "on_bad_example", "missing_classes")
         require(bool(self.path), f"{path}.path", self.path, "a folder")
         if self.name == "other":
             ok = self.format != "tfds"
@@ -114,7 +133,13 @@ class ImageDataConfig:
                 ok and len(value) in (0, 3), f"{path}.{name}", value,
                 f"three {'positive ' if name == 'std' else ''}numbers, or empty",
             )  # fmt: skip
-        for name in ("threads", "workers"):
+        require(self.max_pixels > 0, f"{path}.max_pixels", self.max_pixels, "positive")
+        require(
+            self.test_share == 0 or (self.name == "other" and 0 < self.test_share < 1),
+            f"{path}.test_share", self.test_share,
+            "between 0 and 1 for name='other', and 0 elsewhere",
+        )  # fmt: skip
+        for name in ("threads", "workers", "check_images"):
             require(getattr(self, name) >= 0, f"{path}.{name}", getattr(self, name), "at least 0")
 
 

@@ -2,24 +2,27 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from easy_jax.config import ImageDataConfig, ImageDataName
+from easy_jax.data.image_folders import FolderImages, visible_folders, warn_of_order
 from easy_jax.data.image_source import ImageSource
-from easy_jax.data.image_stores import FolderImages, ImageStore, ParquetImages, TfdsImages
-from easy_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Colour, Views
+from easy_jax.data.image_splits import cut, told
+from easy_jax.data.image_stores import ImageStore, ParquetImages, TfdsImages
+from easy_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Colour, ImageError, Views
 from easy_jax.data.reading import Reading
-from easy_jax.data.sources import DataError
+from easy_jax.data.sources import DataError, DataWarning, first_of
 
 Split = Literal["train", "validation", "test"]
 
 _TRAIN_TEST = {"train": "train", "test": "test"}
+_SPLIT_FOLDERS = ("train", "validation", "val", "test")
 _MAX_THREADS = 8  # a view holds Python's lock for about a tenth of its time
-_CUT = 20250715  # fixes which training examples validate, in all runs alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +75,28 @@ DATA_SETS: dict[ImageDataName, ImageDataSet] = {
 def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """A split of a data set of images.
 
-    Labels are TFDS's, or count the class folders in order of name; for ImageNet, whose folders
-    are called by WordNet ids, the two agree with the order of pre-trained heads.
+    Labels are TFDS's, or count the class folders in order of name, as text, as torchvision and
+    timm do; for ImageNet, whose folders are called by WordNet ids, the two agree with the order
+    of pre-trained heads.
+
+    Of a split of at most `config.check_images` images, all are decoded once, so that those which
+    cannot be used are told together, before anything is trained or scored.
 
     Args:
       config: validated.
       split: `validation` is the data set's own, or cut out of its training data, which `train`
-        then is without.
+        then is without; so that every class keeps an image to train on.
+
+    Returns:
+      The source; its `left_out` has what `on_bad_example='drop'` has left out.
 
     Raises:
-      DataError: the data cannot be read or does not fit the data set; with path and fix.
+      DataError: the data cannot be read or does not fit the data set, or images cannot be used;
+        with paths and fix.
+
+    Warns:
+      DataWarning: images are left out, or have an EXIF rotation that is not applied; classes are
+        numbers, and not in their order.
 
     Example:
       >>> import tempfile
@@ -95,12 +110,77 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
       >>> [len(load_images(config, split)) for split in ("train", "validation", "test")]
       [9, 1, 10]
     """
+    (source,) = load_all([(config, split)])
+    return source
+
+
+def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSource]:
+    """Several splits, as `load_images`; what cannot be used in any of them is told at once.
+
+    Raises:
+      DataError: as `load_images`.
+    """
+    sources = [_open_split(config, split) for config, split in wanted]
+    found = []
+    errors: dict[str, ImageError] = {}  # by path: what validates may be met twice
+    count = 0
+    for source, (config, split) in zip(sources, wanted, strict=True):
+        drop = config.on_bad_example == "drop"
+        whole = split == "train" and not drop  # with what is cut out of it: told at once, too
+        size = len(source.store) if whole else len(source)
+        bad, rotated = source.examine(decode=drop or size <= config.check_images, whole_store=whole)
+        where = f"{config.path}, {split}"
+        found.append((where, bad if drop else {}))
+        errors |= {} if drop else {error.where: error for error in bad.values()}
+        count += size
+        if rotated and not config.rotate:
+            warnings.warn(
+                f"{rotated} of {size} images of {where} have an EXIF rotation, which is not "
+                "applied; set rotate=True to turn them upright",
+                DataWarning,
+                stacklevel=3,
+            )
+    if errors:
+        raise DataError(
+            f"{told(list(errors.values()), count)}. Mend or remove them, or set "
+            "on_bad_example='drop' to leave them out"
+        )
+    for place, (where, bad) in enumerate(found):
+        if bad:
+            some = told(list(bad.values()), len(sources[place]), limit=5)
+            warnings.warn(f"{where}: left out, {some}", DataWarning, stacklevel=3)
+            sources[place] = sources[place].without(bad)
+            _check_left(sources[place], wanted[place][1], where)
+    return sources
+
+
+def _check_left(source: ImageSource, split: Split, where: str) -> None:
+    """Raises DataError where nothing is left of a split, or of a class that is to be learnt."""
+    label_N = source.labels()
+    if len(source) == 0:
+        raise DataError(f"{where}: no image is left that can be used")
+    if split == "train" and label_N is not None:
+        counts = np.bincount(label_N, minlength=source.num_classes)
+        empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
+        if empty:
+            raise DataError(
+                f"{where}: no image that can be used is left of the classes {first_of(empty, ', ')}"
+            )
+
+
+def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
     data_set = DATA_SETS[config.name]
     splits = dict(data_set.splits)
-    if config.name == "other" and _has_validation(config):
+    if config.name == "other" and _has(config, "validation"):
         splits["validation"] = "validation"
-    cut = split != "test" and "validation" not in splits
-    store = _open(config, data_set, "train" if cut else splits[split])
+    if config.test_share:
+        if _has(config, "test"):
+            raise DataError(
+                f"{config.path} has test data, and test_share is {config.test_share}; set it to 0, "
+                "or remove what is in the way"
+            )
+        del splits["test"]
+    store = _open(config, data_set, splits.get(split, "train"))
     size = config.image_size
     views = Views(
         image_size=size,
@@ -108,11 +188,15 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
         interpolation=config.interpolation,
         augment=config.augment,
         color_jitter=0.2 if data_set.photos else 0.0,
+        rotate=config.rotate,
     )
-    positions = _cut(len(store), data_set.validation_share, split) if cut else None
+    positions = None
+    if split not in splits or split == "train":
+        share = 0.0 if "validation" in splits else data_set.validation_share
+        positions = cut(store, split, share, config.test_share, config.path)
     return ImageSource(
         store, views, mean=config.mean or data_set.mean, std=config.std or data_set.std,
-        positions=positions, reading=_reading(config),
+        positions=positions, max_pixels=config.max_pixels, reading=_reading(config),
     )  # fmt: skip
 
 
@@ -123,7 +207,7 @@ def _open(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> ImageS
         fix = _fix(config, data_set)
         store = TfdsImages(config.name, split, config.path, **fields, fix=fix)
     elif config.format == "folder":
-        store = _open_folder(Path(config.path), data_set, split)
+        store = _open_folder(config, data_set, split)
     else:
         num_classes = data_set.num_classes or config.num_classes
         store = ParquetImages(config.path, split, num_classes, **fields)
@@ -135,29 +219,53 @@ def _open(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> ImageS
     return store
 
 
-def _open_folder(path: Path, data_set: ImageDataSet, split: str) -> FolderImages:
+def _open_folder(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> FolderImages:
     """A split's folder, with the classes of the training data, if that is there."""
-    names = ("train", "validation", "val", "test")
+    path = Path(config.path)
     folder = _split_folder(path, split)
     if path.is_dir():
-        found = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        odd = [name for name in found if name not in names and not name.startswith(".")]
-        if odd or folder.name not in found:
-            raise DataError(
-                f"{path} has the folders {found[:10]}, no or not only those of splits; it should "
-                f"have {', '.join(data_set.splits.values())}, each with a folder per class: "
-                f"{path / split}/<class>/<image>.jpg"
-            )
+        _check_folders(config, data_set, split, visible_folders(path))
     train = path / data_set.splits["train"]
-    others = split != "train" and train.is_dir()
-    return FolderImages(folder, FolderImages.classes_of(train) if others else None)
+    if split == "train" or not train.is_dir():
+        store = FolderImages(folder, root=path)
+        warn_of_order(store.classes, folder)
+        return store
+    return FolderImages(
+        folder, FolderImages.classes_of(train, path), root=path,
+        missing_classes=config.missing_classes == "allow",
+    )  # fmt: skip
 
 
-def _has_validation(config: ImageDataConfig) -> bool:
+def _check_folders(
+    config: ImageDataConfig, data_set: ImageDataSet, split: str, found: list[str]
+) -> None:
+    """Raises DataError for folders that are no splits, and where the split is not there."""
+    path, name = Path(config.path), _split_folder(Path(config.path), split).name
+    odd = [each for each in found if each not in _SPLIT_FOLDERS]
+    if not odd and name in found:
+        return
+    has = f"{path} has the folders {found[:10]}"
+    should = (
+        f"it should have {', '.join(data_set.splits.values())}, each with a folder per class: "
+        f"{path / split}/<class>/<image>.jpg"
+    )
+    if odd:
+        what = "is no split" if len(odd) == 1 else "are no splits"
+        raise DataError(f"{has}, of which {first_of(odd, ', ')} {what}; {should}")
+    cures = []
+    if config.name == "other" and split == "test" and "train" in found:
+        other = [each for each in found if each != "train"]
+        if other:
+            cures.append(f"rename {other[0]} to test")
+        cures.append("set test_share, for example to 0.1, to cut a test split out of train")
+    raise DataError(f"{has}, and no {name}: {should}{''.join(f'; or {cure}' for cure in cures)}")
+
+
+def _has(config: ImageDataConfig, split: str) -> bool:
     path = Path(config.path)
     if config.format == "parquet":
-        return bool(ParquetImages.files_of(path, "validation"))
-    return _split_folder(path, "validation").exists()
+        return bool(ParquetImages.files_of(path, split))
+    return _split_folder(path, split).exists()
 
 
 def _split_folder(path: Path, split: str) -> Path:
@@ -176,14 +284,6 @@ def _fix(config: ImageDataConfig, data_set: ImageDataSet) -> str:
         f"Prepare it with tfds.builder({config.name!r}, data_dir={config.path!r}, "
         f"file_format='array_record').download_and_prepare(), which needs TensorFlow; or {own}"
     )
-
-
-def _cut(size: int, share: float, split: Split) -> np.ndarray:
-    """Positions of the training examples that validate, or of the others; in order."""
-    bits = np.random.Philox(_CUT).random_raw(size)
-    order = np.argsort(bits, kind="stable")
-    validating = max(1, round(share * size))
-    return np.sort(order[:validating] if split == "validation" else order[validating:])
 
 
 def _reading(config: ImageDataConfig) -> Reading:

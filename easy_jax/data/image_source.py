@@ -1,7 +1,9 @@
 """The source of an image data set: encoded images in, views and labels out."""
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -9,10 +11,12 @@ from PIL import Image
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data import images
 from easy_jax.data.image_stores import ImageStore
-from easy_jax.data.images import Views
+from easy_jax.data.images import ImageError, Views
 from easy_jax.data.loader import Batch
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, Record
+
+_EXAMINED_AT_ONCE = 16  # images read by a thread at a time
 
 
 class ImageSource:
@@ -27,13 +31,19 @@ class ImageSource:
       views: how they are cut.
       mean, std: per channel, of images in [0, 1]; default: ImageNet's.
       positions: the examples of the store that are the source's, in its order; default: all.
+      max_pixels: an image with more is an error.
       reading: threads, read-ahead and worker processes.
+
+    Attributes:
+      num_classes, classes: of the store.
+      mean, std: float32 [3].
+      left_out: reason by path (or file and row) of what `without` has taken out.
 
     Example:
       >>> import tempfile
       >>> from pathlib import Path
       >>> from PIL import Image
-      >>> from easy_jax.data.image_stores import FolderImages
+      >>> from easy_jax.data.image_folders import FolderImages
       >>> folder = Path(tempfile.mkdtemp())
       >>> (folder / "red").mkdir()
       >>> Image.new("RGB", (40, 30), "red").save(folder / "red" / "1.png")
@@ -51,6 +61,7 @@ class ImageSource:
         mean: Sequence[float] = images.IMAGENET_MEAN,
         std: Sequence[float] = images.IMAGENET_STD,
         positions: np.ndarray | None = None,
+        max_pixels: int = images.MAX_PIXELS,
         reading: Reading | None = None,
     ):
         self.store = store
@@ -58,6 +69,8 @@ class ImageSource:
         self.num_classes = store.num_classes
         self.classes = store.classes
         self.reading = Reading() if reading is None else reading
+        self.max_pixels = max_pixels
+        self.left_out: dict[str, str] = {}
         self.mean = np.array(mean, np.float32)
         self.std = np.array(std, np.float32)
         self._positions = np.arange(len(store)) if positions is None else np.asarray(positions)
@@ -81,17 +94,71 @@ class ImageSource:
 
         return self._batch(positions, view)
 
+    def examine(
+        self, *, decode: bool = True, whole_store: bool = False
+    ) -> tuple[dict[int, ImageError], int]:
+        """Looks for images that cannot be used, in threads.
+
+        Args:
+          decode: decode them all; else only what the store knows unread is found.
+          whole_store: look at those of the store that are not the source's, too.
+
+        Returns:
+          The error of each, by example id (with `whole_store`, by position in the store), and how
+          many of the others have an EXIF rotation.
+        """
+        positions = np.arange(len(self.store)) if whole_store else self._positions
+        known = getattr(self.store, "unusable", {})
+        bad = {i: known[p] for i, p in enumerate(positions.tolist()) if p in known}
+        if not decode:
+            return bad, 0
+
+        def look(start: int) -> list[ImageError | bool]:
+            stored = positions[start : start + _EXAMINED_AT_ONCE].tolist()
+            found: list[ImageError | bool] = []
+            for position in stored:
+                try:
+                    ((encoded, _),) = self.store.read([position])
+                    image = self._decode(encoded, self.store.where(position), rotate=False)
+                    found.append(images.orientation(image) != 1)
+                except ImageError as error:
+                    found.append(error)
+            return found
+
+        with ThreadPoolExecutor(max(1, self.reading.threads)) as pool:
+            starts = range(0, len(positions), _EXAMINED_AT_ONCE)
+            found = [each for some in pool.map(look, starts) for each in some]
+        errors = {i: each for i, each in enumerate(found) if isinstance(each, ImageError)}
+        return errors | bad, sum(each is True for each in found)
+
+    def without(self, bad: Mapping[int, ImageError]) -> "ImageSource":
+        """The source without these examples: later ones move up. `left_out` has the reasons."""
+        other = copy.copy(self)
+        other._positions = np.delete(self._positions, sorted(bad))
+        other.left_out = {**self.left_out, **{error.where: error.reason for error in bad.values()}}
+        return other
+
+    def labels(self) -> np.ndarray | None:
+        """All labels, int64 [N]; None where the store does not know them unread."""
+        label_N = self.store.labels()
+        return None if label_N is None else label_N[self._positions]
+
     def fingerprint(self) -> str:
         """Of the store, the choice of examples, and all that decides scoring views.
 
         What only training sees, `augment` and `color_jitter`, is not in it.
         """
         views = dataclasses.asdict(self.views)
-        fixed = {name: views[name] for name in ("image_size", "resize_size", "interpolation")}
+        names = ("image_size", "resize_size", "interpolation", "rotate")
+        fixed = {name: views[name] for name in names}
         arrays = {"positions": self._positions, "mean": self.mean, "std": self.std}
         return fingerprints.of_json(
             {"store": self.store.fingerprint(), "arrays": fingerprints.of_arrays(arrays), **fixed}
         )
+
+    def _decode(self, encoded: bytes, where: str, *, rotate: bool) -> Image.Image:
+        size, limit = self.views.resize_size, self.max_pixels
+        return images.decode(encoded, where, size, rotate=rotate, max_pixels=limit)
 
     def _batch(
         self, positions: Sequence[int], view: Callable[[int, Image.Image], Image.Image]
@@ -107,7 +174,7 @@ class ImageSource:
                     f"{where} has label {label}; the data set has {self.num_classes} classes (0 "
                     f"to {self.num_classes - 1})"
                 )
-            image = images.decode(encoded, where, self.views.resize_size)
+            image = self._decode(encoded, where, rotate=self.views.rotate)
             image_BHWC[row] = np.asarray(view(row, image))
             label_B[row] = label
         return {

@@ -1,4 +1,5 @@
-"""Where encoded images and their labels come from: folders, Parquet, TensorFlow Datasets.
+"""Where encoded images and their labels come from: Parquet, TensorFlow Datasets; folders are in
+`easy_jax.data.image_folders`.
 
 A store gives bytes; decoding is `easy_jax.data.images`' work. An image's position is the same in
 every process and every run: files in order of class and name, rows in order of file.
@@ -6,9 +7,8 @@ every process and every run: files in order of class and name, rows in order of 
 
 import bisect
 import functools
-import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,6 @@ from easy_jax import fingerprint as fingerprints
 from easy_jax.data.sources import PREPARE_TFDS, DataError, open_tfds, tfds_identity
 
 Location = str | os.PathLike[str]
-_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class ImageStore(Protocol):
@@ -35,133 +34,14 @@ class ImageStore(Protocol):
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         """The file contents and labels at these positions; raises DataError."""
 
+    def labels(self) -> np.ndarray | None:
+        """All labels, int64 [N]; None where they could only be had by reading all images."""
+
     def where(self, position: int) -> str:
         """What errors call the image: its path, or its row."""
 
     def fingerprint(self) -> str:
         """Identifies images and labels without reading all images."""
-
-
-class FolderImages:
-    """`folder/<class>/<image>`, JPEG, PNG or WebP. Labels count the classes in order of name.
-
-    Hidden files are left out; any other file that is no image, and anything that leads out of
-    the folder, is an error.
-
-    Args:
-      folder: with a folder per class.
-      classes: the names that it must have; default: those it has.
-
-    Raises:
-      DataError: no folder or no class in it, classes that are not `classes`, a class without
-        images, an empty file, a file that is no image by its ending, folders in a class, links
-        out of the folder.
-
-    Example:
-      >>> import tempfile
-      >>> from PIL import Image
-      >>> folder = Path(tempfile.mkdtemp())
-      >>> for name in ("dog", "cat"):
-      ...   (folder / name).mkdir()
-      ...   Image.new("RGB", (8, 8)).save(folder / name / "1.png")
-      >>> store = FolderImages(folder)
-      >>> store.classes, [label for _, label in store.read([0, 1])]
-      (['cat', 'dog'], [0, 1])
-    """
-
-    def __init__(self, folder: Location, classes: Sequence[str] | None = None):
-        self.folder = Path(folder)
-        real = self.folder.resolve()
-        self.classes: Sequence[str] = self.classes_of(self.folder)
-        if classes is not None and list(self.classes) != list(classes):
-            missing = sorted(set(classes) - set(self.classes))
-            extra = sorted(set(self.classes) - set(classes))
-            raise DataError(
-                f"the classes of {self.folder} are not those of the training data: missing "
-                f"{missing[:5]}, only here {extra[:5]}"
-            )
-        self.num_classes = len(self.classes)
-        self._names: list[str] = []
-        self._ends: list[int] = []  # of each class among the names
-        digest = hashlib.sha256()
-        for name in self.classes:
-            start = len(self._names)
-            for image, size in _images(self.folder / name, real):
-                self._names.append(image)
-                digest.update(f"{name}/{image}:{size}\n".encode(errors="surrogateescape"))
-            if len(self._names) == start:
-                raise DataError(
-                    f"the class folder {self.folder / name} has no images; fill or remove it"
-                )
-            self._ends.append(len(self._names))
-        self._digest = digest.hexdigest()
-
-    @staticmethod
-    def classes_of(folder: Path) -> list[str]:
-        """The names of a folder's class folders, in order; raises DataError."""
-        if not folder.is_dir():
-            raise DataError(f"{folder} is no folder; it holds a folder of images per class")
-        entries = list(_visible(folder, folder.resolve()))
-        stray = [entry.path for entry in entries if not entry.is_dir()]
-        if stray:
-            raise DataError(f"{stray[0]} is no folder of a class; move it out of {folder}")
-        if not entries:
-            raise DataError(f"{folder} has no folders of classes")
-        return [entry.name for entry in entries]
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
-        found = []
-        for position in positions:
-            path = self._path(position)
-            try:
-                found.append((path.read_bytes(), self._label(position)))
-            except OSError as error:
-                raise DataError(f"cannot read {path}: {error.strerror}") from error
-        return found
-
-    def where(self, position: int) -> str:
-        return str(self._path(position))
-
-    def fingerprint(self) -> str:
-        """Hash of every image's class, name and size in bytes; other content of equal length is
-        not noticed."""
-        return fingerprints.of_json({"folder": self._digest})
-
-    def _label(self, position: int) -> int:
-        return bisect.bisect_right(self._ends, position)
-
-    def _path(self, position: int) -> Path:
-        return self.folder / self.classes[self._label(position)] / self._names[position]
-
-
-def _images(folder: Path, real: Path) -> Iterator[tuple[str, int]]:
-    """Names and sizes of a class's images, in order of name."""
-    for entry in _visible(folder, real):
-        if not entry.is_file():
-            raise DataError(f"{entry.path} is no file; a class folder holds images only")
-        if not entry.name.lower().endswith(_ENDINGS):
-            raise DataError(
-                f"{entry.path} is no image: its name ends in none of {', '.join(_ENDINGS)}; "
-                "rename or remove it"
-            )
-        size = entry.stat().st_size
-        if size == 0:
-            raise DataError(f"{entry.path} is empty: it has 0 bytes")
-        yield entry.name, size
-
-
-def _visible(folder: Path, real: Path) -> Iterator[os.DirEntry[str]]:
-    """What a folder holds, in order of name, without hidden files; all of it inside `real`."""
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(real):
-                raise DataError(f"{entry.path} is a link that leads out of {real}; copy the file")
-            yield entry
 
 
 class ParquetImages:
@@ -239,6 +119,9 @@ class ParquetImages:
 
     def __len__(self) -> int:
         return len(self._label)
+
+    def labels(self) -> np.ndarray:
+        return self._label
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         places = [(position, *self._place(position)) for position in positions]
@@ -331,6 +214,9 @@ class TfdsImages:
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def labels(self) -> None:
+        """Not known: a record is read whole."""
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         image, label = self._fields

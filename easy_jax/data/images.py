@@ -11,10 +11,10 @@ vanish into the first convolution.
 
 import dataclasses
 import io
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, features
 
 from easy_jax.data.sources import DataError
 
@@ -25,13 +25,34 @@ IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1
 IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
 MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
 NUM_UNIFORMS = 6  # crop (2), flip, brightness, contrast, saturation
-_FORMATS = ("JPEG", "PNG", "WEBP")
+# Of Pillow's: those of pictures, without what runs other programs (EPS) or is hardly ever met.
+FORMATS = (
+    "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []),
+)  # fmt: skip
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 # Greys are repeated, palettes looked up, CMYK mixed, alpha dropped. Others (16-bit greys, floats)
 # Pillow would clip.
 _TO_RGB = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's mode L
 _STREAM = 0x11A6E5  # keeps these numbers apart from the order's, which are of (seed, epoch)
+
+
+class ImageError(DataError):
+    """An image that cannot be used.
+
+    Attributes:
+      kind: what is wrong, in a word or two, to be counted by.
+      reason: what is wrong, in the words that follow the image's path.
+    """
+
+    def __init__(self, where: str, kind: str, reason: str):
+        super().__init__(f"{where} {reason}")
+        self.where, self.kind, self.reason = where, kind, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes send it
+        return ImageError, (self.where, self.kind, self.reason)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +66,7 @@ class Views:
       augment: random training views; without, they are the scoring views.
       color_jitter: j: brightness, contrast and saturation are each multiplied by a factor from
         [1 - j, 1 + j].
+      rotate: turn images upright by their EXIF orientation first.
     """
 
     image_size: int = 224
@@ -52,23 +74,35 @@ class Views:
     interpolation: Interpolation = "bilinear"
     augment: bool = True
     color_jitter: float = 0.2
+    rotate: bool = False
 
 
-def decode(encoded: bytes, where: str, resize_size: int = 0) -> Image.Image:
-    """An RGB image from the bytes of a JPEG, PNG or WebP file.
+def decode(
+    encoded: bytes,
+    where: str,
+    resize_size: int = 0,
+    *,
+    rotate: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> Image.Image:
+    """An RGB image from the bytes of a file in one of `FORMATS`; of several frames, the first.
 
     A JPEG whose sides are all at least four times what they will be resized to is decoded at a
     half, quarter or eighth of its size, never below twice the target: the decoder then
     averages blocks, which the resize would do anyway (less than a level of difference on
-    average). Orientation tags are ignored, as `tf.image` and torchvision do.
+    average).
 
     Args:
       encoded: the file's content.
       where: names the image in errors.
       resize_size: what its shorter side will be resized to; 0: decode it whole.
+      rotate: turn it upright by its EXIF orientation; else that is ignored, as `tf.image` and
+        torchvision do.
+      max_pixels: more are refused, unread. More than Pillow's own limit raises that, for the
+        whole process.
 
     Raises:
-      DataError: no image or a damaged one, more than `MAX_PIXELS` pixels, or pixels that are
+      ImageError: no image or a damaged one, more than `max_pixels` pixels, or pixels that are
         not 8-bit colours or greys. Damage that the decoder does not notice stays unnoticed.
 
     Example:
@@ -79,37 +113,65 @@ def decode(encoded: bytes, where: str, resize_size: int = 0) -> Image.Image:
       ((4, 3), (200, 200, 200))
     """
     if not encoded:
-        raise DataError(f"{where} is empty: it has 0 bytes")
+        raise empty(where)
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-        if image.width * image.height <= MAX_PIXELS:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+        if image.width * image.height <= max_pixels:
             if resize_size:
                 width, height = _resized(image.size, resize_size)
                 image.draft(None, (2 * width, 2 * height))
             image.load()
+            if rotate and orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
     except Image.UnidentifiedImageError as error:
-        raise DataError(f"{where} is no JPEG, PNG or WebP image, or its head is damaged") from error
+        if encoded[4:8] == b"ftyp" and encoded[8:12] in _HEIC:
+            raise heic(where) from error
+        reason = f"is no image in a format that is read ({', '.join(FORMATS)}), or its head is "
+        raise ImageError(where, "not an image", f"{reason}damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(where) from error
+        raise _too_large(where, max_pixels) from error
     except Exception as error:  # Pillow's decoders have no narrower one in common
-        raise DataError(f"{where} is damaged: {error}") from error
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(where)
+        raise ImageError(where, "damaged", f"is damaged: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise _too_large(where, max_pixels)
     if image.mode not in _TO_RGB:
-        raise DataError(
-            f"{where} has pixels of Pillow's mode {image.mode!r}, which are no 8-bit colours; "
-            "convert the file to 8-bit RGB or grey"
-        )
+        raise ImageError(
+            where, "not 8-bit",
+            f"has pixels of Pillow's mode {image.mode!r}, which are no 8-bit colours; convert the "
+            "file to 8-bit RGB or grey",
+        )  # fmt: skip
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _too_large(where: str) -> DataError:
-    return DataError(
-        f"{where} has more than {MAX_PIXELS:,} pixels: a decompression bomb, or a picture to make "
-        "smaller first"
-    )
+def orientation(image: Image.Image) -> int:
+    """How a picture was held, by its EXIF tag: 1 is upright, also where there is no tag."""
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # an EXIF block that cannot be read, in a picture that can
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def empty(where: str) -> ImageError:
+    """The error of a file without content."""
+    return ImageError(where, "empty", "is empty: it has 0 bytes")
+
+
+def heic(where: str) -> ImageError:
+    """The error of a photo as iPhones take them."""
+    return ImageError(where, "HEIC", "is in HEIC format, which is not read; convert it to JPEG")
+
+
+def _too_large(where: str, max_pixels: int) -> ImageError:
+    return ImageError(
+        where, "too large",
+        f"has more than {max_pixels:,} pixels: a decompression bomb, or a picture to make smaller "
+        "first, or to allow with max_pixels",
+    )  # fmt: skip
 
 
 def uniforms(seed: int, epoch: int, example_id: int) -> np.ndarray:

@@ -246,6 +246,17 @@ def check_labels(label_N: np.ndarray, num_classes: int, used_N: np.ndarray | Non
     )
 
 
+def first_of(items: Sequence[str], separator: str = "; ", limit: int = 20) -> str:
+    """The first of many, for a message of one line.
+
+    Example:
+      >>> first_of(["a", "b", "c"], ", ", limit=2)
+      'a, b, ... (3 in all)'
+    """
+    more = [f"... ({len(items)} in all)"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])
+
+
 def _raise_if_any(bad_N: np.ndarray, what: str) -> None:
     if bad_N.any():
         ids = np.flatnonzero(bad_N)

@@ -1,10 +1,14 @@
 """The two tasks of an experiment with images."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import numpy as np
 
 from easy_jax.config import ExperimentConfig, GlyphDataConfig, ImageDataConfig
 from easy_jax.data import glyphs
-from easy_jax.data.image_datasets import load_images
+from easy_jax.data.image_datasets import Split, load_all
+from easy_jax.data.image_source import ImageSource
 from easy_jax.data.sources import Splits, Tasks
 
 
@@ -13,7 +17,8 @@ def load_tasks(config: ExperimentConfig, seed: int, label_noise: float) -> Tasks
 
     Args:
       config: validated. Where it gives pre-trained weights (`model.path`), the pre-training task
-        has test data only.
+        has test data only. `scoring.on_bad_example='drop'` leaves out of the target's training and
+        validation data the images that cannot be used.
       seed: of rendering, split and wrong labels.
       label_noise: share of the target's training labels that are replaced by another class.
 
@@ -27,15 +32,24 @@ def load_tasks(config: ExperimentConfig, seed: int, label_noise: float) -> Tasks
     """
     if isinstance(config.data, GlyphDataConfig):
         return glyphs.load(config.data, seed, label_noise)
-    pretrain = _splits(config.data.pretrain, only_test=bool(config.model.path))
-    target = _splits(config.data.target)
-    assert target.train is not None
-    return Tasks(pretrain, target, np.zeros(len(target.train), bool))
+    data, target = config.data, config.data.target
+    if config.scoring.on_bad_example == "drop":
+        target = dataclasses.replace(target, on_bad_example="drop")
+    wanted: dict[tuple[str, Split], ImageDataConfig] = {
+        ("pretrain", "test"): data.pretrain,
+        ("target", "test"): data.target,
+        ("target", "train"): target,
+        ("target", "validation"): target,
+    }
+    if not config.model.path:
+        wanted |= {("pretrain", "train"): data.pretrain, ("pretrain", "validation"): data.pretrain}
+    opened = load_all([(each, split) for (_, split), each in wanted.items()])
+    sources = dict(zip(wanted, opened, strict=True))
+    wrong_N = np.zeros(len(sources["target", "train"]), bool)
+    return Tasks(_splits(sources, "pretrain"), _splits(sources, "target"), wrong_N)
 
 
-def _splits(config: ImageDataConfig, only_test: bool = False) -> Splits:
-    test = load_images(config, "test")
-    if only_test:
-        return Splits(None, None, test, test.classes)
-    train, validation = load_images(config, "train"), load_images(config, "validation")
+def _splits(sources: Mapping[tuple[str, Split], ImageSource], task: str) -> Splits:
+    train, validation = sources.get((task, "train")), sources.get((task, "validation"))
+    test = sources[task, "test"]
     return Splits(train, validation, test, test.classes)
