@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,12 @@ def folder() -> Path:
 
 def examples(model: Path, count: int) -> ej.TokenSource:
     """The first problems of the tests' JSON-lines file, tokenised."""
-    columns = ej.text.read_jsonl(PROBLEMS, ["query", "response"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ej.DataWarning)  # the fields that the tests alone read
+        columns = ej.text.read_jsonl(PROBLEMS, ["query", "response"])
     texts = (column[:count] for column in columns.values())
-    return ej.text.tokenize(*texts, ej.text.load_tokenizer(model), eos_token=EOS)
+    tokenizer = ej.text.load_tokenizer(model)
+    return ej.text.tokenize(*texts, tokenizer, eos_token=EOS, border="authors")
 
 
 def torch_model(model: Path) -> torch.nn.Module:

@@ -59,6 +59,7 @@ def get_config(arg: str = "") -> LanguageConfig:
         train=InstructionsConfig(format="jsonl", path="MetaMathQA.jsonl"),
         text=TextConfig(
             bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
+            border="authors",  # the paper's: targets start after the prompt's own tokens
             max_length=1024, row_length=1024, max_segments=1,
         ),
         scoring=ScoringConfig(batch_size=128),

@@ -51,6 +51,7 @@ def get_config(arg: str = "") -> LanguageConfig:
         heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=96, size=48),),
         general=("verne", "docstrings"),
         general_characters=12_288,
+        # No border of these problems lies within a token: `border` makes no difference to them.
         text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=512),
         scoring=ScoringConfig(batch_size=8),
         finetune=StageConfig(

@@ -27,6 +27,8 @@ with epy.lazy_api_imports(globals()):
     )
     from easy_jax.data import (
         ArraySource,
+        DataError,
+        DataWarning,
         ImageSource,
         PackedSource,
         Ragged,
@@ -72,6 +74,8 @@ with epy.lazy_api_imports(globals()):
 __all__ = [
     "ArraySource",
     "ClassifierInfo",
+    "DataError",
+    "DataWarning",
     "ExperimentConfig",
     "Fit",
     "ImageDataConfig",

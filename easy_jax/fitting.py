@@ -168,7 +168,9 @@ def fit(
 
     first, seconds = 0, 0.0
     steps_per_epoch = total / stage.epochs
-    examples = len(source) if weight_N is None else np.count_nonzero(~np.isnan(weight_N))
+    present = data.present_ids(source)
+    weight_n = np.ones(len(present)) if weight_N is None else np.asarray(weight_N)[present]
+    examples = np.count_nonzero(~np.isnan(weight_n))
     examples_per_step = examples / steps_per_epoch
     epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
     pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None

@@ -5,6 +5,7 @@ Every stage leaves an artefact in the workdir and is skipped where that is compl
 """
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,15 @@ from easy_jax import (
     sharding,
 )
 from easy_jax import fingerprint as fingerprints
-from easy_jax.config import ConfigError, LanguageConfig, LanguageMethodConfig, StageConfig
+from easy_jax.config import (
+    ConfigError,
+    InstructionsConfig,
+    LanguageConfig,
+    LanguageMethodConfig,
+    StageConfig,
+)
 from easy_jax.data import instructions, text
+from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.packing import PackedSource
 from easy_jax.fitting import fit
 from easy_jax.loss_table import LossTable
@@ -55,7 +63,7 @@ class LanguageExperiment:
             param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
             mesh=self.mesh,
         )  # fmt: skip
-        self.train = self._instructions(config.train)
+        self.train = self._instructions("train", config.train)
         self._scored: LossTable | None = None
         self._measured_on: dict[str, PackedSource] | None = None
         terminal.print(f"training data: {self.train.examples.describe()}")
@@ -185,19 +193,25 @@ class LanguageExperiment:
 
     # Data and measurements.
 
-    def _instructions(self, config: Any) -> PackedSource:
-        source = instructions.load(config, self.config.text, self.tokenizer)
+    def _instructions(self, name: str, config: InstructionsConfig) -> PackedSource:
+        """Data of the experiment; what is left out of them is listed in `dropped_<name>.jsonl`."""
+        bad = BadExamples(self.config.scoring.on_bad_example)
+        source = instructions.load(config, self.config.text, self.tokenizer, bad)
         text.check_vocabulary(source.examples, self.model.config.vocab)
+        if len(bad) and distributed.leads():
+            lines = [json.dumps(row) + "\n" for row in bad.rows()]
+            files.write(self.workdir / f"dropped_{name}.jsonl", "".join(lines))
         return source
 
     def _sources(self) -> dict[str, PackedSource]:
         """Held-out problems and general text, by the names that they have in the results."""
         config = self.config
         if self._measured_on is None:
-            sources = {
-                f"heldout{number or ''}": self._instructions(heldout)
-                for number, heldout in enumerate(config.heldout)
-            }
+            sources = {}
+            for number, heldout in enumerate(config.heldout):
+                name = f"heldout{number or ''}"
+                sources[name] = self._instructions(name, heldout)
+                self.terminal.print(f"{name} data: {sources[name].examples.describe()}")
             for path in config.general:
                 name = Path(path).stem
                 if name in sources:

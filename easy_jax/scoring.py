@@ -74,7 +74,8 @@ def score(
         examples, of a packed source.
       mesh: default: all devices on the data axis.
       on_bad_example: examples whose loss is not finite or whose count is 0 (no target
-        token) are an error, after the good ones have been saved; or dropped and counted.
+        token) are an error, after the good ones have been saved; or dropped and counted. The
+        table's `dropped_ids` are these and those of the source.
       token_losses: keep every target token's loss as well, for token-wise weights. The loss
         function then returns them as a third array, as `losses.causal_lm_token_losses` does.
       overwrite: delete the table in the directory and start anew.
@@ -129,7 +130,8 @@ def score(
     done_N = loss_table.seen_ids(directory, len(source))
     # Examples dropped before are looked at again where they are to be errors now.
     dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
-    done_N[list(dropped)] = True
+    absent = np.setdiff1d(np.arange(len(source)), data.present_ids(source))
+    done_N[[*dropped, *absent]] = True
     found = f"{done_N.sum()} of {len(source)}, {fingerprints.of_arrays({'done': done_N})}"
     distributed.agree("reading the loss table", rows=found)  # before anybody writes
     if metadata is not None and metadata["complete"] and done_N.all():
@@ -191,7 +193,8 @@ def score(
     def complete() -> dict[str, Any]:
         dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
         summary = loss_table.summarise(directory, token_losses)
-        metadata = {**header, **summary, "complete": True, "dropped_ids": sorted(dropped)}
+        dropped_ids = sorted(dropped | set(absent.tolist()))
+        metadata = {**header, **summary, "complete": True, "dropped_ids": dropped_ids}
         table = LossTable(directory, metadata)
         table.check_ids()  # the median is of all rows, or of none
         metadata["losses"] = table.fingerprint()

@@ -1,11 +1,8 @@
 """Text: readers, tokenisation, flat arrays - and every mistake named."""
 
-import json
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +15,6 @@ from easy_jax.data.text import (
     check_vocabulary,
     load_tokenizer,
     plain_text,
-    read_jsonl,
-    read_parquet,
-    read_tfds,
     tokenize,
 )
 
@@ -31,7 +25,7 @@ SENTENCES = [
     "She has 12 - 5 = 7 apples left. The answer is 7.",
     "Übermut tut selten gut, sagte die Katze und fraß 3 Mäuse.",
 ]
-INSTRUCTIONS = ["How many apples has Ann?", "Sum {1, 2} and {instruction}", "", "Zähle 日本 🙂"]
+INSTRUCTIONS = ["How many apples has Ann?", "Sum {1, 2} and {instruction}", "Or", "Zähle 日本 🙂"]
 RESPONSES = ["She has 12.", " 3 {instruction}", "\nNothing", "7 apples\n"]
 
 
@@ -52,10 +46,7 @@ def bpe():
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
-    # As many models' tokenizers do, unless told not to: a BOS of its own.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return tokenizer
 
 
@@ -131,7 +122,7 @@ def test_truncation_cuts_the_end_and_counts(tokenizer):
     total, targets = len(source.tokens), int(source.num_targets.sum())
     assert source.describe() == (
         f"4 examples, {total} tokens, {targets} targets; {len(over)} examples cut to {limit} "
-        f"tokens, {sum(over)} tokens lost"
+        f"tokens, {sum(over)} tokens lost; 0 borders of prompt and response within a token"
     )
 
 
@@ -148,29 +139,10 @@ def test_no_target_left_after_truncation(tokenizer):
     assert run(prompts[1] + 1).num_targets[1] == 1
     with pytest.raises(
         DataError,
-        match=rf"1 examples, ids \[1\], prompt tokens \[{prompts[1]}\]: no target token within "
-        rf"max_length {prompts[1]}; raise it",
+        match=rf"1 of 3 examples: no target token within max_length {prompts[1]} \(1\): id 1 "
+        rf"\[{prompts[1]} prompt tokens\]",
     ):
         run(prompts[1])
-
-
-def test_merges_across_the_border():
-    vocab = {"a": 0, "b": 1, "c": 2, "ab": 3}
-    tokenizer = Tokenizer(models.BPE(vocab, [("a", "b")]))
-    tokenizer.add_special_tokens([EOS])
-
-    def run(response, template="c{instruction}"):
-        return tokenize(["a"], [response], tokenizer, eos_token=EOS, template=template)
-
-    # "ca" is two tokens; "cab" is c, ab: the count of two stands, ab is no target.
-    assert run("b")[0]["tokens"].tolist() == [2, 3, 4]
-    assert run("b")[0]["target_start"] == 2
-    vocab = {"a": 0, "b": 1, "c": 2, "bc": 3, "abc": 4}
-    tokenizer = Tokenizer(models.BPE(vocab, [("b", "c"), ("a", "bc")]))
-    tokenizer.add_special_tokens([EOS])
-    # "ab" is two tokens, "abc" and EOS too: nothing is left of the response.
-    with pytest.raises(DataError, match=r"ids \[0\]: .*merges with the end of the prompt"):
-        run("c", template="{instruction}b")
 
 
 def test_placeholder_is_replaced_once(tokenizer):
@@ -190,18 +162,20 @@ def test_bad_template(tokenizer, template):
 
 
 def test_bad_texts(tokenizer):
-    with pytest.raises(DataError, match=r"2 examples, ids \[1, 2\]: the response is blank"):
+    with pytest.raises(DataError, match=r"2 of 4 examples: blank response \(2\): id 1, id 2\. "):
         tokenize(["a"] * 4, ["b", "", " \n\t", "c"], tokenizer, eos_token=EOS)
     with pytest.raises(DataError, match=r"1 instructions for 2 responses"):
         tokenize(["a"], ["b", "c"], tokenizer, eos_token=EOS)
     with pytest.raises(DataError, match=r"empty"):
         tokenize([], [], tokenizer, eos_token=EOS)
-    with pytest.raises(DataError, match=r"response 1 is null, not a string"):
+    with pytest.raises(DataError, match=r"response is null, not a string \(1\): id 1"):
         tokenize(["a", "b"], ["b", None], tokenizer, eos_token=EOS)
-    with pytest.raises(DataError, match=r"instruction 0 is not Unicode"):
+    with pytest.raises(DataError, match=r"instruction is not Unicode \(1\): id 0"):
         tokenize(["\ud800"], ["b"], tokenizer, eos_token=EOS)
-    with pytest.raises(DataError, match=r"1 examples, ids \[0\]: no token before the target"):
+    with pytest.raises(DataError, match=r"no token before the target: use a prompt .*: id 0"):
         tokenize([""], ["b"], tokenizer, eos_token=EOS, template="{instruction}")
+    with pytest.raises(DataError, match=r"border is 'merged'; it must be one of \['joined', "):
+        tokenize(["a"], ["b"], tokenizer, eos_token=EOS, border="merged")
 
 
 def test_bad_special_tokens(tokenizer):
@@ -212,7 +186,7 @@ def test_bad_special_tokens(tokenizer):
     # In the vocabulary, yet never read as one token: it was not added.
     vocab = {"a": 0, "b": 1, "</s>": 2, "/": 3}
     bare = Tokenizer(models.BPE(vocab, []))
-    with pytest.raises(DataError, match=r"ids \[0, 1\]: '</s>' is not read as one token"):
+    with pytest.raises(DataError, match=r"'</s>' is not read as one token"):
         tokenize(["a", "b"], ["b", "a"], bare, eos_token="</s>", template="{instruction}")
 
 
@@ -273,17 +247,21 @@ _RANDOM = bpe()
 )
 def test_random_texts(pairs, max_length):
     instructions, responses = (list(column) for column in zip(*pairs, strict=True))
-    template = "Q:{instruction}\n"
-    full = [ids_of(_RANDOM, f"Q:{q}\n{r}{EOS}") for q, r in pairs]
-    starts = [len(ids_of(_RANDOM, f"Q:{q}\n")) for q, _ in pairs]
+    instructions = [f"Q{text}" for text in instructions]  # none is blank
+    full = [ids_of(_RANDOM, f"{q}\n{r}{EOS}") for q, r in zip(instructions, responses, strict=True)]
+    starts = [len(ids_of(_RANDOM, f"{q}\n")) for q in instructions]
     bad = [
         i
         for i, (start, ids) in enumerate(zip(starts, full, strict=True))
         if start >= min(len(ids), max_length)
     ]
-    arguments = {"eos_token": EOS, "template": template, "max_length": max_length}
+    arguments = {
+        "eos_token": EOS, "template": "{instruction}\n", "max_length": max_length,
+        "border": "authors",
+    }  # fmt: skip
     if bad:
-        with pytest.raises(DataError, match=re.escape(f"ids {bad}")):
+        places = ", ".join(f"id {i} [{starts[i]} prompt tokens]" for i in bad)
+        with pytest.raises(DataError, match=re.escape(places)):
             tokenize(instructions, responses, _RANDOM, **arguments)
         return
     source = tokenize(instructions, responses, _RANDOM, **arguments)
@@ -359,154 +337,3 @@ def test_bad_tokenizer_file(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer .*only the fast"):
         load_tokenizer(tmp_path)
-
-
-# Readers.
-
-ROWS = [{"q": "2 + 2\u2028=", "a": "4", "n": 1}, {"a": "日本 🙂\x00", "q": ""}]
-COLUMNS = {"a": ["4", "日本 🙂\x00"], "q": ["2 + 2\u2028=", ""]}
-
-
-def test_jsonl(tmp_path):
-    path = tmp_path / "data.jsonl"
-    for end in ("", "\n", "\r\n", "\n\n \n"):
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
-        path.write_bytes((text + end).encode())
-        assert read_jsonl(path, ["a", "q"]) == COLUMNS
-    assert read_jsonl(str(path), ["a"]) == {"a": COLUMNS["a"]}
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (b'{"a": "x"}\n{"a": \n', r"data\.jsonl:2 is not JSON: "),
-        (b'{"a": "x"}\n' + b"[" * 100_000, r"data\.jsonl:2 is not JSON: "),
-        (b'{"a": "x"}\n["a"]', r"data\.jsonl:2 is not a JSON object: \['a'\]"),
-        (b'{"a": "x"}\n{"b": "x", "c": 1}', r"data\.jsonl:2 has no field 'a'; it has \['b', 'c'\]"),
-        (b'{"a": "x"}\n\n{"a": 3}', r"data\.jsonl:2 is blank"),
-        (b'\n{"a": "x"}', r"data\.jsonl:1 is blank"),
-        (b'{"a": 3}', r"data\.jsonl:1: field 'a' is int, not a string"),
-        (b'{"a": null}', r"data\.jsonl:1: field 'a' is null, not a string"),
-        (b'{"a": "\\ud800"}', r"data\.jsonl:1: field 'a' is not Unicode"),
-        (b'{"a": "x"}\n{"a": "\xff"}', r"data\.jsonl:2 is not UTF-8"),
-        (b"", r"data\.jsonl is empty"),
-        (b"\n\n", r"data\.jsonl is empty"),
-    ],
-)
-def test_bad_jsonl(tmp_path, lines, message):
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(lines)
-    with pytest.raises(DataError, match=message):
-        read_jsonl(path, ["a"])
-
-
-def test_jsonl_file_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*none\.jsonl: No such file"):
-        read_jsonl(tmp_path / "none.jsonl", ["a"])
-    with pytest.raises(DataError, match=r"cannot read .*: Is a directory"):
-        read_jsonl(tmp_path, ["a"])
-
-
-def test_parquet(tmp_path):
-    table = pa.table({**COLUMNS, "n": [1, 2]})
-    pq.write_table(table, tmp_path / "b.parquet")
-    assert read_parquet(tmp_path / "b.parquet", ["a", "q"]) == COLUMNS
-    kinds = [pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
-    more = {name: pa.array(COLUMNS[name], kind) for name, kind in zip("aq", kinds, strict=True)}
-    pq.write_table(pa.table(more), tmp_path / "a=1.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "c.parquet")
-    (tmp_path / "README.md").write_text("not data")
-    both = {name: values * 2 for name, values in COLUMNS.items()}
-    assert read_parquet(str(tmp_path), ["a", "q"]) == both
-
-
-def test_parquet_files_are_read_in_order(tmp_path):
-    for name in ("2", "0", "1"):
-        pq.write_table(pa.table({"a": [name]}), tmp_path / f"{name}.parquet")
-    assert read_parquet(tmp_path, ["a"]) == {"a": ["0", "1", "2"]}
-
-
-@pytest.mark.parametrize(
-    ("column", "message"),
-    [
-        (["x", None], r"x\.parquet, row 1: field 'a' is null, not a string"),
-        ([1, 2], r"x\.parquet, row 0: field 'a' is int, not a string"),
-        ([b"x"], r"x\.parquet, row 0: field 'a' is bytes, not a string"),
-        (pa.array([], pa.string()), r"x\.parquet is empty"),
-    ],
-)
-def test_bad_parquet_column(tmp_path, column, message):
-    pq.write_table(pa.table({"a": column}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=message):
-        read_parquet(tmp_path / "x.parquet", ["a"])
-
-
-def test_bad_parquet_files(tmp_path):
-    with pytest.raises(DataError, match=r"has no \*\.parquet files"):
-        read_parquet(tmp_path, ["a"])
-    with pytest.raises(DataError, match=r"cannot read .*none\.parquet"):
-        read_parquet(tmp_path / "none.parquet", ["a"])
-    pq.write_table(pa.table({"b": ["x"], "c": ["y"]}), tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x\.parquet has no columns \['a'\]; it has \['b', 'c'\]"):
-        read_parquet(tmp_path / "x.parquet", ["a", "b"])
-    (tmp_path / "y.parquet").write_bytes(b"this is no Parquet file")
-    with pytest.raises(DataError, match=r"cannot read .*y\.parquet"):
-        read_parquet(tmp_path, ["b"])
-    latin = pa.array([b"\xe4"], pa.binary()).view(pa.string())
-    pq.write_table(pa.table({"b": latin}), tmp_path / "y.parquet")
-    with pytest.raises(DataError, match=r"cannot read .*y\.parquet: .*utf-8"):
-        read_parquet(tmp_path, ["b"])
-
-
-@pytest.fixture(scope="module")
-def tfds_folder(tmp_path_factory):
-    """A prepared data set of text, with an example that is not UTF-8 in its split `bad`."""
-    import tensorflow_datasets as tfds
-
-    folder = tmp_path_factory.mktemp("tfds")
-    version = folder / "sums" / "1.0.0"
-    version.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "question": tfds.features.Text(),
-            "answer": tfds.features.Text(),
-            "level": tfds.features.Scalar(dtype=np.int32),
-        }
-    )
-    identity = tfds.core.DatasetIdentity(
-        name="sums", version=tfds.core.Version("1.0.0"), data_dir=str(version), module_name="sums"
-    )
-    writer = tfds.core.SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features),
-        max_examples_per_shard=3,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
-    writer.initialize_splits(["train", "bad"])
-    train = [{"question": f"{i} + {i} = ½?", "answer": "" if i == 1 else str(2 * i), "level": i}
-             for i in range(5)]  # fmt: skip
-    writer.add_examples({"train": train})
-    writer.add_examples({"bad": [train[0], {"question": b"\xff", "answer": "", "level": 0}]})
-    writer.close_all()
-    return folder
-
-
-def test_tfds(tfds_folder, monkeypatch):
-    expected = {
-        "answer": ["0", "", "4", "6", "8"],
-        "question": [f"{i} + {i} = ½?" for i in range(5)],
-    }
-    for size in (4096, 2):
-        monkeypatch.setattr("easy_jax.data.text._SLICE", size)
-        assert read_tfds("sums", "train", tfds_folder, ["question", "answer"]) == expected
-    assert read_tfds("sums", "train[1:3]", tfds_folder, ["answer"]) == {"answer": ["", "4"]}
-
-
-def test_bad_tfds(tfds_folder):
-    with pytest.raises(DataError, match=r"'sums' in .*'train', example 0: field 'level' is int"):
-        read_tfds("sums", "train", tfds_folder, ["level"])
-    with pytest.raises(DataError, match=r"'bad', example 1: field 'question' is not UTF-8"):
-        read_tfds("sums", "bad", tfds_folder, ["question"])
-    with pytest.raises(DataError, match=r"no fields \['text'\]; it has \['answer', 'level'"):
-        read_tfds("sums", "train", tfds_folder, ["text"])
-    with pytest.raises(DataError, match=r"Prepare it first"):
-        read_tfds("nothere", "train", tfds_folder, ["text"])

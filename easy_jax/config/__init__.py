@@ -24,6 +24,7 @@ from easy_jax.config.images import (
 )
 from easy_jax.config.language import (
     ALPACA,
+    ALPACA_INPUT,
     InstructionsConfig,
     LanguageConfig,
     LanguageMethodConfig,
@@ -42,6 +43,7 @@ from easy_jax.config.vision import (
 
 __all__ = [
     "ALPACA",
+    "ALPACA_INPUT",
     "RESNETS",
     "Averaging",
     "ConfigError",

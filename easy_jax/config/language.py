@@ -26,6 +26,12 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
+# Its template for instructions with an input.
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
 
 
 @dataclasses.dataclass(slots=True)
@@ -37,7 +43,9 @@ class InstructionsConfig:
         problems that `reasoning-gym` generates (`gsm_symbolic`, from `seed`).
       path: of the file or folder; of TFDS, its `data_dir`.
       name, split: of the TFDS data set.
-      instruction_field, response_field: names in the records.
+      instruction_field, response_field: names in the records. `input_field`: what instructions
+        are about, which records may leave out; `weight_field`: numbers, multiplied into the
+        training weights. Empty: not read.
       seed: of generated problems.
       start, size: take the records [start, start + size); a size of 0 takes all that follow.
     """
@@ -48,6 +56,8 @@ class InstructionsConfig:
     split: str = "train"
     instruction_field: str = "query"
     response_field: str = "response"
+    input_field: str = ""
+    weight_field: str = ""
     seed: int = 0
     start: int = 0
     size: int = 0
@@ -59,7 +69,11 @@ class InstructionsConfig:
         for name in ("seed", "start", "size"):
             value = getattr(self, name)
             require(value >= 0, f"{path}.{name}", value, "at least 0")
+        named = [self.instruction_field, self.response_field, self.input_field, self.weight_field]
+        named = [name for name in named if name]
+        require(len(set(named)) == len(named), f"{path}'s fields", named, "distinct")
         if self.format == "gsm_symbolic":
+            require(len(named) == 2, f"{path}'s fields", named, "an instruction and a response")
             require(self.size > 0, f"{path}.size", self.size, "the number of problems to generate")
         else:
             require(bool(self.path), f"{path}.path", self.path, "a file or folder")
@@ -73,15 +87,22 @@ class TextConfig:
 
     Attributes:
       template: the prompt, with `{instruction}` in it; the response follows.
+      input_template: the same with `{input}`, too, of records that have one (`input_field`);
+        empty is Alpaca's, if `template` is.
       eos_token: appended to the response, and a target. `bos_token`: before the prompt.
+      border: of prompt and response: `joined` makes every token with a character of the response
+        a target; `authors` starts the targets after as many tokens as the prompt has on its own,
+        as the FLOW authors' code; `apart` tokenises both on their own (`ej.text.tokenize`).
       max_length: longer examples are cut (and counted).
       row_length: tokens of a packed row; `max_segments`: examples in it, 0 for no limit and
         1 for no packing.
     """
 
     template: str = ALPACA
+    input_template: str = ""
     eos_token: str = "</s>"
     bos_token: str = ""
+    border: Literal["joined", "apart", "authors"] = "joined"
     max_length: int = 1024
     row_length: int = 1024
     max_segments: int = 0
@@ -89,6 +110,17 @@ class TextConfig:
     def validate(self, path: str) -> None:
         ok = self.template.count("{instruction}") == 1
         require(ok, f"{path}.template", self.template, "a text with {instruction} in it once")
+        template = self.input_template
+        ok = not template or template.count("{instruction}") == template.count("{input}") == 1
+        require(ok, f"{path}.input_template", template, "a text with {instruction} and {input}")
+        for name in ("template", "input_template"):
+            # A shell hands it over as it is; the model would see a backslash and an n.
+            value = getattr(self, name)
+            ok = "\\n" not in value or "\n" in value
+            require(
+                ok, f"{path}.{name}", value, r"a text with line breaks: in a shell, $'...\n...'"
+            )
+        choice(self, path, "border")
         require(bool(self.eos_token), f"{path}.eos_token", self.eos_token, "a token's text")
         require(self.max_length > 1, f"{path}.max_length", self.max_length, "above 1")
         require(
@@ -173,6 +205,9 @@ class LanguageConfig:
       general: text that the model should not forget: files of plain text, or `verne` and
         `docstrings`, which packages ship. Empty means that nothing is measured.
       general_characters: how much of each, at most.
+      scoring: its `on_bad_example` goes for records, too: with `drop` those that cannot be used are
+        left out, of training and held-out data, counted, and listed in the workdir, in
+        `dropped_train.jsonl` and `dropped_heldout.jsonl`.
       only: names of methods to run; empty means all.
       eval_batch_size: rows.
       save_every_steps: how often a running stage is saved.
@@ -215,6 +250,9 @@ class LanguageConfig:
         for number, heldout in enumerate(self.heldout):
             heldout.validate(f"config.heldout[{number}]")
         self.text.validate("config.text")
+        if any(data.input_field for data in (self.train, *self.heldout)):
+            ok = bool(self.text.input_template) or self.text.template == ALPACA
+            require(ok, "config.text.input_template", "", "given, with a template of your own")
         self.scoring.validate("config.scoring")
         self.finetune.validate("config.finetune")
         names = [method.name for method in self.methods]

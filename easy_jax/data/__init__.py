@@ -2,7 +2,7 @@
 
 from easy_jax.data.image_datasets import load_images
 from easy_jax.data.image_source import ImageSource
-from easy_jax.data.loader import AnySource, Loader, scoring_loader, training_loader
+from easy_jax.data.loader import AnySource, Loader, present_ids, scoring_loader, training_loader
 from easy_jax.data.packing import PackedSource, Ragged
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import (
@@ -36,6 +36,7 @@ __all__ = [
     "fingerprint",
     "load_images",
     "load_tasks",
+    "present_ids",
     "scoring_loader",
     "training_loader",
 ]

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 
 from easy_jax.config import InstructionsConfig, TextConfig
 from easy_jax.data import text
+from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.packing import PackedSource
 from easy_jax.data.sources import DataError
 
@@ -19,33 +20,50 @@ _MODULES = (
 _INSTALL = 'pip install ".[smollm2]"'
 
 
-def load(config: InstructionsConfig, text_config: TextConfig, tokenizer: Tokenizer) -> PackedSource:
-    """Instructions and responses, tokenised and packed.
+def load(
+    config: InstructionsConfig,
+    text_config: TextConfig,
+    tokenizer: Tokenizer,
+    bad: BadExamples | None = None,
+) -> PackedSource:
+    """Reads instructions and responses, tokenised and packed.
+
+    Args:
+      config: where they come from.
+      text_config, tokenizer: of the model.
+      bad: told what cannot be used, by id (from 0 at `config.start`); see `text.tokenize`.
 
     Raises:
-      DataError: see the readers in `easy_jax.data.text`; or too few records.
+      DataError: see the readers and `tokenize` in `easy_jax.data.text`; or too few records.
     """
+    bad = BadExamples() if bad is None else bad
     fields = [config.instruction_field, config.response_field]
+    optional = [name for name in (config.input_field, config.weight_field) if name]
     if config.format == "jsonl":
-        columns = text.read_jsonl(config.path, fields)
+        columns = text.read_jsonl(config.path, fields, optional=optional, bad=bad)
     elif config.format == "parquet":
-        columns = text.read_parquet(config.path, fields)
+        columns = text.read_parquet(config.path, fields, optional=optional, bad=bad)
     elif config.format == "tfds":
-        columns = text.read_tfds(config.name, config.split, config.path, fields)
+        columns = text.read_tfds(
+            config.name, config.split, config.path, fields, optional=optional, bad=bad
+        )
     else:
         columns = dict(zip(fields, _gsm_symbolic(config), strict=True))
-    stop = config.start + config.size if config.size else None
-    instructions, responses = (columns[field][config.start : stop] for field in fields)
-    if not instructions or len(instructions) < config.size:
+    size = len(columns[fields[0]])
+    stop = config.start + config.size if config.size else size
+    if stop > size or config.start >= size:
         where = config.path or config.format
         raise DataError(
-            f"{where} has {len(columns[fields[0]])} records; start={config.start} and "
-            f"size={config.size} ask for more"
+            f"{where} has {size} records; start={config.start} and size={config.size} ask for more"
         )
+    columns = {name: values[config.start : stop] for name, values in columns.items()}
+    bad.only(config.start, stop)
     examples = text.tokenize(
-        instructions, responses, tokenizer, eos_token=text_config.eos_token,
-        template=text_config.template, max_length=text_config.max_length,
-        bos_token=text_config.bos_token or None,
+        columns[config.instruction_field], columns[config.response_field], tokenizer,
+        eos_token=text_config.eos_token, template=text_config.template,
+        inputs=columns.get(config.input_field), input_template=text_config.input_template,
+        weights=columns.get(config.weight_field), max_length=text_config.max_length,
+        bos_token=text_config.bos_token or None, border=text_config.border, bad=bad,
     )  # fmt: skip
     return PackedSource(examples, text_config.row_length, text_config.max_segments)
 

@@ -83,7 +83,7 @@ def scoring_loader(
     Args:
       source: the data.
       batch_size: global, over all processes.
-      ids: the examples to read; default: all.
+      ids: the examples to read; default: all but the source's `dropped_ids`.
       rows: of every global batch, those that this process reads; default: what its devices
         need on a mesh with all devices on the data axis (`sharding.process_rows`).
       reading: threads, read-ahead and worker processes; default: as the source says.
@@ -123,8 +123,8 @@ def training_loader(
 ) -> Loader:
     """Shuffled epochs, each in its own order, with the weights joined by id.
 
-    Every example is seen exactly `epochs` times: batches run on from one epoch into the
-    next, and only the very last one is padded.
+    Every example but the source's `dropped_ids` is seen exactly `epochs` times: batches run on
+    from one epoch into the next, and only the very last one is padded.
 
     Of a packed source the rows of all epochs are worked out at once, before the first batch: how
     many there are depends on the order of each epoch, and the schedule of the learning rate needs
@@ -178,6 +178,8 @@ def training_loader(
     share = _share(batch_size, rows)
     reading = _reading(source) if reading is None else reading
     if isinstance(source, PackedSource):
+        if source.examples.weight is not None:
+            weight_N = weight_N * source.examples.weight
         # Not lazily: their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
         dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
@@ -363,12 +365,24 @@ def _check_own_weight(weight_b: np.ndarray, positions: list[int]) -> np.ndarray:
     return weight_b
 
 
+def present_ids(source: AnySource) -> np.ndarray:
+    """int64: the ids of all examples that are there, in order; all but `dropped_ids`.
+
+    Raises:
+      DataError: there are none.
+    """
+    ids = np.arange(len(source), dtype=np.int64)
+    ids = np.delete(ids, getattr(source, "dropped_ids", np.zeros(0, np.int64)))
+    if not ids.size:
+        raise DataError("the data set is empty: it has no examples")
+    return ids
+
+
 def _checked_ids(source: AnySource, ids: np.ndarray | None) -> np.ndarray:
     size = len(source)
-    if size == 0:
-        raise DataError("the data set is empty: it has no examples")
+    present = present_ids(source)
     if ids is None:
-        return np.arange(size, dtype=np.int64)
+        return present
     ids = np.asarray(ids, np.int64)
     outside = ids[(ids < 0) | (ids >= size)]
     if outside.size:
@@ -376,7 +390,7 @@ def _checked_ids(source: AnySource, ids: np.ndarray | None) -> np.ndarray:
     unique, counts = np.unique(ids, return_counts=True)
     if unique.size != ids.size:
         raise DataError(f"duplicate example ids: {unique[counts > 1][:10].tolist()}")
-    return ids
+    return ids[np.isin(ids, present)]
 
 
 def steps_of(num_examples: int, batch_size: int, epochs: int) -> int:

@@ -20,7 +20,7 @@ import grain
 import numpy as np
 
 from easy_jax.data.sources import DataError
-from easy_jax.data.text import TokenSource
+from easy_jax.data.token_source import TokenSource
 
 NO_TARGET = -1
 _BINS = 64  # rows that are open at a time: 97 % full at MetaMathQA's lengths
@@ -89,6 +89,11 @@ class PackedSource:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def dropped_ids(self) -> np.ndarray:
+        """The examples' (`Source`)."""
+        return self.examples.dropped_ids
 
     def fingerprint(self) -> str:
         """The examples': losses do not depend on how they are packed."""

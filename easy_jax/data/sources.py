@@ -40,6 +40,9 @@ class Source(Protocol):
     and evaluation never call it, so what they see is fixed. With it `views`, a dataclass of all
     that decides them: training does not continue with others.
 
+    Optional: `dropped_ids`, positions at which there is no example, because it could not be used:
+    they are never read, so that the others keep their ids.
+
     Optional: `reading: Reading` (`easy_jax.data.reading`), how a loader reads if it is not told.
 
     Optional, of labelled data: `num_classes`, which all labels are below; `classes`, their names;

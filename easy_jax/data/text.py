@@ -1,252 +1,33 @@
 """Text: instruction/response pairs from files, tokenised into flat arrays."""
 
+import functools
 import itertools
-import json
-import os
+import math
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from easy_jax import fingerprint as fingerprints
-from easy_jax.config import ALPACA
-from easy_jax.data.sources import DataError, Record, TfdsSource
+from easy_jax.config import ALPACA, ALPACA_INPUT
+from easy_jax.data.bad_examples import BadExamples, tell
+from easy_jax.data.records import not_text, read_jsonl, read_parquet, read_tfds
+from easy_jax.data.sources import DataError
+from easy_jax.data.token_source import BORDERS, TokenSource, check_vocabulary
+from easy_jax.data.tokenizer import bare, load_tokenizer, own_start, token_id, whole
 
-_PLACEHOLDER = "{instruction}"
-_SLICE = 4096  # records or texts at a time: encodings take far more memory than their ids
+__all__ = [
+    "ALPACA", "ALPACA_INPUT", "BadExamples", "Border", "DataError", "TokenSource",
+    "check_vocabulary", "load_tokenizer", "plain_text", "read_jsonl", "read_parquet", "read_tfds",
+    "tokenize",
+]  # fmt: skip
 
-_Path = str | os.PathLike[str]
-_Rows = Iterator[tuple[str, Mapping[str, Any]]]  # where a record is from, and the record
+_INSTRUCTION, _INPUT = "{instruction}", "{input}"
+_SLICE = 4096  # texts at a time: encodings take far more memory than their ids
 
-
-def read_jsonl(path: _Path, fields: Sequence[str]) -> dict[str, list[str]]:
-    """String fields of a UTF-8 file with one JSON object per line, in its order.
-
-    Raises:
-      DataError: the file cannot be read or is empty; or a line is blank (but for those at the
-        end), no UTF-8 or no JSON object, or a field is missing or no string.
-
-    Example:
-      >>> import tempfile
-      >>> path = Path(tempfile.mkdtemp()) / "sums.jsonl"
-      >>> _ = path.write_text('{"q": "2 + 2 =", "a": "4"}')
-      >>> read_jsonl(path, ["q", "a"])
-      {'q': ['2 + 2 ='], 'a': ['4']}
-    """
-    return _columns(path, fields, _json_rows(path))
-
-
-def _json_rows(path: _Path) -> _Rows:
-    blank = None
-    try:
-        # In bytes, only a line feed ends a line: strings may hold other line separators.
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    blank = blank or number
-                    continue
-                if blank:
-                    raise DataError(f"{path}:{blank} is blank; remove the line")
-                try:
-                    row = json.loads(line.decode())
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number} is not UTF-8: {error}") from error
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number} is not JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number} is not a JSON object: {str(row)[:40]}")
-                yield f"{path}:{number}", row
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
-
-
-def read_parquet(path: _Path, fields: Sequence[str]) -> dict[str, list[str]]:
-    """String columns of a Parquet file, or of a folder's *.parquet files in order of name.
-
-    Raises:
-      DataError: no file, a file that cannot be read or no rows; or a column is missing, is
-        not of strings or has a null. Rows are counted from 0 in each file.
-    """
-    files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
-    if not files:
-        raise DataError(f"folder {path} has no *.parquet files")
-    return _columns(path, fields, (row for file in files for row in _parquet_rows(file, fields)))
-
-
-def _parquet_rows(file: Path, fields: Sequence[str]) -> _Rows:
-    try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            missing = [field for field in fields if field not in names]
-            if missing:
-                raise DataError(f"{file} has no columns {missing}; it has {sorted(names)}")
-            batches = parquet.iter_batches(_SLICE, columns=list(fields))
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows))
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
-
-
-def read_tfds(
-    name: str, split: str, data_dir: _Path, fields: Sequence[str]
-) -> dict[str, list[str]]:
-    """Text features of a prepared TensorFlow Datasets split; arguments as in `TfdsSource`.
-
-    Raises:
-      DataError: the data set is not prepared there, or a feature is missing, no text or no
-        UTF-8.
-    """
-    source = TfdsSource(name, split, data_dir, {field: field for field in fields})
-
-    def rows() -> _Rows:
-        for start in range(0, len(source), _SLICE):
-            positions = list(range(start, min(start + _SLICE, len(source))))
-            for position, record in zip(positions, source.__getitems__(positions), strict=True):
-                where = f"{name!r} in {data_dir}, split {split!r}, example {position}"
-                yield where, {field: _decoded(record[field], field, where) for field in fields}
-
-    return _columns(data_dir, fields, rows())
-
-
-def _decoded(value: np.ndarray, field: str, where: str) -> Any:
-    text = value.tolist()  # bytes if it is text; `_columns` refuses anything else
-    try:
-        return text.decode() if isinstance(text, bytes) else text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: field {field!r} is not UTF-8: {error}") from error
-
-
-def _columns(path: _Path, fields: Sequence[str], rows: _Rows) -> dict[str, list[str]]:
-    columns: dict[str, list[str]] = {field: [] for field in fields}
-    empty = True
-    for where, row in rows:
-        empty = False
-        for field, values in columns.items():
-            if field not in row:
-                raise DataError(f"{where} has no field {field!r}; it has {sorted(row)}")
-            _check_string(row[field], f"{where}: field {field!r}")
-            values.append(row[field])
-    if empty:
-        raise DataError(f"{path} is empty: it has no records")
-    return columns
-
-
-def _check_string(value: Any, where: str) -> None:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise DataError(f"{where} is {kind}, not a string; correct it or leave the record out")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON's \u escapes can make half a character
-        raise DataError(f"{where} is not Unicode: {error}") from error
-
-
-def load_tokenizer(path: _Path) -> Tokenizer:
-    """A tokenizer from its `tokenizer.json` (or the folder with it), which neither cuts nor pads.
-
-    Raises:
-      DataError: the file is missing or broken.
-    """
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-    fix = "only the fast format, `tokenizer.json`, is read: look for that file next to the model"
-    if not file.is_file():
-        raise DataError(f"{file} does not exist; {fix}")
-    try:
-        return _whole(Tokenizer.from_file(os.fspath(file)))
-    except Exception as error:  # the library raises no narrower one
-        raise DataError(f"{file} is not a tokenizer ({error}); {fix}") from error
-
-
-class TokenSource:
-    """Token sequences in memory; of each, the tokens from `target_start` on are targets.
-
-    A record is `{"tokens": int32 [length], "target_start": int32}`; lengths differ.
-
-    Args:
-      tokens: the ids of all examples, one after the other.
-      offsets: [N + 1], where each example starts, and the end of the last.
-      target_start: [N], position within the example of its first target.
-      eos_id: the token that ends a text, if there is one.
-      max_length: the most tokens of an example; default: those of the longest.
-      num_truncated, num_cut_tokens: examples cut to `max_length`, and tokens lost so.
-
-    Raises:
-      DataError: no examples, arrays that do not fit together, or examples without a target
-        or without a token before it; the message gives the ids.
-
-    Example:
-      >>> source = TokenSource([5, 6, 2, 7, 2], [0, 3, 5], [1, 1], eos_id=2)
-      >>> source[1]["tokens"].tolist(), source.num_targets.tolist()
-      ([7, 2], [2, 1])
-    """
-
-    def __init__(
-        self,
-        tokens: Sequence[int] | np.ndarray,
-        offsets: Sequence[int] | np.ndarray,
-        target_start: Sequence[int] | np.ndarray,
-        *,
-        eos_id: int | None = None,
-        max_length: int | None = None,
-        num_truncated: int = 0,
-        num_cut_tokens: int = 0,
-    ):
-        self.tokens = _integers("tokens", tokens, np.int32)
-        self.offsets = _integers("offsets", offsets, np.int64)
-        self.target_start = _integers("target_start", target_start, np.int32)
-        if len(self) == 0:
-            raise DataError("the data set is empty: it has no examples")
-        ends = [0, len(self.tokens)]
-        if len(self.offsets) != len(self) + 1 or self.offsets[[0, -1]].tolist() != ends:
-            raise DataError(f"offsets must be {len(self) + 1}, from {ends[0]} to {ends[1]}")
-        lengths = self.lengths
-        _refuse(lengths < 0, "offsets decrease; they are where one example ends, the next starts")
-        _refuse(self.target_start < 1, "no token before the target; use a prompt or a BOS token")
-        _refuse(lengths <= self.target_start, "no target token; leave the examples out")
-        self.max_length = int(lengths.max()) if max_length is None else max_length
-        _refuse(lengths > self.max_length, f"more than max_length {self.max_length} tokens")
-        self.eos_id = eos_id
-        self.num_truncated = num_truncated
-        self.num_cut_tokens = num_cut_tokens
-
-    def __len__(self) -> int:
-        return len(self.target_start)
-
-    def __getitem__(self, position: int) -> Record:
-        position = range(len(self))[position]
-        start, stop = self.offsets[position : position + 2]
-        return {"tokens": self.tokens[start:stop], "target_start": self.target_start[position]}
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 [N]: tokens of each example."""
-        return np.diff(self.offsets)
-
-    @property
-    def num_targets(self) -> np.ndarray:
-        """int64 [N]: targets of each example."""
-        return self.lengths - self.target_start
-
-    @property
-    def identity(self) -> dict[str, np.ndarray]:
-        """What the fingerprint is of: all that training depends on."""
-        return {name: getattr(self, name) for name in ("tokens", "offsets", "target_start")}
-
-    def fingerprint(self) -> str:
-        """Hash of the tokens, of where examples start and where their targets do."""
-        return fingerprints.of_arrays(self.identity)
-
-    def describe(self) -> str:
-        """One line: examples, tokens, targets, and what was cut."""
-        return (
-            f"{len(self):,} examples, {len(self.tokens):,} tokens, "
-            f"{self.num_targets.sum():,} targets; {self.num_truncated:,} examples cut to "
-            f"{self.max_length:,} tokens, {self.num_cut_tokens:,} tokens lost"
-        )
+Border = Literal["joined", "apart", "authors"]
 
 
 def tokenize(
@@ -256,26 +37,46 @@ def tokenize(
     *,
     eos_token: str,
     template: str = ALPACA,
+    inputs: Sequence[str | None] | None = None,
+    input_template: str = "",
+    weights: Sequence[float] | None = None,
     max_length: int = 1024,
     bos_token: str | None = None,
+    border: Border = "joined",
+    bad: BadExamples | None = None,
 ) -> TokenSource:
-    """Prompt, response and EOS tokenised as one text; response and EOS are the targets.
+    """Tokenises prompts and responses with an EOS; the responses and the EOS are the targets.
 
-    The targets start after as many tokens as the prompt has on its own. No special tokens
-    are added but those given here. Long examples are cut at the end and lose their EOS; none
-    is left out, so that an example's id stays its position.
+    No special tokens are added but those given here. Long examples are cut at the end and lose
+    their EOS. An example's id is its position, also where others are left out (`bad`).
 
     Args:
       instructions, responses: texts, in equal number.
       tokenizer: the model's.
-      eos_token: an added token of the tokenizer, put after every response.
+      eos_token: an added token of the tokenizer, put after every response that has none there.
       template: of the prompt, with `{instruction}` once; other braces mean nothing.
+      inputs: what some instructions are about; None or blank for the others.
+      input_template: of the prompt where there is an input, with `{instruction}` and `{input}`
+        once each; default: Alpaca's, if `template` is Alpaca's.
+      weights: multiplied into the training weights; at least 0.
       max_length: the most tokens of an example.
       bos_token: put first, as part of the prompt; default: none.
+      border: of prompt and response. `joined`: they are tokenised as one text, and all tokens
+        with a character of the response are targets, also one that begins in the prompt.
+        `authors`: as one text, too, but the targets start after as many tokens as the prompt has
+        on its own, as in the FLOW authors' code: a token that merges over the border is none.
+        `apart`: the prompt and the response with its EOS are tokenised on their own.
+      bad: what is known to be wrong with the examples, and what to do then: by default all that
+        cannot be used are refused in one message; `BadExamples("drop")` leaves them out.
 
     Raises:
-      DataError: responses that are blank or have no token left within `max_length` (with the
-        ids), a template without its placeholder, or a token the tokenizer does not have.
+      DataError: examples that cannot be used: no text, blank responses, no token before the
+        first target, none left within `max_length`, weights that are no numbers; a template
+        without its placeholders, or a token that the tokenizer does not have.
+
+    Warns:
+      DataWarning: examples left out; and what may not be meant: blank instructions, responses
+        that end in the EOS, control tokens in the texts, a BOS twice or not at all.
 
     Example:
       >>> from tokenizers import models, pre_tokenizers
@@ -287,46 +88,211 @@ def tokenize(
       >>> source[0]["tokens"].tolist(), int(source[0]["target_start"])
       ([0, 1, 0, 2, 3, 4], 4)
     """
-    if len(instructions) != len(responses):
-        raise DataError(f"{len(instructions)} instructions for {len(responses)} responses")
-    if template.count(_PLACEHOLDER) != 1:
-        raise DataError(f"a template must have {_PLACEHOLDER} once: {template!r}")
-    _check_texts("instruction", instructions)
-    _check_texts("response", responses)
-    blank_N = np.array([not response.strip() for response in responses])
-    _refuse(blank_N, "the response is blank; write one or leave the examples out")
-    eos_id = _token_id(tokenizer, eos_token, "EOS")
-    bos = [] if bos_token is None else [_token_id(tokenizer, bos_token, "BOS")]
+    if border not in BORDERS:
+        raise DataError(f"border is {border!r}; it must be one of {list(BORDERS)}")
+    bad = BadExamples() if bad is None else bad
+    size = len(instructions)
+    inputs = [None] * size if inputs is None else inputs
+    templates = _templates(template, input_template, any(inputs))
+    _check_columns(instructions, responses, inputs, weights, bad)
+    eos_id = token_id(tokenizer, eos_token, "EOS")
+    bos = [] if bos_token is None else [token_id(tokenizer, bos_token, "BOS")]
+    prompts, answers = {}, {}
+    for i in range(size):
+        answer = _without_end(responses[i], eos_token) if i not in bad else ""
+        if not answer.strip():
+            bad.add(i, "blank response")
+            continue
+        prompts[i], answers[i] = _prompt(templates, instructions[i], inputs[i]), answer
 
-    # Not str.format: templates and instructions may have braces of their own.
-    prompts = [template.replace(_PLACEHOLDER, instruction) for instruction in instructions]
-    start_N = np.array([len(bos) + len(ids) for ids in _encode(tokenizer, prompts)])
-    texts = (p + response + eos_token for p, response in zip(prompts, responses, strict=True))
-    kept, full_lengths, ends = [], [], []
-    for ids in _encode(tokenizer, texts):
-        kept.append(np.array((bos + ids)[:max_length], np.int32))
-        full_lengths.append(len(bos) + len(ids))
-        ends.append(ids[-1:] == [eos_id])
-    full_N = np.array(full_lengths)
-    _refuse(~np.array(ends), f"{eos_token!r} is not read as one token; add it as special")
-    _refuse(
-        start_N >= full_N,
-        "no more tokens with the response than without: it merges with the end of the prompt; "
-        "end the template in another way",
-    )
-    _refuse(
-        start_N >= max_length,
-        f"no target token within max_length {max_length}; raise it above the prompts' tokens or "
-        "leave the examples out",
-        {"prompt tokens": start_N},
-    )
+    parts = [np.zeros(0, np.int32)] * size
+    start_N, full_N = np.zeros(size, np.int32), np.zeros(size, np.int64)
+    merged_ids = []
+    pairs = zip(prompts.values(), answers.values(), strict=True)
+    encoded = _encode_pairs(tokenizer, pairs, eos_token, border)
+    for i, (ids, start, merged) in zip(prompts, encoded, strict=True):
+        if ids[-1:] != [eos_id]:
+            raise DataError(f"{eos_token!r} is not read as one token; add it as special")
+        ids, start = bos + ids, len(bos) + start
+        if wrong := _unusable(start, len(ids), max_length):
+            bad.add(i, *wrong)
+            continue
+        parts[i], start_N[i], full_N[i] = np.array(ids[:max_length], np.int32), start, len(ids)
+        merged_ids += [i] * merged
+    bad.settle(size)
+
+    kept = [i for i in range(size) if i not in bad]
+    ended = [i for i in kept if answers[i] != responses[i]]
+    tell(size, ended, f"the response ends in {eos_token!r} already; it is put there once")
+    blank = [i for i in kept if not instructions[i].strip()]
+    tell(size, blank, "the instruction is blank; the prompt is the template alone")
+    texts = {i: (instructions[i], inputs[i] or "", answers[i]) for i in kept}
+    _tell_control_tokens(tokenizer, texts, size)
+    _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in kept}, tokenizer)
     return _joined(
-        kept,
+        parts,
         start_N,
         eos_id=eos_id,
         max_length=max_length,
         num_truncated=int((full_N > max_length).sum()),
         num_cut_tokens=int(np.maximum(full_N - max_length, 0).sum()),
+        weight=None if weights is None else [0.0 if i in bad else w for i, w in enumerate(weights)],
+        dropped_ids=bad.ids(),
+        border=border,
+        merged_ids=merged_ids,
+    )
+
+
+def _templates(template: str, input_template: str, needed: bool) -> tuple[str, str]:
+    """The templates without and with an input, checked."""
+    if template.count(_INSTRUCTION) != 1:
+        raise DataError(f"a template must have {_INSTRUCTION} once: {template!r}")
+    if not input_template and template == ALPACA:
+        input_template = ALPACA_INPUT
+    counts = [input_template.count(place) for place in (_INSTRUCTION, _INPUT)]
+    if (needed or input_template) and counts != [1, 1]:
+        raise DataError(
+            f"an input_template must have {_INSTRUCTION} and {_INPUT} once each: {input_template!r}"
+        )
+    return template, input_template
+
+
+def _prompt(templates: tuple[str, str], instruction: str, source: str | None) -> str:
+    # Not str.format: templates and texts may have braces of their own.
+    if not (source or "").strip():
+        return templates[0].replace(_INSTRUCTION, instruction)
+    values = {_INSTRUCTION: instruction, _INPUT: source}
+    parts = re.split(f"({'|'.join(map(re.escape, values))})", templates[1])
+    return "".join(values.get(part) or part for part in parts)
+
+
+def _check_columns(
+    instructions: Sequence[Any],
+    responses: Sequence[Any],
+    inputs: Sequence[Any],
+    weights: Sequence[Any] | None,
+    bad: BadExamples,
+) -> None:
+    """Notes the examples whose fields are no text, or whose weights no weights."""
+    if len(instructions) != len(responses):
+        raise DataError(f"{len(instructions)} instructions for {len(responses)} responses")
+    others = {"inputs": inputs, "weights": inputs if weights is None else weights}
+    for name, values in others.items():
+        if len(values) != len(responses):
+            raise DataError(f"{len(values)} {name} for {len(responses)} responses")
+    if not len(responses):
+        raise DataError("the data set is empty: it has no examples")
+    columns = {"instruction": instructions, "response": responses}
+    for what, texts in columns.items():
+        for i, text in enumerate(texts):
+            if wrong := not_text(text):
+                bad.add(i, f"{what} is {wrong[0]}", wrong[1])
+    for i, text in enumerate(inputs):
+        if text is not None and (wrong := not_text(text)):
+            bad.add(i, f"input is {wrong[0]}", wrong[1])
+    for i, weight in enumerate([] if weights is None else weights):
+        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
+        if not number or not 0 <= weight < math.inf:
+            bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
+
+
+def _without_end(response: str, eos_token: str) -> str:
+    """The response without the EOS at its end, and what follows that."""
+    while response.rstrip().endswith(eos_token):
+        response = response.rstrip().removesuffix(eos_token)
+    return response
+
+
+def _unusable(start: int, length: int, max_length: int) -> tuple[str, str] | None:
+    """Why an example has no first target, at `start`, or nothing before it; or None."""
+    if start == 0:
+        return "no token before the target: use a prompt or a BOS token", ""
+    if start >= length:
+        return (
+            "no more tokens with the response than without: it merges with the end of the prompt; "
+            "end the template in another way"
+        ), ""
+    if start >= max_length:
+        return f"no target token within max_length {max_length}", f"{start} prompt tokens"
+    return None
+
+
+def _encode_pairs(
+    tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], eos_token: str, border: str
+) -> Iterator[tuple[list[int], int, bool]]:
+    """Token ids of prompt, response and EOS, the first target's place, and whether that token
+    (of the joined text) begins in the prompt."""
+    tokenizer = bare(tokenizer)
+    normalizes = tokenizer.normalizer is not None
+    pairs = iter(pairs)
+    while part := list(itertools.islice(pairs, _SLICE)):
+        prompts = [prompt for prompt, _ in part]
+        ends = [response + eos_token for _, response in part]
+        encode = functools.partial(tokenizer.encode_batch, add_special_tokens=False)
+        alone = encode(prompts) if border != "joined" else []
+        if border == "apart":
+            for prompt, end in zip(alone, encode(ends), strict=True):
+                yield prompt.ids + end.ids, len(prompt.ids), False
+            continue
+        joined = encode([text + end for text, end in zip(prompts, ends, strict=True)])
+        for number, encoding in enumerate(joined):
+            place = len(prompts[number])
+            # A normalizer may make one character of the prompt's last and an accent after it.
+            accent = normalizes and unicodedata.combining(ends[number][0]) > 0
+            start, merged = _first_target(encoding, place, place - accent)
+            yield encoding.ids, len(alone[number].ids) if alone else start, merged
+
+
+def _first_target(joined: Encoding, border: int, first: int) -> tuple[int, bool]:
+    """The first token with a character from `first` on, and whether it begins before the border.
+
+    Bytes of one character may be several tokens, all with its place, or without an extent of
+    their own at it.
+    """
+    for position, (start, end) in enumerate(joined.offsets):
+        if start >= first or end > first:
+            return position, start < border
+    raise AssertionError("the EOS is behind the border")
+
+
+def _tell_control_tokens(
+    tokenizer: Tokenizer, texts: Mapping[int, tuple[str, ...]], size: int
+) -> None:
+    """Warns of texts with what the tokenizer reads as control tokens; a template may have them."""
+    unknown = getattr(tokenizer.model, "unk_token", None)
+    added = tokenizer.get_added_tokens_decoder().values()
+    control = [token.content for token in added if token.special and token.content != unknown]
+    if not control:
+        return
+    pattern = re.compile("|".join(map(re.escape, control)))
+    found = {i: pattern.findall("\n".join(parts)) for i, parts in texts.items()}
+    tokens = sorted(set(itertools.chain.from_iterable(found.values())))
+    tell(
+        size, [i for i, some in found.items() if some],
+        f"the text has {tokens[:5]}, which are read as control tokens, not as text",
+    )  # fmt: skip
+
+
+def _tell_bos(
+    own: list[int], bos: list[int], parts: Mapping[int, np.ndarray], tokenizer: Tokenizer
+) -> None:
+    """Warns of examples that do not begin as the tokenizer's own texts do, or twice so."""
+    start = own or bos
+    if not start:
+        return
+    names = [tokenizer.id_to_token(token) for token in start]
+    begins = {i: ids[: 2 * len(start)].tolist() for i, ids in parts.items()}
+    without = [i for i, ids in begins.items() if ids[: len(start)] != start]
+    tell(
+        len(parts),
+        without,
+        f"the tokenizer begins a text with {names}, these do not; set bos_token",
+    )
+    twice = [i for i, ids in begins.items() if ids == 2 * start]
+    tell(
+        len(parts),
+        twice,
+        f"they begin with {names} twice; leave it out of the template or bos_token",
     )
 
 
@@ -363,9 +329,15 @@ def plain_text(
     """
     if length < 2:
         raise DataError(f"length is {length}; a piece needs at least 2 tokens")
-    _check_texts("text", texts)
-    eos = [] if eos_token is None else [_token_id(tokenizer, eos_token, "EOS")]
-    bos = [] if bos_token is None else [_token_id(tokenizer, bos_token, "BOS")]
+    if not len(texts):
+        raise DataError("the data set is empty: it has no examples")
+    bad = BadExamples()
+    for i, one in enumerate(texts):
+        if wrong := not_text(one):
+            bad.add(i, f"text is {wrong[0]}", wrong[1])
+    bad.settle(len(texts))
+    eos = [] if eos_token is None else [token_id(tokenizer, eos_token, "EOS")]
+    bos = [] if bos_token is None else [token_id(tokenizer, bos_token, "BOS")]
     documents = [np.array(ids + eos, np.int32) for ids in _encode(tokenizer, texts) if ids]
     stream = np.concatenate([*documents, np.zeros(0, np.int32)])
     body = length - len(bos)
@@ -375,6 +347,8 @@ def plain_text(
     pieces = pieces[: len(pieces) - cut]
     if not pieces:
         raise DataError(f"the texts have {len(stream)} tokens: too few for a target")
+    own = own_start(whole(tokenizer), next(filter(None, texts))[:100])
+    _tell_bos(own, bos, dict(enumerate(pieces)), tokenizer)
     return _joined(
         pieces,
         np.ones(len(pieces), np.int32),
@@ -384,67 +358,15 @@ def plain_text(
     )
 
 
-def check_vocabulary(data: TokenSource | int, vocab_size: int) -> None:
-    """Raises DataError if a token (of the source, or the greatest id) is none of the model's."""
-    greatest = int(data.tokens.max()) if isinstance(data, TokenSource) else data
-    if greatest >= vocab_size:
-        raise DataError(
-            f"the data has token id {greatest}, the model a vocabulary of {vocab_size}: tokenizer "
-            "and model do not belong together"
-        )
-
-
 def _joined(parts: list[np.ndarray], target_start: np.ndarray, **rest: Any) -> TokenSource:
     offsets = np.cumsum([0, *map(len, parts)])
     return TokenSource(np.concatenate(parts), offsets, target_start, **rest)
 
 
-def _whole(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without truncation and padding; a copy, if it has any."""
-    if tokenizer.truncation is not None or tokenizer.padding is not None:
-        tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-    return tokenizer
-
-
 def _encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
-    tokenizer = _whole(tokenizer)
+    tokenizer = whole(tokenizer)
     encode = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
     texts = iter(texts)
     while part := list(itertools.islice(texts, _SLICE)):
         for encoding in encode(part, add_special_tokens=False):
             yield encoding.ids
-
-
-def _token_id(tokenizer: Tokenizer, token: str, what: str) -> int:
-    token_id = tokenizer.token_to_id(token)
-    if token_id is None:
-        raise DataError(f"the {what} token {token!r} is not in the tokenizer's vocabulary")
-    return token_id
-
-
-def _check_texts(what: str, texts: Sequence[str]) -> None:
-    if not len(texts):
-        raise DataError("the data set is empty: it has no examples")
-    for i, text in enumerate(texts):
-        _check_string(text, f"{what} {i}")
-
-
-def _integers(name: str, values: Sequence[int] | np.ndarray, dtype: type) -> np.ndarray:
-    array = np.asarray(values)
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-        raise DataError(f"{name} has dtype {array.dtype}, shape {array.shape}; use 1-D integers")
-    if array.size and not 0 <= array.min() <= array.max() <= np.iinfo(dtype).max:
-        raise DataError(f"{name} goes from {array.min()} to {array.max()}; use {dtype.__name__}")
-    return array.astype(dtype, copy=False)
-
-
-def _refuse(bad_N: np.ndarray, why: str, details: Mapping[str, np.ndarray] | None = None) -> None:
-    """Raises DataError with the ids of the bad examples, if there are any."""
-    ids = np.flatnonzero(bad_N)
-    if ids.size:
-        shown = {"ids": ids, **{name: array[ids] for name, array in (details or {}).items()}}
-        lists = ", ".join(f"{name} {array[:10].tolist()}" for name, array in shown.items())
-        more = " ..." if ids.size > 10 else ""
-        raise DataError(f"{ids.size} examples, {lists}{more}: {why}")

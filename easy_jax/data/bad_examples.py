@@ -1,0 +1,128 @@
+"""Examples that cannot be used: all of them told at once, and left out where that is asked for."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Literal
+
+from easy_jax.data.sources import DataError, DataWarning
+
+_SHOWN = 20
+_OPTIONS = {
+    "input": "input_field would put it into the prompt",
+    "weight": "weight_field would multiply it into the weights",
+}
+
+OnBadExample = Literal["error", "drop"]
+
+
+class BadExamples:
+    """What is wrong with examples, by their id, collected until all is known.
+
+    Args:
+      on_bad_example: `error` refuses all bad examples in one message, `drop` leaves them out and
+        tells that in a `DataWarning`.
+
+    Attributes:
+      source: names the file or data set, `where` the place of an id in it.
+
+    Example:
+      >>> bad = BadExamples("drop")
+      >>> bad.add(3, "blank response")
+      >>> bad.add(5, "not JSON", "Expecting value")
+      >>> bad.summary(8)
+      '2 of 8 examples: blank response (1): id 3; not JSON (1): id 5 [Expecting value]'
+    """
+
+    def __init__(self, on_bad_example: OnBadExample = "error"):
+        if on_bad_example not in ("error", "drop"):
+            raise DataError(f"on_bad_example is {on_bad_example!r}; it must be 'error' or 'drop'")
+        self.on_bad_example = on_bad_example
+        self.source = ""
+        self.where: Callable[[int], str] = "id {}".format
+        self._found: dict[int, tuple[str, str]] = {}  # what is wrong, and more of it
+
+    def __contains__(self, example_id: object) -> bool:
+        return example_id in self._found
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, example_id: int, what: str, detail: str = "") -> None:
+        """Notes what is wrong with an example; the first that is found stands."""
+        self._found.setdefault(example_id, (what, detail))
+
+    def only(self, start: int, stop: int) -> None:
+        """Forgets all but the examples [start, stop), which are counted from 0 henceforth."""
+        self._found = {i - start: v for i, v in self._found.items() if start <= i < stop}
+        where = self.where
+        self.where = lambda i: where(i + start)
+
+    def ids(self) -> list[int]:
+        """The ids, in order."""
+        return sorted(self._found)
+
+    def rows(self) -> list[dict[str, int | str]]:
+        """For a file: `id`, `source`, `where` and `reason` of every bad example."""
+        rows: list[dict[str, int | str]] = []
+        for i in self.ids():
+            reason = ": ".join(filter(None, self._found[i]))
+            rows.append({"id": i, "source": self.source, "where": self.where(i), "reason": reason})
+        return rows
+
+    def summary(self, size: int) -> str:
+        """How many of `size` examples are bad, counted by what is wrong, and the first places."""
+        kinds: dict[str, list[str]] = {}
+        for i in self.ids():
+            what, detail = self._found[i]
+            kinds.setdefault(what, []).append(self.where(i) + (f" [{detail}]" if detail else ""))
+        parts, left = [], _SHOWN
+        for what, places in kinds.items():
+            some = [*places[:left], *["..."] * (len(places) > left)]
+            left = max(left - len(places), 0)
+            parts.append(f"{what} ({len(places)}): {', '.join(some)}")
+        source = f" of {self.source}" if self.source else ""
+        return f"{len(self)} of {size} examples{source}: {'; '.join(parts)}"
+
+    def settle(self, size: int) -> None:
+        """Refuses the bad ones among `size` examples, or says that they are left out.
+
+        Raises:
+          DataError: there are some, and they are to be errors; or all are bad.
+        """
+        if not len(self):
+            return
+        summary = self.summary(size)
+        if self.on_bad_example == "error":
+            raise DataError(
+                f"cannot use {summary}. Mend the data, or go on without these: scoring."
+                "on_bad_example='drop' in a configuration, bad=BadExamples('drop') in a call"
+            )
+        if len(self) == size:
+            raise DataError(f"no example is left: cannot use {summary}")
+        warnings.warn(f"left out {summary}", DataWarning, stacklevel=3)
+
+
+def tell(size: int, ids: Iterable[int], what: str) -> None:
+    """Warns of what is the matter with examples that are used all the same."""
+    ids = list(ids)
+    if ids:
+        more = " ..." if len(ids) > 10 else ""
+        first = f"ids {ids[:10]}{more}"
+        warnings.warn(f"{len(ids)} of {size} examples, {first}: {what}", DataWarning, stacklevel=3)
+
+
+def tell_unread(where: str, size: int, counts: Mapping[str, int | None]) -> None:
+    """Warns of fields that records have and nothing reads.
+
+    Args:
+      where: the file or data set.
+      size: how many records it has.
+      counts: by field, how many records have something in it; None where that is not known.
+    """
+    fields = []
+    for name, count in sorted(counts.items()):
+        some = [] if count is None else [f"in {count} of {size} records"]
+        notes = some + [option for key, option in _OPTIONS.items() if key == name]
+        fields.append(f"{name!r}" + (f" ({'; '.join(notes)})" if notes else ""))
+    if fields:
+        warnings.warn(f"{where}: not read: {', '.join(fields)}", DataWarning, stacklevel=3)

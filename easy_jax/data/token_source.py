@@ -1,0 +1,173 @@
+"""A source of token sequences of any lengths, in flat arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from easy_jax import fingerprint as fingerprints
+from easy_jax.data.sources import DataError, Record
+
+BORDERS = {
+    "joined": "a target",
+    "authors": "no target",
+    "apart": "",  # there are none
+}
+
+
+class TokenSource:
+    """Token sequences in memory; of each, the tokens from `target_start` on are targets.
+
+    A record is `{"tokens": int32 [length], "target_start": int32}`; lengths differ.
+
+    Args:
+      tokens: the ids of all examples, one after the other.
+      offsets: [N + 1], where each example starts, and the end of the last.
+      target_start: [N], position within the example of its first target.
+      eos_id: the token that ends a text, if there is one.
+      max_length: the most tokens of an example; default: those of the longest.
+      num_truncated, num_cut_tokens: examples cut to `max_length`, and tokens lost so.
+      weight: float32 [N], multiplied into the training weights; default: 1.
+      dropped_ids: of examples that are left out; they have no tokens, and are never read.
+      border: how `tokenize` took the border of prompt and response, if it was.
+      merged_ids: of examples in which that border lies within a token.
+
+    Raises:
+      DataError: no examples, arrays that do not fit together, or examples without a target
+        or without a token before it; the message gives the ids.
+
+    Example:
+      >>> source = TokenSource([5, 6, 2, 7, 2], [0, 3, 5], [1, 1], eos_id=2)
+      >>> source[1]["tokens"].tolist(), source.num_targets.tolist()
+      ([7, 2], [2, 1])
+    """
+
+    def __init__(
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        offsets: Sequence[int] | np.ndarray,
+        target_start: Sequence[int] | np.ndarray,
+        *,
+        eos_id: int | None = None,
+        max_length: int | None = None,
+        num_truncated: int = 0,
+        num_cut_tokens: int = 0,
+        weight: Sequence[float] | np.ndarray | None = None,
+        dropped_ids: Sequence[int] | np.ndarray = (),
+        border: str | None = None,
+        merged_ids: Sequence[int] | np.ndarray = (),
+    ):
+        self.tokens = _integers("tokens", tokens, np.int32)
+        self.offsets = _integers("offsets", offsets, np.int64)
+        self.target_start = _integers("target_start", target_start, np.int32)
+        self.dropped_ids = _integers("dropped_ids", dropped_ids, np.int64)
+        self.merged_ids = _integers("merged_ids", merged_ids, np.int64)
+        self.weight = None if weight is None else _weights(weight, len(self))
+        if len(self) == len(self.dropped_ids):
+            raise DataError("the data set is empty: it has no examples")
+        ends = [0, len(self.tokens)]
+        if len(self.offsets) != len(self) + 1 or self.offsets[[0, -1]].tolist() != ends:
+            raise DataError(f"offsets must be {len(self) + 1}, from {ends[0]} to {ends[1]}")
+        lengths = self.lengths
+        outside = self.dropped_ids[self.dropped_ids >= len(self)]
+        if outside.size:
+            raise DataError(f"dropped_ids {outside.tolist()} are not below {len(self)}")
+        present = np.isin(np.arange(len(self)), self.dropped_ids, invert=True)
+        _refuse(lengths < 0, "offsets decrease; they are where one example ends, the next starts")
+        _refuse(
+            ~present & (lengths + self.target_start > 0), "they are in dropped_ids, but have tokens"
+        )
+        _refuse(
+            present & (self.target_start < 1),
+            "no token before the target; use a prompt or a BOS token",
+        )
+        _refuse(present & (lengths <= self.target_start), "no target token; leave the examples out")
+        self.max_length = int(lengths.max()) if max_length is None else max_length
+        _refuse(lengths > self.max_length, f"more than max_length {self.max_length} tokens")
+        self.eos_id = eos_id
+        self.num_truncated = num_truncated
+        self.num_cut_tokens = num_cut_tokens
+        self.border = border
+
+    def __len__(self) -> int:
+        return len(self.target_start)
+
+    def __getitem__(self, position: int) -> Record:
+        position = range(len(self))[position]
+        start, stop = self.offsets[position : position + 2]
+        return {"tokens": self.tokens[start:stop], "target_start": self.target_start[position]}
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: tokens of each example."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_targets(self) -> np.ndarray:
+        """int64 [N]: targets of each example."""
+        return self.lengths - self.target_start
+
+    @property
+    def identity(self) -> dict[str, np.ndarray]:
+        """What the fingerprint is of: all that training depends on."""
+        names = ["tokens", "offsets", "target_start", *["weight"] * (self.weight is not None)]
+        return {name: getattr(self, name) for name in names}
+
+    def fingerprint(self) -> str:
+        """Hash of the tokens, of where examples start and their targets do, and of weights."""
+        return fingerprints.of_arrays(self.identity)
+
+    def describe(self) -> str:
+        """One line: examples, tokens, targets; what was cut, left out, or merges; weights."""
+        dropped = len(self.dropped_ids)
+        parts = [
+            f"{len(self) - dropped:,} examples, {len(self.tokens):,} tokens, "
+            f"{self.num_targets.sum():,} targets",
+            f"{self.num_truncated:,} examples cut to {self.max_length:,} tokens, "
+            f"{self.num_cut_tokens:,} tokens lost",
+        ]
+        if dropped:
+            parts.append(f"{dropped:,} examples left out")
+        if self.border is not None:
+            merged = self.merged_ids
+            more = " ..." if len(merged) > 10 else ""
+            ids = f", {BORDERS[self.border]}: ids {merged[:10].tolist()}{more}" * (len(merged) > 0)
+            parts.append(f"{len(merged):,} borders of prompt and response within a token{ids}")
+        if self.weight is not None:
+            used = np.delete(self.weight, self.dropped_ids)
+            parts.append(f"own weights from {used.min():g} to {used.max():g}")
+        return "; ".join(parts)
+
+
+def check_vocabulary(data: TokenSource | int, vocab_size: int) -> None:
+    """Raises DataError if a token (of the source, or the greatest id) is none of the model's."""
+    greatest = int(data.tokens.max()) if isinstance(data, TokenSource) else data
+    if greatest >= vocab_size:
+        raise DataError(
+            f"the data has token id {greatest}, the model a vocabulary of {vocab_size}: tokenizer "
+            "and model do not belong together"
+        )
+
+
+def _integers(name: str, values: Sequence[int] | np.ndarray, dtype: type) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+        raise DataError(f"{name} has dtype {array.dtype}, shape {array.shape}; use 1-D integers")
+    if array.size and not 0 <= array.min() <= array.max() <= np.iinfo(dtype).max:
+        raise DataError(f"{name} goes from {array.min()} to {array.max()}; use {dtype.__name__}")
+    return array.astype(dtype, copy=False)
+
+
+def _weights(values: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
+    array = np.asarray(values, np.float32)
+    if array.shape != (size,):
+        raise DataError(f"weight has shape {array.shape}; it must have one value an example")
+    _refuse(~np.isfinite(array) | (array < 0), "the weight is negative or not finite")
+    return array
+
+
+def _refuse(bad_N: np.ndarray, why: str) -> None:
+    """Raises DataError with the ids of the bad examples, if there are any."""
+    ids = np.flatnonzero(bad_N)
+    if ids.size:
+        more = " ..." if ids.size > 10 else ""
+        raise DataError(f"{ids.size} examples, ids {ids[:10].tolist()}{more}: {why}")

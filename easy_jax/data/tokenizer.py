@@ -1,0 +1,82 @@
+"""Tokenizers: read from their files, and asked what they add to a text."""
+
+import itertools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+
+from easy_jax import files
+from easy_jax.data.sources import DataError
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a tokenizer from its `tokenizer.json` (or the folder with it), without cuts and pads.
+
+    Where a `tokenizer_config.json` beside it has `add_bos_token`, the tokenizer begins a text with
+    its BOS, if it does not so anyway.
+
+    Raises:
+      DataError: the file is missing or broken.
+    """
+    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    fix = "only the fast format, `tokenizer.json`, is read: look for that file next to the model"
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; {fix}")
+    try:
+        tokenizer = Tokenizer.from_file(os.fspath(file))
+    except Exception as error:  # the library raises no narrower one
+        raise DataError(f"{file} is not a tokenizer ({error}); {fix}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    settings = file.with_name("tokenizer_config.json")
+    if settings.is_file():
+        _add_bos(tokenizer, files.read_json(settings, DataError))
+    return tokenizer
+
+
+def _add_bos(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, Mapping) else bos
+    bos_id = tokenizer.token_to_id(bos) if isinstance(bos, str) else None
+    if settings.get("add_bos_token") is not True or bos_id is None:
+        return
+    if bos_id not in tokenizer.encode("").ids:  # which are those that it adds itself
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, bos_id)]
+        )
+
+
+def own_start(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids that a tokenizer itself puts before a text, such as this one, which it can read."""
+    encoding = tokenizer.encode(text)
+    pairs = zip(encoding.ids, encoding.sequence_ids, strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1] is None, pairs)]
+
+
+def whole(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without truncation and padding; a copy, if it has any."""
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    return tokenizer
+
+
+def bare(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without what is done after a text is cut into tokens: adding others, and
+    taking spaces out of the tokens' extents."""
+    tokenizer = whole(tokenizer)
+    if tokenizer.post_processor is not None:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer.post_processor = None
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str, what: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    if token_id is None:
+        raise DataError(f"the {what} token {token!r} is not in the tokenizer's vocabulary")
+    return token_id
