@@ -32,6 +32,9 @@ quote() {
   printf '%s' "${line# }"
 }
 
+# 32 hexadecimal digits that nobody can guess.
+random_token() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
+
 # Commands are told on stdout in a dry run, where they are the result, and else on stderr.
 show() {
   if [[ $dry_run ]]; then

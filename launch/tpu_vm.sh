@@ -227,6 +227,8 @@ pack() {
   run "${git[@]}" archive --format=tar.gz --output="$stage/source.tar.gz" "$tree"
   run cp "$here/worker.sh" "$stage/worker.sh"
   echo "$tree" >"$stage/version"
+  # By this the processes know each other; new for every start.
+  (umask 077 && printf 'EASY_JAX_RUN_TOKEN=%s\n' "$(random_token)" >"$stage/secrets")
   for name in "${secrets[@]}"; do
     note "the value of $name is written to a file that only you can read, and copied"
     [[ $dry_run ]] || (umask 077 && printf '%s=%q\n' "$name" "${!name}" >>"$stage/secrets")

@@ -46,6 +46,7 @@ start() {
   )
   if job_runs; then
     [[ $(<job) == "$job" ]] || conflict
+    rm -f secrets # it has its own
   else
     rm -f exit_code
     printf '%s' "$job" >job

@@ -134,6 +134,7 @@ def easy_jax(cloud: Path, argv: list[str]) -> int:
             "attempt": attempt(cloud),
             "argv": argv,
             "token": os.environ.get("HF_TOKEN"),
+            "run_token": os.environ.get("EASY_JAX_RUN_TOKEN"),
             "files": sorted(file.name for file in Path().iterdir()),
         },
     )

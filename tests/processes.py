@@ -9,6 +9,15 @@ import sys
 DEVICES = 8
 
 
+def has_ipv6():
+    """Whether the loopback has it."""
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -26,6 +35,7 @@ class Processes:
       only: start these alone of them.
       prefix: of the command, for example of a shell.
       program: what Python is to run.
+      host: of the coordinator's address.
       folders: where each process is started; default: all in the root.
     """
 
@@ -40,6 +50,7 @@ class Processes:
         prefix=(),
         program=("-m", "easy_jax.main"),
         folders=None,
+        host="127.0.0.1",
     ):
         env = {
             **os.environ, "PYTHONPATH": str(root), "COLUMNS": "200",
@@ -49,7 +60,7 @@ class Processes:
         cluster = []
         if count > 1:
             cluster = [
-                f"--coordinator_address=127.0.0.1:{free_port()}",
+                f"--coordinator_address={host}:{free_port()}",
                 f"--num_processes={count}",
                 f"--peer_timeout={timeout}",
             ]

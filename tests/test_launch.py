@@ -1,6 +1,8 @@
 """launch/: scripts without findings, and runs on TPU VMs in dry runs and from end to end."""
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,12 +91,16 @@ def test_babysit_dry_run_is_one_attempt(dry):
 
 def test_tpu_vm_runs_everywhere_and_deletes(cloud):
     setup = "--setup=printf '%s' \"$(hostname) $HOME\" >set-up"
-    out, _ = cloud.run("tpu_vm.sh", *SLICE, setup, "--secret=HF_TOKEN", "--", *RUN)
+    out, err = cloud.run("tpu_vm.sh", *SLICE, setup, "--secret=HF_TOKEN", "--", *RUN)
     assert "worker 0 trains" in out and "worker 1 trains" not in out
     runs = cloud.read("runs.jsonl")
     assert sorted(run["worker"] for run in runs) == [0, 1]
     assert all(run["argv"] == [*RUN, WORKDIR] for run in runs)
     assert all(run["token"] == SECRET for run in runs)
+    (token,) = {run["run_token"] for run in runs}
+    assert re.fullmatch("[0-9a-f]{32}", token)
+    commands = [call["command"] for call in cloud.read("calls.jsonl")]
+    assert token not in out + err + json.dumps(commands)
     # The local tree with its new file, and without the ignored one.
     assert runs[0]["files"] == [".gitignore", "launch", "new", "pyproject.toml", "set-up"]
     assert cloud.calls("gcloud")[-1][4:6] == ["delete", "flow-1"]
@@ -113,6 +119,7 @@ def test_tpu_vm_keeps_and_continues_on_what_is_there(cloud):
     assert [run["files"] for run in cloud.read("runs.jsonl")] == [
         [".gitignore", "launch", "pyproject.toml"]
     ] * 4
+    assert len({run["run_token"] for run in cloud.read("runs.jsonl")}) == 2  # one for every start
 
 
 def test_tpu_vm_joins_the_run_of_a_dead_client(cloud):
@@ -132,6 +139,7 @@ def test_tpu_vm_joins_the_run_of_a_dead_client(cloud):
     out, err = client.communicate(timeout=30)
     assert client.returncode == 143 and "worker 0 trains" in out
     assert sorted(run["worker"] for run in cloud.read("runs.jsonl")) == [0, 1]  # once each
+    assert not list(cloud.folder.glob("workers/*/*/secrets"))  # of the one that joined
     assert sorted(cloud.read("saved.jsonl")) == [0, 1]
     assert not (cloud.folder / "state").exists()
 

@@ -115,6 +115,9 @@ def test_gke_manifest(dry, options, slices, hosts, chips):
     topology = [option for option in (*GKE, *options) if option.startswith("--topology")][-1]
     assert topology.endswith("=" + pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"])
     (container,) = pod["containers"]
+    (token,) = container["env"]
+    assert token["name"] == "EASY_JAX_RUN_TOKEN"
+    assert "jobset-uid" in token["valueFrom"]["fieldRef"]["fieldPath"]
     assert container["resources"]["limits"] == {"google.com/tpu": chips}
     assert container["name"] == job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"]
     # Kubernetes makes $ of $$, and leaves what is left of $(NAME) alone.
@@ -196,6 +199,8 @@ def test_slurm_requeues(slurm, run, code, requeued):
     slurm.run("slurm.sbatch", *arguments, code=code)
     assert slurm.calls("scontrol") == [["scontrol", "requeue", "7"]] * requeued
     assert [call["argv"] for call in slurm.read("runs.jsonl")] == [arguments] * 2
+    (token,) = {call["run_token"] for call in slurm.read("runs.jsonl")}
+    assert re.fullmatch("[0-9a-f]{32}", token)
     assert {"--gpu-bind=none", "--kill-on-bad-exit=0"} <= set(slurm.calls("srun")[0])
 
 

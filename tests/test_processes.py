@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import tiny_language
-from processes import Processes, run
+from processes import Processes, has_ipv6, run
 from safetensors.numpy import load_file
 
 from easy_jax import train
@@ -105,7 +105,9 @@ def test_same_results_written_once(runs, count):
 @pytest.fixture(scope="module")
 def checks(root, tmp_path_factory):
     """Exit codes, complaints and what came out (`tests/two_processes.py`), of each of two
-    processes; the second has another copy of the training data."""
+    processes; the second has another copy of the training data.
+
+    Over IPv6, where the machine has it."""
     folders = [tmp_path_factory.mktemp(f"host{host}") for host in range(2)]
     for folder in folders:
         (folder / "model").mkdir()
@@ -116,7 +118,12 @@ def checks(root, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("shared") / "run"
     program = [root / "tests" / "two_processes.py"]
     with Processes(
-        root, ["score", config, f"--workdir={workdir}"], 2, program=program, folders=folders
+        root,
+        ["score", config, f"--workdir={workdir}"],
+        2,
+        program=program,
+        folders=folders,
+        host="[::1]" if has_ipv6() else "127.0.0.1",
     ) as processes:
         codes, _, complaints = processes.wait()
     found = [folder / "results.json" for folder in folders]
@@ -170,5 +177,6 @@ def test_the_metadata_are_there_before_the_first_part(checks):
 def test_one_port_is_enough_and_compilations_are_noticed(checks):
     for results in checks[2]:
         assert results["port"] is True
+        assert results["strangers"] == [0, 1]
         assert results["compilation"][0] is True
         assert results["compilation"][-1] is False

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+from processes import has_ipv6
 from test_peers import Run, leave
 
 from easy_jax.config import ConfigError
@@ -244,15 +245,6 @@ def test_the_token_of_the_environment(monkeypatch):
 
 
 # Where process 0 listens.
-
-
-def has_ipv6():
-    """Whether the loopback has it."""
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
 
 
 def test_ipv6():

@@ -5,7 +5,9 @@ Started like `easy-jax`, each in a folder of its own, with its own copy of the m
 At the end the run itself goes on.
 """
 
+import contextlib
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.fitting import fit
 from easy_jax.losses import squared_error
+from easy_jax.peers.listening import parse_address
 
 _SIZE = 64
 
@@ -106,9 +109,28 @@ def port(config, folder, patch):
     return jax_distributed.global_state.coordinator_address == main._COORDINATOR.value
 
 
+def strangers(config, folder, patch):
+    """Process 0's port while the run is on: what others send there ends nothing."""
+    address = parse_address(main._COORDINATOR.value)
+    if distributed.leads():
+        silent = [socket.create_connection(address) for _ in range(20)]
+        for text in (
+            b'{"end": 3, "reason": "over"}\n', b'{"heartbeat": "step 1"}\n', b"[" * 60_000,
+            b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100),
+            b"\x16\x03\x01\x02\x00" + bytes(500), bytes(range(256)) * 100, b"",
+        ):  # fmt: skip
+            with contextlib.suppress(OSError), socket.create_connection(address) as link:
+                link.sendall(text)
+                link.settimeout(0.2)
+                link.recv(1000)
+        for link in silent:
+            link.close()
+    return distributed.gather("after the strangers", jax.process_index())
+
+
 CHECKS = (
     parts_after_metadata, other_data, other_rows, other_checkpoint, other_workdir, compilation,
-    port,
+    port, strangers,
 )  # fmt: skip
 
 

@@ -22,8 +22,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import processes  # noqa: E402
 
 SIGNALS = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
+# How the two say which process is lost. JAX calls process 0 the leader.
+LEADER = r"^.*\bleader .*"
+NAMES = (
+    r"^easy-jax: .*\bprocess {0} .*",
+    r"^.*\bunhealthy .*:\n{0}\b.*",
+    r"^.*\b[Tt]ask[: ]{0}\b.*",
+    r"^.*names?:?\n? ?.*task:{0}\b.*",
+)
 LIMIT = 6  # timeouts; who is still there after that is called stuck
-READY = "all are here"
+HERE, READY = "this one is here", "all are here"
 
 
 def work(arguments):
@@ -36,6 +44,7 @@ def work(arguments):
     address, count, index = (
         arguments.coordinator_address, arguments.num_processes, arguments.process_id,
     )  # fmt: skip
+    print(HERE, flush=True)
     if arguments.by == "jax":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
@@ -68,16 +77,16 @@ def _go_on(exchanges):
 def measure(by, count, fault, lost, exchanges, timeout):
     """What becomes of the others: `(seconds of the last, exit codes, how many name it, words)`."""
     only = [index for index in range(count) if fault != "missing" or index != lost]
-    begin = time.monotonic()
     with processes.Processes(
         ROOT, ["--by", by, *(["--exchanges"] if exchanges else [])], count, timeout=timeout,
         only=only, program=[__file__, "--work"],
     ) as run:  # fmt: skip
         others = dict(zip(only, run.all, strict=True))
+        for process in run.all:
+            while (READY if fault != "missing" else HERE) not in process.stdout.readline():
+                assert process.poll() is None, process.communicate()[1]
+        begin = time.monotonic()
         if fault != "missing":
-            for process in run.all:
-                while READY not in (line := process.stdout.readline()):
-                    assert line, process.stderr.read()
             time.sleep(1.0)
             run.signal(lost, SIGNALS[fault])
             begin = time.monotonic()
@@ -88,12 +97,16 @@ def measure(by, count, fault, lost, exchanges, timeout):
         for process in others.values():
             process.kill()
         told = [process.communicate()[1] for process in others.values()]
-    names = re.compile(
-        rf"process {lost} |[Tt]ask {lost}\b|task:{lost}\b" + ("|leader" * (not lost))
-    )
-    named = [next(filter(names.search, text.splitlines()), "") for text in told]
-    words = next(filter(None, named), None) or (told[0].strip().splitlines() or [""])[-1]
-    return seconds, codes, sum(map(bool, named)), words
+    found = list(filter(None, (_naming(text, lost) for text in told)))
+    return seconds, codes, len(found), found[0] if found else told[0].strip().split("\n")[0]
+
+
+def _naming(text, lost):
+    """What a process says that names the lost one."""
+    for pattern in (*NAMES, *[LEADER][lost:]):
+        if match := re.search(pattern.format(lost), text, re.MULTILINE):
+            return match.group().replace("\n", " ")
+    return ""
 
 
 def _codes(others):
