@@ -116,7 +116,8 @@ def run(
     }
     if directory is not None:
         folder = files.path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "compile.json", content)
     if as_json:
         print(json.dumps(content, indent=2))

@@ -213,19 +213,24 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
       WeightsError: it exists, and is not empty.
+      WriteError: it cannot be written.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"{folder} is not empty; export into a new folder")
     distributed.barrier("the start of an export")
     temporary = folder.with_name(folder.name + ".tmp")
-    if distributed.leads():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    yield temporary
-    if distributed.leads():
-        if folder.exists():
-            folder.rmdir()
-        files.publish(temporary, folder)
+    with files.writing(folder):
+        if distributed.leads():
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        try:
+            yield temporary
+        except safetensors.SafetensorError as error:  # what it makes of the disk's errors, too
+            raise OSError(str(error)) from error
+        if distributed.leads():
+            if folder.exists():
+                folder.rmdir()
+            files.publish(temporary, folder)
     distributed.barrier("the end of an export")
 
 
