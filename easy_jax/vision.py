@@ -4,18 +4,16 @@ Every stage leaves an artefact in the workdir and is skipped where that is compl
 same call starts, continues, or finds that all is done. Stages that methods share are run once.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import nnx
 
 from easy_jax import (
-    compatibility,
     distributed,
     evaluate,
+    files,
     merge,
     metrics,
     scoring,
@@ -25,7 +23,6 @@ from easy_jax import (
 )
 from easy_jax import fingerprint as fingerprints
 from easy_jax.config import (
-    ConfigError,
     ExperimentConfig,
     GlyphDataConfig,
     StageConfig,
@@ -33,11 +30,12 @@ from easy_jax.config import (
 )
 from easy_jax.data import Splits, Tasks, fingerprint, load_tasks
 from easy_jax.fitting import Fit, fit
+from easy_jax.image_networks import ImageNetworks
 from easy_jax.language import Until
 from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
 from easy_jax.measurements import Measurements
-from easy_jax.models import eval_view, resnet, timm_weights, train_view
+from easy_jax.models import resnet
 from easy_jax.plan import (
     Cell,
     Stage,
@@ -63,6 +61,7 @@ class ImageExperiment:
         self.workdir = workdir
         self.terminal = terminal
         self.mesh = sharding.make_mesh(config.mesh)
+        self.networks = ImageNetworks(config.model, self.mesh)
         self.stages = plan(config)
         self._finished: dict[str, Fit] = {}
         self._data: tuple[tuple[int, float], Tasks] | None = None
@@ -70,8 +69,6 @@ class ImageExperiment:
         self._tables: dict[tuple[int, float, str], LossTable] = {}
         self._measured_before: dict[str, float] = {}
         self._trained: set[str] = set()
-        self._graphdefs: dict[tuple[int, bool], nnx.GraphDef[Any]] = {}
-        self._inits: dict[tuple[int, Any], Callable[[jax.Array], nnx.State]] = {}
 
     def run(self, until: Until) -> dict[str, Any]:
         """Does what is left, in the order of the plan."""
@@ -166,21 +163,9 @@ class ImageExperiment:
 
     def _read_weights(self, stage: Stage) -> Fit:
         """The pre-trained network that the configuration gives."""
-        config = self.config.model
-        model = timm_weights.load(config.path, config, mesh=self.mesh)
         assert isinstance(self.config.data, TransferDataConfig)
-        name, task = self.config.data.names[0], self.data(stage).pretrain
-        num_classes = task.num_classes
-        difference = compatibility.difference_of_pixels(model.info, task.test)
-        if difference:
-            raise ConfigError(f"{config.path}, for {name}: {difference}")
-        if model.head.out_features != num_classes:
-            raise ConfigError(
-                f"the head of {config.path} has {model.head.out_features} classes; {name}, the "
-                f"pre-training task, has {num_classes}"
-            )
-        compatibility.check_names(model.info.classes, task.classes, config.path)
-        return Fit(nnx.state(model), steps=0, seconds=0.0, resumed_from=0)
+        state = self.networks.given(self.data(stage).pretrain, self.config.data.names[0])
+        return Fit(state, steps=0, seconds=0.0, resumed_from=0)
 
     def _train(self, stage: Stage, stage_config: StageConfig) -> Fit:
         config, name = self.config, stage.name
@@ -224,7 +209,7 @@ class ImageExperiment:
         assert source is not None
         scoring_config = self.config.scoring
         table = self._tables[seed, label_noise, split] = scoring.score(
-            self._merge(model_state, target.num_classes),
+            self.networks.merge(model_state, target.num_classes),
             source,
             loss_table_path(self.workdir, seed, label_noise, split),
             loss_fn=classification_loss,
@@ -278,39 +263,27 @@ class ImageExperiment:
         if self._data is None or self._data[0] != key:
             self._data = None  # before the next: both in memory may be too much
             self._data = (key, load_tasks(self.config, *key))
+            self._list_left_out(self._data[1])
         return self._data[1]
 
-    def _merge(
-        self, model_state: nnx.State, num_classes: int, frozen_norm: bool = False
-    ) -> resnet.ResNet:
-        return nnx.merge(self._graphdef(num_classes, frozen_norm), model_state)
-
-    def _graphdef(self, num_classes: int, frozen_norm: bool) -> nnx.GraphDef[Any]:
-        if (num_classes, frozen_norm) not in self._graphdefs:
-            model = nnx.eval_shape(lambda: self._build(num_classes, jax.random.key(0)))
-            view = eval_view if frozen_norm else train_view
-            self._graphdefs[num_classes, frozen_norm] = nnx.graphdef(view(model))
-        return self._graphdefs[num_classes, frozen_norm]
-
-    def _build(self, num_classes: int, key: jax.Array) -> resnet.ResNet:
-        return resnet.ResNet(self.config.model, num_classes, rngs=nnx.Rngs(params=key))
-
-    def _fresh(self, num_classes: int, seed: int, part: Any) -> nnx.State:
-        """A part of a random initialisation, made on the mesh, straight into its shards."""
-        if (num_classes, part) not in self._inits:
-            self._inits[num_classes, part] = sharding.jit_init(
-                lambda key: nnx.state(self._build(num_classes, key), part), self.mesh
-            )
-        return self._inits[num_classes, part](jax.random.key(seed))
+    def _list_left_out(self, tasks: Tasks) -> None:
+        """Writes which images `on_bad_example='drop'` has left out of which split, and why."""
+        found = {
+            f"{task}/{split}": reasons
+            for task in ("pretrain", "target")
+            for split in ("train", "validation", "test")
+            if (reasons := getattr(getattr(getattr(tasks, task), split), "left_out", {}))
+        }
+        if found and distributed.leads():
+            files.write_json(self.workdir / "left_out_images.json", found)
 
     def _model(self, stage: Stage, start: nnx.State | None, num_classes: int) -> resnet.ResNet:
         """The model a stage begins with, in the mode it is trained in."""
         if start is None:
-            start = self._fresh(num_classes, stage.seed, ...)
+            start = self.networks.fresh(num_classes, stage.seed)
         elif stage.new_head:
-            head = self._fresh(num_classes, stage.seed, resnet.is_head)
-            start = nnx.merge_state(nnx.filter_state(start, resnet.is_backbone), head)
-        return self._merge(start, num_classes, stage.frozen_norm)
+            start = self.networks.with_new_head(start, num_classes, stage.seed)
+        return self.networks.merge(start, num_classes, stage.frozen_norm)
 
     def _starting_point(self, stage: Stage) -> nnx.State:
         """The variables a fine-tuning stage began with, for WiSE-FT."""
@@ -329,7 +302,7 @@ class ImageExperiment:
             probe = self.stages[probe_name(stage.seed, stage.label_noise)]
             num_classes = self.data(probe).target.num_classes
             online = scoring.OnlineWeights(
-                self._merge(self.fit(probe.name).model_state, num_classes),
+                self.networks.merge(self.fit(probe.name).model_state, num_classes),
                 loss_fn=classification_loss,
                 tau=table.temperature,
                 mesh=self.mesh,
@@ -362,7 +335,7 @@ class ImageExperiment:
             state: nnx.State, task: Splits, group_N: np.ndarray | None = None
         ) -> dict[str, Any]:
             return evaluate.classification(
-                self._merge(state, task.num_classes),
+                self.networks.merge(state, task.num_classes),
                 getattr(task, split),
                 batch_size=self.config.eval_batch_size,
                 mesh=self.mesh,

@@ -11,7 +11,7 @@ ORDER = [
     "throughput", "progress", "terminal", "scoring", "optim", "step", "identity", "checkpoint",
     "merge", "evaluate", "metrics", "measurements", "fitting", "plan", "results",
     "page", "figures", "report", "language_report", "workdir", "language",
-    "vision", "ahead_of_time", "train",
+    "image_networks", "vision", "ahead_of_time", "train",
     "theory_report", "errors", "main",
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Image folders as people have them: what is read, passed over, told all at once, or left out."""
 
 import io
+import json
 import os
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from easy_jax.config import (
     ConfigError,
     ExperimentConfig,
     ImageDataConfig,
+    MethodConfig,
     ScoringConfig,
     TransferDataConfig,
 )
@@ -21,6 +23,11 @@ from easy_jax.data import DataError, DataWarning, ImageSource, load_images, load
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
 from easy_jax.data.images import FORMATS, Views, decode
+from easy_jax.plan import Stage
+from easy_jax.terminal import Terminal
+from easy_jax.vision import ImageExperiment
+
+STAGE = Stage("probe", 0, 0.0, None, False, None)
 
 
 @pytest.fixture
@@ -145,6 +152,15 @@ def test_both_tasks_are_told_at_once(damaged, tmp_path_factory):
     with pytest.warns(DataWarning, match="left out, 4 of 12 images"):
         tasks = load_tasks(experiment, 0, 0.0)
     assert (len(tasks.target.train), len(tasks.target.test)) == (8, 12)
+    experiment.model.in_channels = 3
+    experiment.methods = (MethodConfig(),)
+    with pytest.warns(DataWarning, match="left out"):
+        ImageExperiment(experiment.validate(), other, Terminal(quiet=True)).data(STAGE)
+    listed = json.loads((other / "left_out_images.json").read_text())
+    assert listed == {"target/train": tasks.target.train.left_out}
+    assert sorted(reason.split(maxsplit=1)[0] for reason in listed["target/train"].values()) == [
+        "has", "is", "is", "is",
+    ]  # fmt: skip
     (damaged / "test/a/000.jpg").write_bytes(b"")  # what is measured on is never left out by that
     with pytest.raises(DataError, match=r"test/a/000\.jpg is empty"):
         load_tasks(experiment, 0, 0.0)

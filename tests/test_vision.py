@@ -125,7 +125,7 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
     runner = train.ImageExperiment(config, workdir, train.Terminal(quiet=True))
     runner.run("train")
     for method, name in (("probe", "probe"), ("static", "lr0.02/probe-all-flow")):
-        model = runner._merge(runner.fit(f"seed0/noise0.3/{name}").model_state, 10)
+        model = runner.networks.merge(runner.fit(f"seed0/noise0.3/{name}").model_state, 10)
         logits_NK = nnx.jit(eval_view(model))(tasks.target.test.fields["image"])
         right_N = np.argmax(logits_NK, axis=1) == tasks.target.test.fields["label"]
         expected = [100 * np.mean(right_N[group_N == decile]) for decile in range(10)]

@@ -121,8 +121,8 @@ def read_info(path: str | os.PathLike[str]) -> ClassifierInfo:
       path: see `load`.
 
     Raises:
-      WeightsError: see `load`; names that are not one for every class, or no numbers for the
-        mean and standard deviation of a channel.
+      WeightsError: see `load`; names that are not one for every class.
+      ConfigError: a mean or standard deviation that is no list of numbers.
     """
     return _find(path).info()
 
@@ -272,22 +272,8 @@ class _Checkpoint:
                 "for each output of the head, fc.weight; correct or remove it"
             )
         images = self.images()
-        return ClassifierInfo(
-            tuple(names or ()), *(self._colour(images, key) for key in ("mean", "std"))
-        )
-
-    def _colour(self, images: Mapping[str, Any], key: str) -> tuple[float, ...]:
-        """A number for each channel; empty where there is none."""
-        value = images.get(key)
-        if value is None:
-            return ()
-        ok = isinstance(value, list) and all(type(each) in (int, float) for each in value)
-        if not ok or len(value) != self._axis("conv1.weight", 1):
-            raise WeightsError(
-                f"{self.folder / 'config.json'}: pretrained_cfg.{key} is {value!r}, not a number "
-                "for each channel of the images"
-            )
-        return tuple(float(each) for each in value)
+        colours = (tuple(map(float, images.get(key, ()))) for key in ("mean", "std"))
+        return ClassifierInfo(tuple(names or ()), *colours)
 
     def check(self, config: ResNetConfig, paths: Mapping[str, _Path]) -> None:
         """Raises unless this is the network configured, by all that can be told unread."""
