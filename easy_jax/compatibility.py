@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from easy_jax import data, losses
+from easy_jax import contract, data, losses
 from easy_jax.data.loader import read_records
 from easy_jax.data.sources import check_labels
 from easy_jax.models import eval_view
@@ -190,7 +190,7 @@ def _trace(
 
     def trace(state: nnx.State, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
         with losses.recorded_outputs() as outputs:
-            loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+            contract.call(loss_fn, nnx.merge(graphdef, state, copy=True), batch, token_losses=True)
         return [jnp.zeros(number) for number in outputs]
 
     return jax.jit(trace)

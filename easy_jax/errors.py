@@ -8,6 +8,7 @@ from easy_jax.files import WriteError
 from easy_jax.fitting import TrainingError
 from easy_jax.lock import LockError
 from easy_jax.loss_table import LossTableError
+from easy_jax.losses import ContractError
 from easy_jax.models.weight_files import WeightsError
 from easy_jax.scoring import ScoringError
 from easy_jax.sealed import ArtefactError
@@ -16,6 +17,7 @@ USER_ERRORS = (
     ArtefactError,
     CheckpointError,
     ConfigError,
+    ContractError,
     DataError,
     DisagreementError,
     LockError,

@@ -16,7 +16,7 @@ from easy_jax.models import eval_view
 
 def nll_and_correct(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Per example: negative log-likelihood in nats, and 1 where the top class is the label."""
-    logits_BK = model(losses.normalised_images(batch), batch["mask"])
+    logits_BK = losses.image_logits(model, batch)
     nll_B, _ = losses.softmax_cross_entropy(logits_BK, batch["label"])
     return nll_B, (jnp.argmax(logits_BK, axis=1) == batch["label"]).astype(jnp.float32)
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,21 +20,26 @@ from jax.sharding import Mesh
 from easy_jax import (
     checkpoint,
     compatibility,
+    contract,
     data,
     distributed,
     identity,
     lock,
     merge,
     optim,
+    scoring,
     sharding,
 )
 from easy_jax.checkpoint import Checkpointer
+from easy_jax.code_fingerprint import name_of
 from easy_jax.config import OptimizerConfig, Reduction, StageConfig
 from easy_jax.data.loader import PADDING_ID
+from easy_jax.identity import ANCHORED
 from easy_jax.losses import LossFn
 from easy_jax.metrics import MetricsLog
+from easy_jax.models import eval_view
+from easy_jax.online_weights import OnlineWeights
 from easy_jax.progress import Part
-from easy_jax.scoring import OnlineWeights
 from easy_jax.step import StepFn, TrainState, init_train_state, make_train_step
 from easy_jax.terminal import shown
 from easy_jax.throughput import Throughput
@@ -126,7 +132,9 @@ def fit(
         (`easy_jax.throughput`).
 
     Raises:
-      TrainingError: the loss, or something that is about to be saved, is not finite.
+      TrainingError: the loss, its gradient, or something that is about to be saved, is not finite.
+      ContractError: a model that is not NNX's; a loss function that returns anything but losses
+        and counts, or whose losses depend on the other examples of the batch.
       CheckpointError: the directory has a checkpoint of another run (what differs is named), or
         cannot be written.
       LockError: another run is at work in the directory, or has taken it over.
@@ -139,6 +147,8 @@ def fit(
       InputBoundWarning: the devices wait for data a fifth of the time.
       LostUpdatesWarning: most parameters are too coarse for the learning rate.
     """
+    contract.check_model(model, "fit")
+    contract.check_data(model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
     loader = data.training_loader(
@@ -157,8 +167,8 @@ def fit(
     if overwrite:
         distributed.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
     optimizer, train_step = _compiled(
-        nnx.graphdef(model), loss_fn, run["the loss function"], _without_rate(stage.optimizer),
-        total, anchored, stage.reduction, stage.micro_batches, mesh,
+        nnx.graphdef(model), loss_fn, anchored, (run["the loss function"], run[ANCHORED]),
+        _without_rate(stage.optimizer), total, stage.reduction, stage.micro_batches, mesh,
     )  # fmt: skip
     state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
     optim.warn_of_lost_updates(state.params, stage.optimizer.learning_rate)
@@ -173,9 +183,24 @@ def fit(
     examples = np.count_nonzero(~np.isnan(weight_n))
     examples_per_step = examples / steps_per_epoch
     epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
-    pending: tuple[int, np.ndarray, dict[str, jax.Array]] | None = None
+    pending: _Step | None = None
+    told = False  # of a step without any weight
     losses: list[float] = []  # since the last checkpoint
     stopped = False
+
+    def record(step: _Step) -> None:
+        nonlocal told
+        values = _record(name, step, log, log_every_steps)
+        losses.append(values["loss"])
+        if step.weightless and values["loss"] == values["grad_norm"] == 0 and not told:
+            told = True
+            warnings.warn(
+                f"{name}: nothing is learnt in step {step.number}: all weights of its batch are 0, "
+                f"{step.examples()}. Later steps of the kind are not told",
+                data.DataWarning,
+                stacklevel=3,
+            )
+
     with (
         contextlib.closing(iter(loader)) as batches,
         Checkpointer(directory, run, keep, keep_best) as checkpointer,
@@ -193,7 +218,10 @@ def fit(
         with jax.transfer_guard("disallow"):
             for step in range(first + 1, total + 1):
                 batch = throughput.fetch(batches)
+                if step == 1 and not contract.knows(model, loss_fn):
+                    _check_first_batch(model, state, loss_fn, run, batch, stage, mesh)
                 example_id = batch.pop("example_id")
+                weightless = online is not None or _is_weightless(batch)
                 placed = sharding.shard_batch(batch, mesh)
                 state, metrics = train_step(state, placed if online is None else online(placed))
                 if step in average_at:
@@ -201,8 +229,8 @@ def fit(
                         state, params=_average(state.params, start_params, sfa_beta)
                     )
                 if pending is not None:  # one step late: the device is busy with the next one
-                    losses.append(_record(name, pending, log, log_every_steps))
-                pending = (step, example_id, metrics)
+                    record(pending)
+                pending = _Step(step, example_id, metrics, weightless)
                 if step % log_every_steps == 0:
                     speed = throughput.read(metrics)
                     speed["examples_per_second"] = examples_per_step * speed["steps_per_second"]
@@ -222,7 +250,7 @@ def fit(
                     throughput.restart()
                 stopped = stopped or distributed.should_stop(f"{name}, step {step}")
                 if stopped or step % save_every_steps == 0 or step == total:
-                    losses.append(_record(name, pending, log, log_every_steps))
+                    record(pending)
                     pending = None
                     if log is not None:
                         log.flush()  # steps before a checkpoint are not logged again
@@ -244,22 +272,39 @@ def fit(
 def _compiled(
     graphdef: nnx.GraphDef[Any],
     loss_fn: LossFn,
-    loss: str,  # its fingerprint: an object's attributes may have changed
+    anchored: Callable[[Any, Any], bool] | None,
+    fingerprints: tuple[str, str | None],  # of these two: what one object does may have changed
     optimizer_json: str,
     total_steps: int,
-    anchored: Callable[[Any, Any], bool] | None,
     reduction: Reduction,
     micro_batches: int,
     mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
-    del loss
+    del fingerprints
     config = OptimizerConfig(**json.loads(optimizer_json))
     optimizer = optim.make_optimizer(config, total_steps, anchored)
     step = make_train_step(
         graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches, mesh=mesh
     )
     return optimizer, step
+
+
+def _check_first_batch(
+    model: nnx.Module,
+    state: TrainState,
+    loss_fn: LossFn,
+    run: dict[str, Any],
+    batch: dict[str, np.ndarray],
+    stage: StageConfig,
+    mesh: Mesh,
+) -> None:
+    """Checks that a loss function is per example; in eval mode, where BatchNorm couples nothing."""
+    graphdef = nnx.graphdef(eval_view(model))
+    score_step = scoring.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
+    rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
+    part = {name: array[:rows] for name, array in batch.items()}
+    scoring.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))
 
 
 def _without_rate(config: OptimizerConfig) -> str:
@@ -279,25 +324,44 @@ def _average(params: Any, start: Any, beta: float) -> Any:
     return merge.interpolate(params, start, beta)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """A step that has been dispatched. `weightless`: every weight that the host gave it is 0."""
+
+    number: int
+    example_id: np.ndarray
+    metrics: dict[str, jax.Array]
+    weightless: bool
+
+    def examples(self) -> str:
+        ids = self.example_id[self.example_id != PADDING_ID]
+        return f"example ids {ids[:10].tolist()}{' ...' if ids.size > 10 else ''}"
+
+
+def _is_weightless(batch: dict[str, np.ndarray]) -> bool:
+    return not all(batch[name].any() for name in ("weight", "token_weight") if name in batch)
+
+
 def _record(
-    name: str,
-    pending: tuple[int, np.ndarray, dict[str, jax.Array]],
-    log: MetricsLog | None,
-    log_every_steps: int,
-) -> float:
-    """Logs a step's metrics; returns its loss."""
-    step, example_id, metrics = pending
-    values = {key: float(value) for key, value in jax.device_get(metrics).items()}
-    if not np.isfinite(values["loss"]):
-        ids = example_id[example_id != PADDING_ID]
+    name: str, step: _Step, log: MetricsLog | None, log_every_steps: int
+) -> dict[str, float]:
+    """Logs a step's metrics; returns them."""
+    values = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
+    loss, norm = values["loss"], values["grad_norm"]
+    if not np.isfinite(loss):
         raise TrainingError(
-            f"{name}: the loss is {values['loss']} at step {step}, on example ids "
-            f"{ids[:10].tolist()}{' ...' if ids.size > 10 else ''}. Either one of them is bad "
-            "(a label out of range?), or training diverged: lower the learning rate"
+            f"{name}: the loss is {loss} at step {step.number}, on {step.examples()}. Either one "
+            "of them is bad (a label out of range?), or training diverged: lower the learning rate"
         )
-    if log is not None and (step % log_every_steps == 0 or step == 1):
-        log.write(name, "train", step, values)
-    return values["loss"]
+    if not np.isfinite(norm):
+        raise TrainingError(
+            f"{name}: the loss is {loss:.4g} at step {step.number}, but the norm of its gradient "
+            f"is {norm}, on {step.examples()}. Either the loss of one of them has no derivative "
+            "there (a root or a logarithm of 0?), or training diverged: lower the learning rate"
+        )
+    if log is not None and (step.number % log_every_steps == 0 or step.number == 1):
+        log.write(name, "train", step.number, values)
+    return values
 
 
 def _check_finite(name: str, step: int, state: TrainState) -> None:

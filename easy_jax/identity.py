@@ -12,6 +12,7 @@ from easy_jax import fingerprint as fingerprints
 from easy_jax.config import StageConfig
 from easy_jax.losses import LossFn
 
+ANCHORED = "the anchored parameters"
 Filter = Callable[[Any, Any], bool]
 
 
@@ -62,7 +63,7 @@ def of_stage(
         "the number of examples": len(source),
         "the loss function": code_fingerprint.of_function(loss_fn),
         "the trainable parameters": _some_of(trained, state),
-        "the anchored parameters": anchors,
+        ANCHORED: anchors,
         "the weights": weights_fingerprint(weight_N, token_weight),
         "the weights of every batch": online,
         "stage": dataclasses.asdict(stage),

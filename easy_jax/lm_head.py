@@ -115,6 +115,8 @@ def weighted_linear_cross_entropy(
     """
     chex.assert_equal_shape([targets_N, weight_N])
     weight_N = jax.lax.stop_gradient(weight_N)
+    # Not 0 times its loss, which may be infinite: a token of weight 0 is no target.
+    targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
         half = max(1, token_chunk // 2)  # logits and their gradients are there at once

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 
 from easy_jax import files, sealed, weighting
 from easy_jax import fingerprint as fingerprints
-from easy_jax.data import Ragged
+from easy_jax.data import DataWarning, Ragged
 
 FORMAT_VERSION = 2  # 2: checksums, the loss function's code, the model's structure
 SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
@@ -151,7 +152,19 @@ class LossTable:
         tau = self._positive(self.temperature if tau is None else tau)
         weight_N = np.full(self.num_examples, np.nan, np.float32)
         for ids, loss, _ in self.rows():
-            weight_N[ids] = np.asarray(weighting.flow_weights(loss, np.float32(tau)))
+            weight_N[ids] = np.asarray(weighting.flow_weights(loss, _float32(tau)))
+        zero = np.flatnonzero(weight_N == 0)
+        if zero.size:
+            some = f"{zero[:10].tolist()}{' ...' if zero.size > 10 else ''}"
+            self._warn(
+                f"{zero.size} of {self.num_examples} weights are 0: these losses are more than 87 "
+                f"times the temperature {tau:.4g}. Nothing is learnt from example ids {some}"
+            )
+        if len(weight_N) > 1 and np.nanmin(weight_N) == np.nanmax(weight_N):
+            self._warn(
+                f"all weights are {np.nanmax(weight_N):.4g}, because all losses are equal: "
+                "training is plain, with a smaller step"
+            )
         return weight_N
 
     def token_losses(self) -> Ragged:
@@ -175,11 +188,22 @@ class LossTable:
         """
         tau = self._positive(self.token_temperature if tau is None else tau)
         losses = self.token_losses()
-        weight = weighting.flow_weights(losses.values, np.float32(tau))
-        return Ragged(np.asarray(weight), losses.offsets)
+        weight = np.asarray(weighting.flow_weights(losses.values, _float32(tau)))
+        filled = losses.offsets[:-1][np.diff(losses.offsets) > 0]
+        lost = np.maximum.reduceat(weight, filled) == 0  # examples without any weight
+        if lost.any():
+            ids = np.flatnonzero(np.diff(losses.offsets) > 0)[lost]
+            self._warn(
+                f"all token weights of {ids.size} of {self.num_examples} examples are 0: nothing "
+                f"is learnt from example ids {ids[:10].tolist()}{' ...' if ids.size > 10 else ''}"
+            )
+        return Ragged(weight, losses.offsets)
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{self.directory}: {message}", DataWarning, stacklevel=3)
 
     def _positive(self, tau: float) -> float:
-        if not tau > 0:
+        if not 0 < tau < np.inf:
             raise LossTableError(
                 f"the temperature of the loss table in {self.directory} is {tau}; it must be "
                 "positive. At least half of the losses are zero if the median is: has the model "
@@ -190,6 +214,13 @@ class LossTable:
     def fingerprint(self) -> str:
         """Hash of the losses by id: the same for any partition into parts."""
         return fingerprints.of_arrays({"loss": self.loss_N()})
+
+
+def _float32(tau: float) -> float:
+    """The temperature in the losses' precision; as it is where that would make 0 or infinity."""
+    with np.errstate(over="ignore", under="ignore"):
+        rounded = float(np.float32(tau))
+    return rounded if np.finfo(np.float32).tiny <= rounded < np.inf else tau
 
 
 def read_metadata(directory: Path) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ The score of an example is `nll_sum / count`. Reductions live in `easy_jax.step`
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,6 +46,10 @@ def recorded_outputs() -> Iterator[list[int]]:
         yield found
     finally:
         _outputs.reset(token)
+
+
+class ContractError(ValueError):
+    """A model or a loss function is not as easy_jax calls it; the message says what to do."""
 
 
 @runtime_checkable
@@ -145,11 +150,50 @@ def normalised_images(batch: Mapping[str, jax.Array]) -> jax.Array:
     return (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
 
 
+def image_logits(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """`model(image, mask)` of a batch with `image` (see `normalised_images`), `label`, `mask`.
+
+    Raises:
+      ContractError: a model that cannot be called so, or that returns no [B, K]; labels that are
+        not integers [B].
+    """
+    image_BHWC, mask_B, label_B = normalised_images(batch), batch["mask"], batch["label"]
+    own = "give a loss function of your own: loss_fn(model, batch) -> losses, one an example"
+    try:
+        inspect.signature(model).bind(image_BHWC, mask_B)
+    except TypeError as error:
+        raise ContractError(
+            f"classification_loss calls model(image, mask), and {_call(model)} does not take that: "
+            f"give it a second argument, mask=None (bool [B], False for padding), or {own}"
+        ) from error
+    logits_BK = model(image_BHWC, mask_B)
+    shape = getattr(logits_BK, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != mask_B.shape[0]:
+        what = type(logits_BK).__name__ if shape is None else f"an array of shape {shape}"
+        raise ContractError(
+            f"classification_loss needs logits of shape ({mask_B.shape[0]}, classes), and "
+            f"{type(model).__name__} returned {what}; {own}"
+        )
+    if label_B.shape != mask_B.shape or not jnp.issubdtype(label_B.dtype, jnp.integer):
+        raise ContractError(
+            f"field 'label' has shape {label_B.shape} and dtype {label_B.dtype}; "
+            f"classification_loss needs integers of shape {mask_B.shape} (of one-hot labels their "
+            f"argmax), or {own}"
+        )
+    return logits_BK
+
+
+def _call(model: Any) -> str:
+    cls = type(model)
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        return f"{cls.__name__}, which has no __call__,"
+    return f"{cls.__name__}.__call__{inspect.signature(cls.__call__)}"
+
+
 def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
     """`softmax_cross_entropy` of an image model on a batch with `image` (see
     `normalised_images`), `label`, `mask`."""
-    logits_BK = model(normalised_images(batch), batch["mask"])
-    return softmax_cross_entropy(logits_BK, batch["label"])
+    return softmax_cross_entropy(image_logits(model, batch), batch["label"])
 
 
 class CausalLMLoss:
@@ -206,13 +250,21 @@ def causal_lm_token_losses(
         soft_cap=model.config.final_cap,
     )  # fmt: skip
     if "token_weight" in batch:
-        nll_RT = nll_RT * batch["token_weight"]
+        weight_RT = batch["token_weight"]
+        nll_RT = jnp.where(weight_RT != 0, nll_RT * weight_RT, 0.0)  # 0 removes an infinite loss
     # Masked sums, not a one-hot product: a NaN stays with its example.
     nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
     return nll_sum_RS, _count(batch), nll_RT
 
 
 def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    missing = [name for name in ("hidden_states", "head_VD", "config") if not hasattr(model, name)]
+    if missing:
+        raise ContractError(
+            "causal_lm_loss calls model.hidden_states(tokens, positions, segment_ids) and "
+            f"model.head_VD(), and reads model.config.final_cap; {type(model).__name__} has no "
+            f"{' and no '.join(missing)}: give a loss function of your own"
+        )
     hidden: jax.Array = model.hidden_states(
         batch["tokens"], batch["positions"], batch["segment_ids"]
     )

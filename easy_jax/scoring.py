@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,13 +15,13 @@ from jax.sharding import Mesh
 from easy_jax import (
     code_fingerprint,
     compatibility,
+    contract,
     data,
     distributed,
     files,
     lock,
     loss_table,
     sharding,
-    weighting,
 )
 from easy_jax import fingerprint as fingerprints
 from easy_jax.code_fingerprint import name_of
@@ -69,7 +68,8 @@ def score(
       model: the pre-trained (for vision: linear-probed) model.
       source: the fine-tuning data.
       directory: of the table; made if it does not exist.
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`; the loss is their quotient.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, one entry per example, unreduced; the
+        loss is their quotient. Losses alone count 1 each.
       batch_size: global; padded at the end, padding never reaches the table. Rows, not
         examples, of a packed source.
       mesh: default: all devices on the data axis.
@@ -89,9 +89,12 @@ def score(
         code and the values it closes over count; see `easy_jax.code_fingerprint`).
       ScoringError: bad examples, by id.
       LockError: another run is at work in the directory.
+      ContractError: a model that is not NNX's; a loss function that returns anything else, or whose
+        losses depend on the other examples of the batch, as a mean repeated does.
       DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
-      DataError: a head that is not of the data's classes (`easy_jax.compatibility`).
+      DataError: what the loaders refuse; a head that is not of the data's classes
+        (`easy_jax.compatibility`); labels or tokens that the model has no output for.
       ValueError: a loss function with token losses where none are asked for, or without.
 
     Example:
@@ -105,6 +108,8 @@ def score(
       5
     """
     directory = files.path(directory)
+    contract.check_model(model, "score")
+    contract.check_data(model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
     # With "drop", labels out of range are dropped with the other bad examples.
@@ -151,7 +156,7 @@ def score(
         owned = rows[sharding.owned_rows(batch_size, mesh)]
         writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
         state = sharding.shard_tree(state, mesh)
-        results = per_example(graphdef, state, loss_fn, loader, mesh)
+        results = per_example(graphdef, state, loss_fn, loader, mesh, check=True)
         with shown(progress, "scoring", "examples", quiet=not distributed.leads()) as part:
             part.begin(len(source), len(source) - todo.size, jax.process_count())
             for number, (ids, nll_sum, count, *tokens) in enumerate(results):
@@ -237,64 +242,11 @@ def make_score_step(
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         with sharding.tracing_on(mesh):
-            return loss_fn(nnx.merge(graphdef, state, copy=True), batch)
+            model = nnx.merge(graphdef, state, copy=True)
+            return contract.call(loss_fn, model, batch, token_losses=True)
 
     return jax.jit(
         score_step,
-        out_shardings=sharding.batch_sharding(mesh),
-        compiler_options=sharding.compiler_options(mesh),
-    )
-
-
-class OnlineWeights:
-    """FLOW's weights of a batch as it is, from the frozen model: the way of the authors' code.
-
-    Where training sees random views, each view gets a weight of its own. It costs a forward pass in
-    every step, which the weights of a loss table do not.
-
-    Args:
-      model: frozen, in eval mode whatever mode it is in.
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
-      tau: the temperature, in nats.
-      mesh: where the batches are.
-
-    Raises:
-      ValueError: tau is not positive and finite.
-    """
-
-    def __init__(self, model: nnx.Module, *, loss_fn: Callable[..., Any], tau: float, mesh: Mesh):
-        weighting.flow_weights([0.0], tau)  # raises
-        graphdef, state = nnx.split(eval_view(model))
-        self._state = sharding.shard_tree(state, mesh)
-        loss = code_fingerprint.of_function(loss_fn)
-        self._weigh = _make_weigh(graphdef, loss_fn, loss, tau, mesh)
-        structure = code_fingerprint.of_structure(graphdef)
-        self._identity = {"online": loss, "tau": tau, "structure": structure}
-
-    def __call__(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
-        return {**batch, "weight": self._weigh(self._state, batch)}
-
-    def fingerprint(self) -> str:
-        """Of the model, the loss and the temperature."""
-        return fingerprints.of_json({**self._identity, "model": fingerprints.of_state(self._state)})
-
-
-@functools.lru_cache(maxsize=32)
-def _make_weigh(
-    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any], loss: str, tau: float, mesh: Mesh
-) -> Callable[[nnx.State, Mapping[str, jax.Array]], jax.Array]:
-    del loss
-
-    def weigh(state: nnx.State, batch: Mapping[str, jax.Array]) -> jax.Array:
-        with sharding.tracing_on(mesh):
-            nll_sum_B, count_B = loss_fn(nnx.merge(graphdef, state, copy=True), batch)
-        loss_B = jnp.where(batch["mask"], nll_sum_B / count_B, 0.0)
-        weight_B = batch["weight"] * weighting.flow_weights(loss_B, tau)
-        return jnp.where(batch["mask"], weight_B, 0.0)
-
-    return jax.jit(
-        weigh,
         out_shardings=sharding.batch_sharding(mesh),
         compiler_options=sharding.compiler_options(mesh),
     )
@@ -307,6 +259,7 @@ def per_example(
     loader: data.Loader,
     mesh: Mesh,
     name: str = "scoring",
+    check: bool = False,
 ) -> Iterator[tuple[Any, ...]]:
     """Streams `(ids, first, second)` of a function that returns two arrays per example.
 
@@ -322,6 +275,7 @@ def per_example(
       loader: a scoring loader of `sharding.process_rows`.
       mesh: where the batches go.
       name: of the pass, in the warning that devices wait for data.
+      check: on the first batch, that the function is per example (`contract.check_apart`).
     """
     score_step = make_score_step(graphdef, loss_fn, mesh, code_fingerprint.of_function(loss_fn))
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
@@ -329,6 +283,8 @@ def per_example(
     with contextlib.closing(iter(loader)) as batches:
         for number in range(1, loader.steps + 1):
             batch = throughput.fetch(batches)
+            if check and number == 1:
+                check_first_batch(score_step, state, batch, mesh, name_of(loss_fn))
             arrays = {name: array for name, array in batch.items() if name != "example_id"}
             result = score_step(state, sharding.shard_batch(arrays, mesh))
             if pending is not None:
@@ -338,6 +294,22 @@ def per_example(
                 throughput.read(result)  # warns where the devices wait for data
     if pending is not None:
         yield _collect(*pending, mesh)
+
+
+def check_first_batch(
+    score_step: Callable[..., tuple[jax.Array, ...]],
+    state: nnx.State,
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    name: str,
+) -> None:
+    """`contract.check_apart` of a compiled score step; `name` is the loss function's."""
+
+    def run(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        results = score_step(state, sharding.shard_batch(arrays, mesh))
+        return tuple(sharding.local_rows(array) for array in results[:2])
+
+    contract.check_apart(run, batch, name)
 
 
 def _collect(

@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import sharding
+from easy_jax import contract, sharding
 from easy_jax.config import Reduction
 from easy_jax.losses import LossFn, WeightedSumLoss
 
@@ -111,8 +111,9 @@ def make_train_step(
 
     Args:
       graphdef: of the model in the mode to train it in (`model.train()`, then `nnx.split`).
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`, unreduced; [rows, segments] of
-        packed text, and so are `weight` and `mask` below.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, unreduced (losses alone count 1 each);
+        [rows, segments] of packed text, and so are `weight` and `mask` below. Examples of weight 0
+        are masked in the batch that it is given, as padding is.
       optimizer: the one given to `init_train_state`.
       reduction: see the module's docstring. Where every weight or count of a batch is
         zero the loss and its gradient are 0.
@@ -129,6 +130,7 @@ def make_train_step(
     Raises:
       ValueError: an unknown reduction; while tracing, a batch that does not divide into
         micro-batches.
+      ContractError: while tracing, a loss function that returns anything else.
 
     Example:
       >>> from easy_jax.losses import squared_error
@@ -147,25 +149,35 @@ def make_train_step(
     if reduction not in ("token_mean", "example_mean", "weight_mean"):
         raise ValueError(f"unknown reduction {reduction!r}")
 
+    def per_example(
+        params: nnx.State, rest: nnx.State, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, nnx.State]:
+        # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        loss_sum_B, count_B = contract.call(loss_fn, model, batch)
+        return loss_sum_B, count_B, _like(rest, nnx.state(model))
+
+    if reduction == "token_mean":
+        per_example = jax.jit(per_example)  # called twice, traced once
+
     def numerator(
         params: nnx.State, rest: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
-        # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
-        model = nnx.merge(graphdef, params, rest, copy=True)
-
         def coefficients(count_B: jax.Array) -> tuple[jax.Array, jax.Array]:
             chex.assert_equal_shape([count_B, batch["weight"], batch["mask"]])
             return _coefficients(count_B, batch["weight"], batch["mask"], reduction)
 
         if isinstance(loss_fn, WeightedSumLoss):
+            model = nnx.merge(graphdef, params, rest, copy=True)
             total, size = loss_fn.weighted_sum(model, batch, coefficients)
-        else:
-            nll_sum_B, count_B = loss_fn(model, batch)
-            chex.assert_equal_shape([nll_sum_B, count_B])
-            coefficient_B, size = coefficients(count_B)
-            # where, not a product: what padding has may be anything, NaN included.
-            total = jnp.sum(coefficient_B * jnp.where(batch["mask"], nll_sum_B, 0.0))
-        return total, (size, _like(rest, nnx.state(model)))
+            return total, (size, _like(rest, nnx.state(model)))
+        loss_sum_B, count_B, new_rest = per_example(params, rest, _without_removed(batch))
+        if reduction == "token_mean":  # its denominator counts an example of weight 0 all the same
+            count_B = per_example(jax.lax.stop_gradient(params), rest, batch)[1]
+        coefficient_B, size = coefficients(count_B)
+        # where, not a product: the loss of what is removed may be anything, NaN included.
+        total = jnp.sum(jnp.where(coefficient_B != 0, coefficient_B * loss_sum_B, 0.0))
+        return total, (size, new_rest)
 
     def accumulate(
         state: TrainState, batch: Mapping[str, jax.Array]
@@ -213,8 +225,24 @@ def _coefficients(
     if reduction == "token_mean":
         return weight_B, jnp.sum(count_B)
     if reduction == "example_mean":
-        return weight_B / jnp.where(mask_B, count_B, 1.0), jnp.sum(mask_B, dtype=jnp.float32)
+        return weight_B / jnp.where(count_B > 0, count_B, 1.0), jnp.sum(mask_B, dtype=jnp.float32)
     return weight_B, jnp.sum(weight_B * count_B)
+
+
+def _without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with examples of weight 0 masked like padding, and their content taken out.
+
+    A factor of 0 alone does not remove an example: its infinite loss or gradient times 0 is NaN.
+    Floats become 1 and integers 0, which is no place where a logarithm or a root goes wrong. Rows
+    of packed text hold several examples; there only the mask knows.
+    """
+    seen = batch["mask"] & (batch["weight"] != 0)
+    cleaned = {**batch, "mask": seen}
+    for name, array in batch.items():
+        if seen.ndim == 1 and array.dtype != jnp.bool_ and name != "weight":
+            fill = jnp.asarray(jnp.issubdtype(array.dtype, jnp.floating), array.dtype)
+            cleaned[name] = jnp.where(seen.reshape(-1, *[1] * (array.ndim - 1)), array, fill)
+    return cleaned
 
 
 def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:

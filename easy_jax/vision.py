@@ -36,6 +36,7 @@ from easy_jax.loss_table import LossTable
 from easy_jax.losses import classification_loss
 from easy_jax.measurements import Measurements
 from easy_jax.models import resnet
+from easy_jax.online_weights import OnlineWeights
 from easy_jax.plan import (
     Cell,
     Stage,
@@ -301,7 +302,7 @@ class ImageExperiment:
         if stage.weighting == "flow_online":
             probe = self.stages[probe_name(stage.seed, stage.label_noise)]
             num_classes = self.data(probe).target.num_classes
-            online = scoring.OnlineWeights(
+            online = OnlineWeights(
                 self.networks.merge(self.fit(probe.name).model_state, num_classes),
                 loss_fn=classification_loss,
                 tau=table.temperature,

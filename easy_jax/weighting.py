@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Values = ArrayLike | Sequence[Any]
+_SMALL = 1e-30
 
 
 def temperature(loss_N: Values) -> jax.Array:
@@ -33,7 +34,10 @@ def temperature(loss_N: Values) -> jax.Array:
       1.0
     """
     loss_N = _as_losses(loss_N)
-    return _check_temperature(jnp.median(loss_N), "the median loss")
+    median = jnp.median(loss_N)
+    if _is_concrete(median) and median < _SMALL:  # XLA takes what is below 1.2e-38 for 0
+        median = jnp.asarray(np.median(np.asarray(loss_N, np.float64)).astype(loss_N.dtype))
+    return _check_temperature(median, "the median loss")
 
 
 def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
@@ -54,8 +58,7 @@ def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
       [1.0, 0.3679, 0.1353]
     """
     loss_N = _as_losses(loss_N)
-    tau = temperature(loss_N) if tau is None else _check_temperature(tau, "tau")
-    return jnp.exp(-loss_N / tau)
+    return _exponential(loss_N, temperature(loss_N) if tau is None else tau)
 
 
 def flow_weights_token(
@@ -87,12 +90,10 @@ def flow_weights_token(
         )
     if tau is None:
         tau = temperature(token_loss[target_mask])
-    else:
-        tau = _check_temperature(tau, "tau")
-        if _is_concrete(token_loss):
-            _as_losses(token_loss[target_mask])
+    elif _is_concrete(token_loss):
+        _as_losses(token_loss[target_mask])
     safe = jnp.where(target_mask, token_loss, 0.0)
-    return jnp.where(target_mask, jnp.exp(-safe / tau), 0.0)
+    return jnp.where(target_mask, _exponential(safe, tau), 0.0)
 
 
 def kl_dro_weights(loss_N: Values, tau: ArrayLike) -> jax.Array:
@@ -188,12 +189,26 @@ def _as_losses(loss_N: Values) -> jax.Array:
     return loss_N
 
 
+def _exponential(loss: jax.Array, tau: ArrayLike) -> jax.Array:
+    """exp(-loss / tau), also of a tau that is positive and that XLA takes for 0."""
+    checked = _check_temperature(tau, "tau")
+    if _is_concrete(loss) and _is_concrete(tau) and np.asarray(tau) < _SMALL:
+        with np.errstate(over="ignore", under="ignore"):
+            weight = np.exp(-np.asarray(loss, np.float64) / np.asarray(tau, np.float64))
+            return jnp.asarray(weight.astype(loss.dtype))
+    return jnp.exp(-loss / checked)
+
+
 def _check_temperature(tau: ArrayLike, what: str) -> jax.Array:
     # NumPy, not jnp: under jit a comparison by jnp is traced even where tau is concrete.
     if _is_concrete(tau) and not (np.isfinite(tau) and np.asarray(tau) > 0):
+        advice = (
+            ". If the median is zero, so are at least half of the losses: give a temperature of "
+            "your own, or check that the model has not been trained on these examples"
+        )
+        value = float(np.asarray(tau))
         raise ValueError(
-            f"{what} is {float(np.asarray(tau))}; the temperature must be positive. If the median "
-            "is zero, so are at least half of the losses: give a temperature of your own, or check "
-            "that the model has not been trained on these examples"
+            f"{what} is {value}; the temperature must be positive and finite"
+            f"{advice if value == 0 else ''}"
         )
     return jnp.asarray(tau)

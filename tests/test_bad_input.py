@@ -21,7 +21,7 @@ from configs import quickstart
 from easy_jax import loss_table, sharding, step, train, weighting
 from easy_jax.checkpoint import Checkpointer, CheckpointError
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig
-from easy_jax.data import ArraySource, DataError, scoring_loader, training_loader
+from easy_jax.data import ArraySource, DataError, DataWarning, scoring_loader, training_loader
 from easy_jax.fitting import TrainingError, fit
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import softmax_cross_entropy, squared_error
@@ -291,8 +291,8 @@ def test_reserved_field_name(name):
     [
         (np.ones(19), r"\(19,\) weights for 20 examples"),
         (np.ones((20, 1)), r"\(20, 1\) weights for 20 examples"),
-        (np.where(np.arange(20) == 6, -0.5, 1.0), r"negative or infinite for example ids \[6\]"),
-        (np.where(np.arange(20) == 9, np.inf, 1.0), r"negative or infinite for example ids \[9\]"),
+        (np.where(np.arange(20) == 6, -0.5, 1.0), r"infinite for 1 examples, ids \[6\]"),
+        (np.where(np.arange(20) == 9, np.inf, 1.0), r"infinite for 1 examples, ids \[9\]"),
         (np.full(20, np.nan), "no example is left to train on"),
     ],
     ids=["length", "rank", "negative", "infinite", "none"],
@@ -302,10 +302,16 @@ def test_bad_weights(weight_N, message):
         training_loader(points(), 8, epochs=1, seed=0, weight_N=weight_N)
 
 
-@pytest.mark.parametrize("weight", [np.float32(-1), np.ones(2, np.float32)])
-def test_bad_weight_field(weight):
-    source = Records([{"x": np.zeros(2, np.float32), "weight": weight}] * 4)
-    with pytest.raises(DataError, match=r"'weight' must be a non-negative scalar per example"):
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0, -1.0, 2.0, -3.0], r"'weight' is negative in example ids \[1, 3\]"),
+        ([np.ones(2)] * 4, r"must be a number per example; in example \d it has shape \(2,\)"),
+    ],
+)
+def test_bad_weight_field(weights, message):
+    source = Records([{"x": np.zeros(2, np.float32), "weight": weight} for weight in weights])
+    with pytest.raises(DataError, match=message):
         list(training_loader(source, 8, epochs=1, seed=0))
 
 
@@ -442,7 +448,8 @@ def test_all_losses_zero_in_a_table(tmp_path):
     assert table.temperature == 0.0
     with pytest.raises(LossTableError, match=r"temperature .* is 0\.0; it must be positive"):
         table.flow_weights()
-    np.testing.assert_array_equal(table.flow_weights(tau=1.0), np.ones(20))
+    with pytest.warns(DataWarning, match="all weights are 1, because all losses are equal"):
+        np.testing.assert_array_equal(table.flow_weights(tau=1.0), np.ones(20))
 
 
 def test_negative_loss(tmp_path):

@@ -15,6 +15,7 @@ from helpers import devices_mesh
 from easy_jax import losses, scoring, sharding
 from easy_jax.models import convolution
 from easy_jax.models.convolution import convolve, max_pool
+from easy_jax.online_weights import OnlineWeights
 from easy_jax.step import init_train_state, make_train_step
 
 CASES = [  # batch, height, width, channels, features, window, stride
@@ -166,7 +167,7 @@ def test_steps_are_compiled_with_the_options(monkeypatch):
         nnx.graphdef(model), loss_fn, optimizer, reduction="example_mean", mesh=mesh
     )
     score_step = scoring.make_score_step(nnx.graphdef(model), loss_fn, mesh)
-    weigh = scoring.OnlineWeights(model, loss_fn=loss_fn, tau=1.0, mesh=mesh)
+    weigh = OnlineWeights(model, loss_fn=loss_fn, tau=1.0, mesh=mesh)
     state = init_train_state(model, optimizer, mesh=mesh)
     for call in (
         lambda: train_step(state, batch),

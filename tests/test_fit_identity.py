@@ -9,11 +9,11 @@ from flax import nnx
 from helpers import Records
 
 import easy_jax as ej
-from easy_jax import scoring
 from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.loss_table import LossTableError
+from easy_jax.online_weights import OnlineWeights
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = X @ np.ones((3, 1), np.float32)
@@ -103,7 +103,7 @@ def test_the_weights_of_every_batch_are_refused_and_named(tmp_path, finished):
 
     def online(**changes):
         options = {"model": linear(), "loss_fn": squared, "tau": 1.0, **changes}
-        return scoring.OnlineWeights(options.pop("model"), mesh=mesh, **options)
+        return OnlineWeights(options.pop("model"), mesh=mesh, **options)
 
     fit(tmp_path, online=online(), mesh=mesh)
     for changes in ({"tau": 2.0}, {"loss_fn": another_squared}, {"model": linear(seed=1)}):

@@ -217,7 +217,7 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     content = json.loads((copy / "tokenizer.json").read_text())
     content["model"]["vocab"]["it"] = 99
     (copy / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"token id 99, the model a vocabulary of 14"):
+    with pytest.raises(DataError, match=r"token id 99.*, the model a vocabulary of 14"):
         train.run(_config(copy), tmp_path / "run", until="score")
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from helpers import devices_mesh
 from image_data import write_folder
 
-from easy_jax import data, evaluate, losses, report, scoring, train
+from easy_jax import data, evaluate, losses, report, train
 from easy_jax import results as results_lib
 from easy_jax.config import (
     RESNETS,
@@ -31,6 +31,7 @@ from easy_jax.config import (
 from easy_jax.data.images import training_view, uniforms
 from easy_jax.loss_table import LossTable
 from easy_jax.models import eval_view, resnet, timm_weights
+from easy_jax.online_weights import OnlineWeights
 from easy_jax.plan import plan
 from easy_jax.sealed import ArtefactError
 
@@ -191,9 +192,7 @@ def test_online_weights_are_of_the_view_trained_on(photos):
     loader = data.training_loader(source, 8, epochs=2, seed=3)
     batch = list(loader)[-1]  # of the second epoch, with padding
     assert not batch["mask"].all()
-    weigh = scoring.OnlineWeights(
-        model, loss_fn=losses.classification_loss, tau=0.7, mesh=devices_mesh(1)
-    )
+    weigh = OnlineWeights(model, loss_fn=losses.classification_loss, tau=0.7, mesh=devices_mesh(1))
     ids = batch.pop("example_id")
     batch["weight"] = np.linspace(0.5, 1.0, 8, dtype=np.float32)
     weight_B = np.asarray(weigh(jax.device_put(batch))["weight"])

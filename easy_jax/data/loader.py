@@ -24,14 +24,14 @@ import jax
 import numpy as np
 
 from easy_jax import sharding
+from easy_jax.data.checks import check_batch, check_own_weight, checked_weights, stack
 from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
 from easy_jax.data.reading import Reading, iterate
-from easy_jax.data.sources import DataError, Record, Source
+from easy_jax.data.sources import DataError, Source
 
 Batch = dict[str, np.ndarray]
 AnySource = Source | PackedSource
 PADDING_ID = -1
-_RESERVED = ("example_id", "mask")
 
 
 class Loader:
@@ -145,7 +145,7 @@ def training_loader(
       rows, reading: as in `scoring_loader`.
 
     Raises:
-      DataError: an empty source; weights of another length, negative or infinite.
+      DataError: an empty source; weights of another length, negative or infinite, or all 0.
       ConfigError: without `rows`, a batch size that does not divide over the devices.
 
     Example:
@@ -163,15 +163,14 @@ def training_loader(
         if given_N.shape == (len(source),):  # dropped while scoring: it has no token weights
             weight_N = np.where(np.diff(token_weight.offsets) > 0, given_N, np.nan)
     if weight_N is not None:
-        weight_N = np.asarray(weight_N, np.float32)
-        if weight_N.shape != (len(source),):
-            raise DataError(f"{weight_N.shape} weights for {len(source)} examples")
-        bad = np.flatnonzero(np.isinf(weight_N) | (weight_N < 0))
-        if bad.size:
-            raise DataError(f"weights are negative or infinite for example ids {bad[:10].tolist()}")
+        weight_N = checked_weights(weight_N, len(source))
         ids = np.flatnonzero(~np.isnan(weight_N))
         if ids.size == 0:
             raise DataError("no example is left to train on: every weight is missing")
+        if not weight_N[ids].any():
+            raise DataError(f"there is nothing to train on: all {ids.size} weights are 0")
+    if token_weight is not None and not token_weight.values.any():
+        raise DataError("there is nothing to train on: all token weights are 0")
     ids = _checked_ids(source, ids)
     order = _ShuffledEpochs(ids, seed, epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
@@ -292,12 +291,12 @@ class _Reader:
         rows = self._rows[mask_b] if mask_b.any() else np.zeros(1, np.int64)
         positions = ids[rows].tolist()
         batch = self._records(positions, *(epoch[rows].tolist() for epoch in epochs))
-        _check(batch, positions)
+        check_batch(batch, positions)
         own_weight_b = batch.pop("weight", None)
         if self._weight_N is not None:
             weight_b = self._weight_N[positions]
             if own_weight_b is not None:
-                weight_b = weight_b * _check_own_weight(own_weight_b, positions)
+                weight_b = weight_b * check_own_weight(own_weight_b, positions)
             batch["weight"] = weight_b.astype(np.float32)
         if not mask_b.all():  # what is read is read once, and padding copies the first of it
             row_b = np.where(mask_b, np.cumsum(mask_b) - 1, 0)
@@ -312,8 +311,8 @@ def read_records(source: Source, positions: list[int]) -> Batch:
     if hasattr(source, "batch"):
         return dict(source.batch(positions))
     if hasattr(source, "__getitems__"):
-        return _stack(source.__getitems__(positions), positions)
-    return _stack([source[position] for position in positions], positions)
+        return stack(source.__getitems__(positions), positions)
+    return stack([source[position] for position in positions], positions)
 
 
 def _read_views(source: Source, seed: int, positions: list[int], epochs: list[int]) -> Batch:
@@ -321,48 +320,6 @@ def _read_views(source: Source, seed: int, positions: list[int], epochs: list[in
     if hasattr(source, "training_batch"):
         return dict(source.training_batch(positions, epochs, seed))
     return read_records(source, positions)
-
-
-def _check(batch: Batch, positions: list[int]) -> None:
-    clash = [name for name in _RESERVED if name in batch]
-    if clash:
-        raise DataError(f"records have fields {clash}, which the loader makes itself; rename them")
-    for name, array in batch.items():
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
-            finite = np.isfinite(array).reshape(len(positions), -1).all(axis=1)
-            bad = sorted({positions[row] for row in np.flatnonzero(~finite)})
-            raise DataError(f"field {name!r} has NaN or infinite values in example ids {bad}")
-
-
-def _stack(records: list[Record], positions: list[int]) -> Batch:
-    names = records[0].keys()
-    batch = {}
-    for name in names:
-        values: list[np.ndarray] = []
-        for record, position in zip(records, positions, strict=True):
-            if record.keys() != names:
-                raise DataError(
-                    f"example {position} has fields {sorted(record)}, example {positions[0]} "
-                    f"{sorted(names)}"
-                )
-            value = np.asarray(record[name])
-            if values and value.shape != values[0].shape:
-                raise DataError(
-                    f"field {name!r} of example {position} has shape {value.shape}, that of "
-                    f"example {positions[0]} {values[0].shape}"
-                )
-            values.append(value)
-        batch[name] = np.stack(values)
-    return batch
-
-
-def _check_own_weight(weight_b: np.ndarray, positions: list[int]) -> np.ndarray:
-    if weight_b.ndim != 1 or (weight_b < 0).any():
-        raise DataError(
-            f"field 'weight' must be a non-negative scalar per example; examples "
-            f"{positions[:3]} ... have shape {weight_b.shape[1:]}, minimum {weight_b.min()}"
-        )
-    return weight_b
 
 
 def present_ids(source: AnySource) -> np.ndarray:

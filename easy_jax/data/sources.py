@@ -10,6 +10,7 @@ import numpy as np
 from easy_jax import fingerprint as fingerprints
 
 Record = Mapping[str, np.ndarray]
+EXAMPLE_RECORD = '{"image": array, "label": array}'
 PREPARE_TFDS = (
     "Prepare it first, with tfds.builder(..., file_format='array_record').download_and_prepare()"
 )
@@ -106,6 +107,11 @@ class ArraySource:
     """
 
     def __init__(self, fields: Mapping[str, np.ndarray], num_classes: int | None = None):
+        if not isinstance(fields, Mapping):
+            raise DataError(
+                f"ArraySource takes a mapping of names to arrays, such as {EXAMPLE_RECORD}, not a "
+                f"{type(fields).__name__}"
+            )
         self.fields = {name: np.asarray(array) for name, array in fields.items()}
         lengths = {name: len(array) for name, array in self.fields.items()}
         if len(set(lengths.values())) > 1:
@@ -120,6 +126,12 @@ class ArraySource:
                 )
         self.num_classes = num_classes
         if num_classes is not None:
+            if "label" not in self.fields:
+                raise DataError(
+                    f"num_classes is {num_classes}, and there is no field 'label' to check it "
+                    f"with; the fields are {', '.join(self.fields)}: rename the labels' field to "
+                    "'label', or leave num_classes out"
+                )
             check_labels(self.fields["label"], num_classes)
 
     def __len__(self) -> int:
@@ -230,11 +242,57 @@ def tfds_identity(builder: Any, split: str) -> dict[str, Any]:
 
 
 def fingerprint(source: Any) -> str:
-    """The source's own fingerprint or, if it has none, a hash of every record."""
+    """The source's own fingerprint or, if it has none, a hash of every record.
+
+    Raises:
+      DataError: a record that is no mapping, or that holds Python objects.
+    """
     own = getattr(source, "fingerprint", None)
     if own is not None:
         return own()
-    return fingerprints.of_records(source[position] for position in range(len(source)))
+    return fingerprints.of_records(_hashable(source[i], i) for i in range(len(source)))
+
+
+def _hashable(record: Any, position: int) -> Record:
+    check_mapping(record, position)
+    for name, value in record.items():
+        if np.asarray(value).dtype.hasobject:
+            raise DataError(_no_numbers(name, value, position))
+    return record
+
+
+def check_mapping(record: Any, position: int) -> None:
+    """Raises DataError unless a record is a mapping."""
+    if not isinstance(record, Mapping):
+        length = f" of {len(record)}" if isinstance(record, tuple | list) else ""
+        raise DataError(
+            f"example {position} is a {type(record).__name__}{length}; a record is a mapping of "
+            f"names to arrays, such as {EXAMPLE_RECORD}"
+        )
+
+
+def check_record(record: Any, position: int) -> None:
+    """Raises DataError unless a record is a mapping of arrays of numbers."""
+    check_mapping(record, position)
+    for name, value in record.items():
+        check_numbers(name, np.asarray(value), position)
+
+
+def check_numbers(name: str, array: np.ndarray, position: int) -> None:
+    """Raises DataError unless a field of an example, or of a batch, holds numbers or booleans."""
+    is_extended = array.dtype.kind == "V" and array.dtype.names is None  # bfloat16 and the like
+    if array.dtype.kind not in "biufc" and not is_extended:
+        raise DataError(_no_numbers(name, array, position))
+
+
+def _no_numbers(name: str, value: Any, position: int) -> str:
+    array = np.asarray(value)
+    kinds = {"U": "text", "S": "bytes", "O": f"objects ({type(array.flat[0]).__name__})"}
+    what = kinds.get(array.dtype.kind, str(array.dtype)) if array.size else str(array.dtype)
+    return (
+        f"field {name!r} of example {position} holds {what} (dtype {array.dtype}), which a device "
+        "cannot compute with: turn it into numbers, or leave the field out"
+    )
 
 
 def check_labels(label_N: np.ndarray, num_classes: int, used_N: np.ndarray | None = None) -> None:

@@ -139,12 +139,21 @@ class TokenSource:
 
 
 def check_vocabulary(data: TokenSource | int, vocab_size: int) -> None:
-    """Raises DataError if a token (of the source, or the greatest id) is none of the model's."""
-    greatest = int(data.tokens.max()) if isinstance(data, TokenSource) else data
-    if greatest >= vocab_size:
+    """Raises DataError if a token (of the source, or the greatest id) is none of the model's; with
+    the examples' ids."""
+    examples = ""
+    if isinstance(data, TokenSource):
+        bad = np.flatnonzero(data.tokens >= vocab_size)
+        if not bad.size:
+            return
+        ids = np.unique(np.searchsorted(data.offsets, bad, side="right") - 1)
+        more = " ..." if ids.size > 10 else ""
+        examples = f" (in {ids.size} examples, ids {ids[:10].tolist()}{more})"
+        data = int(data.tokens[bad].max())
+    if data >= vocab_size:
         raise DataError(
-            f"the data has token id {greatest}, the model a vocabulary of {vocab_size}: tokenizer "
-            "and model do not belong together"
+            f"the data has token id {data}{examples}, the model a vocabulary of {vocab_size}: "
+            "tokenizer and model do not belong together"
         )
 
 
