@@ -81,7 +81,8 @@ def check_classifier(
 def check_names(ours: Sequence[str], theirs: Sequence[str], model: str = "the model") -> None:
     """Raises DataError where a model's classes and the data's have names, and other ones.
 
-    Names that count, `0`, `1`, `2` and so on, are none: so classes without names are called.
+    Names that count, `0`, `1`, `2` and so on, are what classes without names are called: they are
+    only compared with the same in another order.
 
     Args:
       ours, theirs: the model's and the data's, in order.
@@ -93,7 +94,7 @@ def check_names(ours: Sequence[str], theirs: Sequence[str], model: str = "the mo
       easy_jax.data.sources.DataError: the model's classes are the data's in another order: ...
     """
     ours, theirs = list(ours), list(theirs)
-    if ours == theirs or not (_are_names(ours) and _are_names(theirs)):
+    if ours == theirs or not ours or not theirs:
         return
     if sorted(ours) == sorted(theirs):
         place = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
@@ -110,6 +111,8 @@ def check_names(ours: Sequence[str], theirs: Sequence[str], model: str = "the mo
             "data's classes so that they sort as the model's, or give the model a new head "
             "(easy_jax.new_head)"
         )
+    if _count_up(ours) or _count_up(theirs):
+        return
     missing = [name for name in theirs if name not in ours]
     raise data.DataError(
         f"{model}'s classes, {_some(ours)}, are not the data's, {_some(theirs)}"
@@ -123,8 +126,8 @@ def natural_key(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdecimal() else (2**63, name)
 
 
-def _are_names(names: list[str]) -> bool:
-    return bool(names) and names != [str(number) for number in range(len(names))]
+def _count_up(names: list[str]) -> bool:
+    return names == [str(number) for number in range(len(names))]
 
 
 def _some(names: list[str]) -> str:

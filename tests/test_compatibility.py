@@ -190,7 +190,20 @@ def test_numbers_in_natural_order_are_explained():
                                         r"model's are in the order of their numbers"):  # fmt: skip
         compatibility.check_names(["0", "1", "2", "10"], text)
     compatibility.check_names(text, text)
+    # Names that count are compared with the same in another order only.
+    counted = [str(number) for number in range(11)]
+    for pair in ((counted, sorted(counted)), (sorted(counted), counted)):
+        with pytest.raises(DataError, match=r"in another order: class 2 is '(2|10)' of the model"):
+            compatibility.check_names(*pair)
+    compatibility.check_names(counted, [f"class {name}" for name in counted])
     assert sorted(text, key=compatibility.natural_key) == ["0", "1", "2", "10"]
+
+
+def test_what_data_tell_of_themselves(images):
+    info = ClassifierInfo.of(images)
+    assert info.classes == ("cat", "dog")
+    assert (info.mean, info.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert ClassifierInfo.of(points(3, 3)) == ClassifierInfo()
 
 
 def test_another_normalisation_is_told(images):

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
@@ -24,6 +24,21 @@ class ClassifierInfo:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, source: Any) -> "ClassifierInfo":
+        """What a source of data tells of itself: for a network that was trained on it.
+
+        Example:
+          >>> from types import SimpleNamespace
+          >>> ClassifierInfo.of(SimpleNamespace(classes=["cat", "dog"]))
+          ClassifierInfo(classes=('cat', 'dog'), mean=(), std=())
+        """
+        colours = (
+            tuple(round(float(value), 6) for value in getattr(source, name, ()))
+            for name in ("mean", "std")
+        )
+        return cls(tuple(getattr(source, "classes", ())), *colours)
 
 
 def info_of(model: nnx.Module) -> ClassifierInfo:
