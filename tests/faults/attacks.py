@@ -27,11 +27,10 @@ import tiny_language  # noqa: E402
 
 from easy_jax import errors  # noqa: E402
 from easy_jax.loss_table import LossTable  # noqa: E402
-from easy_jax.metrics import read_lines  # noqa: E402
 
 LANGUAGE, VISION = "language", "vision"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["easy_jax.main"])
+FORKS.set_forkserver_preload(["easy_jax.main", "easy_jax.train", "easy_jax.report"])
 
 
 def arguments(description, count, argv=None):
@@ -306,8 +305,3 @@ def until(condition, run, seconds=60):
             return False
         time.sleep(0.0005)
     return True
-
-
-def cells(workdir):
-    """How many measurements there are."""
-    return len(read_lines(workdir / "cells.jsonl"))

@@ -7,6 +7,7 @@ more ends with loss tables, checkpoints and results bit for bit those of a calm 
 """
 
 import collections
+import json
 import random
 import sys
 import tempfile
@@ -83,7 +84,7 @@ class Pair:
 
     def _worked_twice(self):
         """A step that was logged twice."""
-        log = attacks.read_lines(self.workdir / "metrics.jsonl")
+        log = map(json.loads, (self.workdir / "metrics.jsonl").read_text().splitlines())
         steps = ((line["stage"], line["step"]) for line in log if line["kind"] == "train")
         return max(collections.Counter(steps).values(), default=1) > 1
 
