@@ -286,7 +286,7 @@ def _this_process() -> Owner:
 
 def _kernel() -> str:
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # no Linux
         return ""
@@ -317,7 +317,7 @@ def _started(pid: int) -> str | None:
     """When a process started, in the kernel's ticks since boot; empty if it has ended, None if it
     is not shown."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     return "" if fields[0] in "ZX" else fields[19]

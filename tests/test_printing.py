@@ -1,5 +1,6 @@
 """What is printed and written is the text that it is, in any locale."""
 
+import ast
 import io
 import sys
 
@@ -51,3 +52,27 @@ def test_names_in_figures_are_no_formulas():
     figure.legend()
     svg = figures.to_svg(figure)
     assert "<!-- $x^2$ -->" in svg and "<!-- $\\broken{$ -->" in svg
+
+
+def _of_the_locale(code):
+    """Lines that read or write text in the locale's encoding."""
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call) or any(key.arg == "encoding" for key in node.keywords):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in ("read_text", "write_text"):
+            if len(node.args) < 1 + (name == "write_text"):
+                yield node.lineno
+        elif name == "open":
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            if any(mode in ("r", "w", "a", "x", "r+") for mode in modes):
+                yield node.lineno
+
+
+def test_no_file_depends_on_the_locale(root):
+    assert [*_of_the_locale('p.read_text()\np.open("w")\nopen(p, "wb")\np.read_text("utf-8")')] == [
+        1, 2,
+    ]  # fmt: skip
+    for folder in ("easy_jax", "scripts", "benchmarks", "configs"):
+        for path in (root / folder).rglob("*.py"):
+            assert not [*_of_the_locale(path.read_text("utf-8"))], path
