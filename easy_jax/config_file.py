@@ -51,7 +51,7 @@ class Entries(tuple_parser.TupleParser):
             value = _literal(argument)
             return tuple(value) if isinstance(value, tuple | list) else (value,)
         words = [word.strip() for word in argument.split(",")]
-        return tuple(_literal(word) for word in words if word)
+        return tuple(_literal(word) for word in (words if words[-1] else words[:-1]))
 
 
 def define(name: str, text: str) -> flags.FlagHolder:
@@ -96,7 +96,8 @@ def read(location: str) -> ExperimentConfig | LanguageConfig:
         where = f"{error.filename or name}, line {error.lineno}"
         raise ConfigError(f"{where}: this is not Python: {error.msg}") from error
     except Exception as error:
-        raise ConfigError(f"{_place(error, path)}: {type(error).__name__}: {error}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{_place(error, path)}: {reason}") from error
     if not isinstance(config, ExperimentConfig | LanguageConfig):
         raise ConfigError(
             f"get_config of {name} returns {type(config).__name__}; it must be an ExperimentConfig "

@@ -99,7 +99,10 @@ def parse(argv: list[str]) -> str:
         raise UsageError(f"which command? There are {', '.join(usage.COMMANDS)} (easy-jax --help)")
     command = usage.find_command(words[0])
     if len(words) > 1:
-        raise UsageError(f"{words[1]!r} is neither a flag nor the value of one")
+        file = f"; for a file write --config={words[1]}" if ".py" in words[1] else ""
+        raise UsageError(f"{words[1]!r} is neither a flag nor the value of one{file}")
+    if flags.FLAGS["config"].present > 1:
+        raise UsageError("--config is given twice")
     if command.needs_config and _CONFIG.value is None:
         example = command.examples[0]
         raise UsageError(f"{words[0]} needs --config=FILE.py, such as: easy-jax {example}")

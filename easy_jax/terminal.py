@@ -1,6 +1,7 @@
 """What a person sees while something long runs: bars with the time left, or lines in a log."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import sys
@@ -17,6 +18,7 @@ from rich.table import Column
 from easy_jax.progress import Calls, Count, Done, Left, Part, clock_time
 
 _FIRST, _EVERY = 10.0, 60.0  # seconds: when a log gets its first line of progress, and the others
+_REDRAW = 0.1  # seconds: a bar that is redrawn at every fast step would slow them
 _COMPILED = {"step": "the training step", "score_step": "the forward pass"}  # by JAX's names
 
 
@@ -82,6 +84,7 @@ class Terminal:
         self._row: _Row | None = None
         self._description, self._speed = "starting", ""
         self._say_at: float | None = None
+        self._drawn_at = -_REDRAW
         self.is_live = not self._console.quiet and _can_draw(self._console)
         self._progress = Progress(
             TextColumn(
@@ -106,14 +109,14 @@ class Terminal:
         self.print(f"{len(stages)} stages, {about}{total:,} training steps in all")
 
     def part(self, name: str, unit: str = "steps", where: Path | None = None) -> Part:
-        """What shows a stage or a pass over examples, as `progress` of `fit` or `score`.
+        """A stage or a pass over examples, to be given to `fit` or `score` as `progress`.
 
         Args:
           name: of the stage.
           unit: `steps` or `examples`.
           where: the stage's checkpoints, in folders named by their step.
         """
-        self.describe(name)
+        self._describe(name)
         return _Row(self, name, unit, where)
 
     def skip(self, name: str) -> None:
@@ -125,6 +128,11 @@ class Terminal:
 
     def describe(self, text: str) -> None:
         """Says what is going on, of which there is no count."""
+        self._describe(text)
+        if not self.is_live:
+            self.print(text)
+
+    def _describe(self, text: str) -> None:
         self._row, self._description, self._speed = None, text, ""
         self._progress.remove_task(self._now)
         self._now = self._add(text, None)
@@ -153,13 +161,15 @@ class Terminal:
 
     def advanced(self, row: _Row, count: int) -> None:
         """A stage has got on."""
-        self._progress.update(self._now, completed=row.count.done)
         if row.name in self._stages:
             self._whole.advance(count)
-            self._progress.update(self._all, completed=self._whole.done)
-        if self.is_live:
-            return
         now = self.clock()
+        if self.is_live:
+            if now >= self._drawn_at + _REDRAW or row.count.done == row.count.total:
+                self._drawn_at = now
+                self._progress.update(self._now, completed=row.count.done)
+                self._progress.update(self._all, completed=self._whole.done)
+            return
         self._say_at = now + _FIRST if self._say_at is None else self._say_at
         if now >= self._say_at:
             self._say_at = now + _EVERY
@@ -230,7 +240,8 @@ class Terminal:
         return text if len(text) <= room else f"…{text[1 - room :]}"
 
     def __enter__(self) -> "Terminal":
-        _watch_compilation(self)
+        _listen_to_jax()
+        _open.append(self)
         self._progress.start()
         return self
 
@@ -241,7 +252,7 @@ class Terminal:
         traceback: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        _watch_compilation(None)
+        _open.remove(self)
 
 
 @contextlib.contextmanager
@@ -272,31 +283,26 @@ def _can_draw(console: Console) -> bool:
     return console.is_terminal
 
 
-_shows_compilation: list[Terminal] = []
-_listens = False
+_open: list[Terminal] = []  # the last one shows what is compiled
 
 
-def _watch_compilation(terminal: Terminal | None) -> None:
-    """Has JAX tell a terminal when it compiles."""
-    global _listens
-    _shows_compilation[:] = [] if terminal is None else [terminal]
-    if terminal is not None and not _listens:
-        import jax
+@functools.cache
+def _listen_to_jax() -> None:
+    """Has JAX tell when it compiles."""
+    import jax
 
-        jax.monitoring.register_scalar_listener(_compilation_begins)
-        jax.monitoring.register_event_duration_secs_listener(_compilation_ends)
-        _listens = True
+    jax.monitoring.register_scalar_listener(_compilation_begins)
+    jax.monitoring.register_event_duration_secs_listener(_compilation_ends)
 
 
 def _compilation_begins(event: str, value: float, **values: Any) -> None:
     what = _COMPILED.get(str(values.get("fun_name")))
-    if event == "/jax/core/compile/jaxpr_trace_duration" and what is not None:
-        for terminal in _shows_compilation:
-            terminal.compiling(what)
+    if event == "/jax/core/compile/jaxpr_trace_duration" and what is not None and _open:
+        _open[-1].compiling(what)
 
 
 def _compilation_ends(event: str, duration_secs: float, **values: Any) -> None:
     names = [f"jit({name})" for name in _COMPILED]
-    if event == "/jax/core/compile/backend_compile_duration" and values.get("fun_name") in names:
-        for terminal in _shows_compilation:
-            terminal.compiling(None)
+    is_end = event == "/jax/core/compile/backend_compile_duration"
+    if is_end and values.get("fun_name") in names and _open:
+        _open[-1].compiling(None)

@@ -184,15 +184,43 @@ def test_the_same_command_again_finds_all_done(whole, command_line):
     assert read_results(workdir) == results  # `seconds` included
 
 
-def test_killed_and_run_again_gives_the_same_results(whole, command_line, tmp_path):
-    workdir = tmp_path / "workdir"
-    saves = workdir / "checkpoints" / "seed0" / "pretrain"
-    process = command_line.start("run", workdir)
+def wait_for_saves(process, saves):
+    """Until four steps are saved."""
     deadline = time.monotonic() + 600
     while not any(path.name.isdigit() and int(path.name) >= 4 for path in saves.glob("*")):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_ctrl_c_says_what_is_saved(command_line, tmp_path):
+    saves = tmp_path / "checkpoints" / "seed0" / "pretrain"
+    # The background job of a shell, which this may be, ignores Ctrl-C, and so do its processes.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = command_line.start("run", tmp_path)
+    signal.signal(signal.SIGINT, before)
+    wait_for_saves(process, saves)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    (line,) = err.splitlines()
+    found = re.fullmatch(
+        r"easy-jax: interrupted in seed0/pretrain after (\d+) of 16 steps; saved up to (\d+) in "
+        r"(\S+); the same command continues",
+        line,
+    )
+    assert 4 <= int(found[2]) <= int(found[1]) < 16 and found[3] == str(saves)
+    assert (saves / found[2]).is_dir()
+    begins = out.splitlines()[:3]
+    assert re.fullmatch(rf"quickstart-tiny: on 1 \S+ device, in {tmp_path}", begins[0])
+    assert begins[1:] == ["5 stages, 24 training steps in all", "seed0/pretrain: 16 steps"]
+
+
+def test_killed_and_run_again_gives_the_same_results(whole, command_line, tmp_path):
+    workdir = tmp_path / "workdir"
+    saves = workdir / "checkpoints" / "seed0" / "pretrain"
+    process = command_line.start("run", workdir)
+    wait_for_saves(process, saves)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

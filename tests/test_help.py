@@ -87,7 +87,8 @@ def test_help_of_a_command_has_its_options_and_examples():
 def test_every_flag_is_in_the_help_and_every_option_is_a_flag():
     ours = {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.main")}
     ours |= {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.config_file")}
-    assert {*OPTIONS} - {"config.FIELD"} == {name for name in ours if "." not in name}
+    ours = {name.replace("_", "-") for name in ours if "." not in name}  # an alias is written so
+    assert {name.replace("_", "-") for name in OPTIONS} - {"config.FIELD"} == ours
 
 
 def test_the_readme_has_the_same_commands(root):
@@ -167,6 +168,8 @@ MISTAKES = {
     "no_command": ("", r"which command\? There are run, .*theory \(easy-jax --help\)"),
     "unknown_command": ("trian", "there is no command trian; did you mean train"),
     "two_commands": ("run train QUICK", "'train' is neither a flag nor the value"),
+    "file_alone": ("run a.py:b", "'a.py:b' is neither .*; for a file write --config=a.py:b"),
+    "two_files": ("run QUICK LANGUAGE", "--config is given twice"),
     "no_config": ("run", "run needs --config=FILE.py, such as: easy-jax run --config="),
     "no_config_but_a_field": ("run --config.seeds=3", "--config.seeds needs --config=FILE"),
     "no_topology": ("compile QUICK", "compile needs --topology, such as"),
@@ -198,6 +201,9 @@ MISTAKES = {
     "no_path": ("run QUICK --config.seeds[a]=1", r"--config.seeds\[a\] is no field"),
     "no_number": ("run QUICK --config.eval_batch_size=", "eval_batch_size=: invalid"),
     "element": ("run QUICK --config.learning_rates=a", "learning_rates is 'a'; it must be"),
+    "no_element": ("run QUICK --config.learning_rates=0.1,,1", "learning_rates is ''; it must"),
+    "no_value": ("run QUICK --config.name", "Missing value for flag --config.name"),
+    "no_flagfile": ("run --flagfile=nope", "nope"),
     "literal": ("run QUICK --config.scoring.on_bad_example=x", "is 'x'; it must be one of"),
     "too_late": ("run --config.seeds=1 QUICK", "before a value for --config"),
 }  # fmt: skip
@@ -220,6 +226,7 @@ FILES = {
     "other_type": ("def get_config():\n  return {}\n", r"returns dict; it must be an Exper"),
     "nothing": ("def get_config():\n  pass\n", r"returns NoneType; it must be"),
     "takes_none": ("def get_config():\n  pass\n", r"TypeError: get_config\(\) takes 0", ":arg"),
+    "lines": ("raise RuntimeError('two\\nlines')\n", r"line 1: RuntimeError: two lines$"),
     "nul": ("x = '\0'\n", r"config.py.*null bytes"),
 }  # fmt: skip
 

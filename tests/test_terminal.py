@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from easy_jax import main, train
+from easy_jax import main, terminal, train
 from easy_jax.config import StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.fitting import fit
@@ -133,6 +133,36 @@ def test_compilation_is_shown(clock):
         step(np.float32(0))
         assert seen[0].startswith("compiling the training step")
         assert drawn(shows)[0].startswith("fit ")
+
+
+def test_the_innermost_terminal_shows_compilation(clock):
+    outer, inner = live(clock), live(clock)
+    with outer, inner:
+        pass
+    with outer:
+        with inner:
+            terminal._open[-1].compiling("the forward pass")
+        terminal._open[-1].compiling("the training step")
+    assert drawn(inner)[0].startswith("compiling the forward pass")
+    assert drawn(outer)[0].startswith("compiling the training step")
+    assert terminal._open == []
+
+
+def test_what_has_no_count_is_a_line_of_a_log(clock):
+    shows, file = log_file(clock)
+    shows.describe("evaluate flow")
+    assert file.getvalue() == "evaluate flow\n"
+
+
+def test_a_bar_is_not_redrawn_at_every_fast_step(clock):
+    shows = live(clock)
+    part = shows.part("fit")
+    part.begin(1000, 0)
+    redrawn = set()
+    for _ in range(1000):
+        steps(part, clock, 1, seconds=0.001)
+        redrawn.add(shows._progress.tasks[-1].completed)
+    assert 10 <= len(redrawn) <= 13 and 1000 in redrawn
 
 
 def test_a_log_begins_at_once_and_has_a_line_a_stage_and_a_minute(clock):
