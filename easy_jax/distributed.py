@@ -120,19 +120,26 @@ def shutdown() -> None:
         _peers = None
 
 
-def abort(code: int, message: str) -> None:
+def abort(code: int, message: str, *, at_once: bool = False) -> None:
     """Ends this process and, of a run of several, the others with the same exit code.
 
     An error may be no more than the echo of a process that was lost: the watch over the peers
     is given the time to notice, and then ends this process with that message instead.
+
+    Args:
+      code: the exit code.
+      message: for the others.
+      at_once: do not wait for threads that still read or save. Interrupted, they may outlive
+        Python, and crash.
     """
     if _peers is not None:
         time.sleep(_ECHO_SECONDS)
         _peers.fail(code, message)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # not sys.exit: JAX would wait for the others
-    sys.exit(code)
+    elif not at_once:
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: JAX would wait for the others
 
 
 def leads() -> bool:

@@ -176,6 +176,7 @@ def _run(command: str) -> None:
     from easy_jax.peers import EXIT_PEERS, PeersError
 
     absl_logging.use_absl_handler()
+    absl_logging.get_absl_handler().addFilter(_is_no_interruption)
     absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save at INFO
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
@@ -189,10 +190,15 @@ def _run(command: str) -> None:
     except KeyboardInterrupt as stop:
         place = str(stop) or "interrupted"
         print(f"easy-jax: {place}; the same command continues", file=sys.stderr)
-        distributed.abort(130, "interrupted from the keyboard")
+        distributed.abort(130, "interrupted from the keyboard", at_once=True)
     except Exception as error:
         traceback.print_exc()
         distributed.abort(1, f"{type(error).__name__}: {error}")
+
+
+def _is_no_interruption(record: logging.LogRecord) -> bool:
+    """Orbax logs a traceback where Ctrl-C ends its waiting for a save; we tell it in one line."""
+    return not record.exc_info or record.exc_info[0] is not KeyboardInterrupt
 
 
 class _Warnings:
