@@ -206,8 +206,8 @@ class LossTable:
         if not 0 < tau < np.inf:
             raise LossTableError(
                 f"the temperature of the loss table in {self.directory} is {tau}; it must be "
-                "positive. At least half of the losses are zero if the median is: has the model "
-                "been trained on these examples?"
+                "positive and finite. At least half of the losses are zero if the median is: has "
+                "the model been trained on these examples?"
             )
         return tau
 

@@ -27,15 +27,15 @@ class OnlineWeights:
       mesh: where the batches are.
 
     Raises:
-      ValueError: tau is not positive and finite, or so small that devices take it for 0.
+      ValueError: tau is not positive and finite, or is so for no device.
       ContractError: a model that is not NNX's; a loss function that returns anything else.
     """
 
     def __init__(self, model: nnx.Module, *, loss_fn: Callable[..., Any], tau: float, mesh: Mesh):
         contract.check_model(model, "OnlineWeights")
         weighting.flow_weights([0.0], tau)  # raises
-        if tau < jnp.finfo(jnp.float32).tiny:
-            raise ValueError(f"tau is {tau}, which devices take for 0; give a larger one")
+        if not 1e-37 < tau < 1e37:
+            raise ValueError(f"tau is {tau}, which devices take for 0 or infinity; give another")
         graphdef, state = nnx.split(eval_view(model))
         self._state = sharding.shard_tree(state, mesh)
         loss = code_fingerprint.of_function(loss_fn)

@@ -13,7 +13,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Values = ArrayLike | Sequence[Any]
-_SMALL = 1e-30
+_ORDINARY = 1e-30, 1e30  # beyond, XLA may take a value, or one over it, for 0
+_LARGEST = 87.0  # exp(-87) is 1.6e-38
 
 
 def temperature(loss_N: Values) -> jax.Array:
@@ -35,7 +36,7 @@ def temperature(loss_N: Values) -> jax.Array:
     """
     loss_N = _as_losses(loss_N)
     median = jnp.median(loss_N)
-    if _is_concrete(median) and median < _SMALL:  # XLA takes what is below 1.2e-38 for 0
+    if _is_concrete(median) and not _is_ordinary(median):
         median = jnp.asarray(np.median(np.asarray(loss_N, np.float64)).astype(loss_N.dtype))
     return _check_temperature(median, "the median loss")
 
@@ -117,7 +118,8 @@ def kl_dro_weights(loss_N: Values, tau: ArrayLike) -> jax.Array:
       [0.2689, 0.7311]
     """
     loss_N = _as_losses(loss_N)
-    return jax.nn.softmax(loss_N / _check_temperature(tau, "tau"))
+    # The largest goes first, or the quotient may overflow.
+    return jax.nn.softmax((loss_N - jnp.max(loss_N)) / _check_temperature(tau, "tau"))
 
 
 def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Array:
@@ -131,11 +133,16 @@ def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Arra
     Returns:
       The objective, a scalar in nats. Its minimum is -tau log sum exp(-f / tau).
 
+    Raises:
+      ValueError: a negative entry of `pi_N`.
+
     Example:
       >>> round(float(entropic_objective([0.5, 0.5], [0.0, 0.0], tau=1.0)), 4)  # -log 2
       -0.6931
     """
     pi_N, loss_N = jnp.asarray(pi_N), jnp.asarray(loss_N)
+    if _is_concrete(pi_N) and not (np.asarray(pi_N) >= 0).all():
+        raise ValueError("pi_N has negative or NaN entries; it must be a point of the simplex")
     return jnp.sum(pi_N * loss_N) + tau * jnp.sum(jax.scipy.special.xlogy(pi_N, pi_N))
 
 
@@ -154,11 +161,16 @@ def control_weights(
     Returns:
       Weights of the same shape and dtype.
 
+    Raises:
+      ValueError: an unknown kind; `mean_one` of weights whose mean is not positive.
+
     Example:
       >>> control_weights(np.array([1.0, 3.0]), "uniform", seed=0)
       array([2., 2.])
     """
     weight_N = np.asarray(weight_N)
+    if kind == "mean_one" and not weight_N.mean(dtype=np.float64) > 0:
+        raise ValueError("the mean of the weights is 0 or NaN: they cannot be divided by it")
     if kind == "uniform":
         return np.full_like(weight_N, weight_N.mean(dtype=np.float64))
     if kind == "shuffled":
@@ -189,14 +201,22 @@ def _as_losses(loss_N: Values) -> jax.Array:
     return loss_N
 
 
+def _is_ordinary(tau: ArrayLike) -> bool:
+    return bool(_ORDINARY[0] < np.asarray(tau) < _ORDINARY[1])
+
+
 def _exponential(loss: jax.Array, tau: ArrayLike) -> jax.Array:
-    """exp(-loss / tau), also of a tau that is positive and that XLA takes for 0."""
+    """exp(-loss / tau), also where XLA would take tau, one over it or the result for 0."""
     checked = _check_temperature(tau, "tau")
-    if _is_concrete(loss) and _is_concrete(tau) and np.asarray(tau) < _SMALL:
-        with np.errstate(over="ignore", under="ignore"):
-            weight = np.exp(-np.asarray(loss, np.float64) / np.asarray(tau, np.float64))
-            return jnp.asarray(weight.astype(loss.dtype))
-    return jnp.exp(-loss / checked)
+    weight = jnp.exp(-loss / checked)
+    if not (_is_concrete(loss) and _is_concrete(tau)):
+        return weight
+    with np.errstate(over="ignore", under="ignore"):
+        ratio = np.asarray(loss, np.float64) / np.asarray(tau, np.float64)
+        is_extreme = (ratio > _LARGEST) | (not _is_ordinary(tau))
+        if not is_extreme.any():
+            return weight
+        return jnp.asarray(np.where(is_extreme, np.exp(-ratio), weight).astype(loss.dtype))
 
 
 def _check_temperature(tau: ArrayLike, what: str) -> jax.Array:

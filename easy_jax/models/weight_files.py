@@ -155,8 +155,8 @@ def read_tensors(
     """The tensors named, one after the other, file by file.
 
     Raises:
-      WeightsError: a damaged file, a tensor that is not where the index says, or of a dtype
-        that NumPy does not have.
+      WeightsError: a damaged file, a tensor that is not where the index says, of a dtype that
+        NumPy does not have, or with NaN or infinite values.
     """
     names = sorted(names)
     for path in sorted({files[name] for name in names}):
@@ -170,7 +170,28 @@ def read_tensors(
                 # AttributeError: a dtype that NumPy does not have, such as float8.
                 except (safetensors.SafetensorError, OSError, AttributeError) as error:
                     raise WeightsError(f"{path}: {name} cannot be read: {error}") from error
+                _check_finite(path, name, tensor)
                 yield name, tensor
+
+
+def _check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
+    """Raises WeightsError for NaN and infinity: a float whose exponent has all bits set.
+
+    A pass over the bits: several times as fast as `isfinite` of types that NumPy does not have.
+    """
+    if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.size == 0:
+        return
+    unsigned = np.dtype(f"uint{8 * tensor.dtype.itemsize}").type
+    exponent = np.asarray(np.inf, tensor.dtype).view(unsigned)[()]
+    bits = tensor.reshape(-1).view(unsigned)
+    bad = 0
+    for start in range(0, bits.size, 1 << 22):  # in pieces: no second copy of a large tensor
+        bad += np.count_nonzero((bits[start : start + (1 << 22)] & exponent) == exponent)
+    if bad:
+        raise WeightsError(
+            f"{path}: {bad} of {tensor.size} values of {name} are NaN or infinite: the file is "
+            "damaged, or the training that made it diverged; take another checkpoint"
+        )
 
 
 def check_float(path: Path, name: str, tensor: np.ndarray) -> None:
