@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from easy_jax import distributed, files, lock
+from easy_jax import checkpoint_reading, distributed, files, lock, sealed
+from easy_jax import fingerprint as fingerprints
 from easy_jax.config import differences
 from easy_jax.step import TrainState
 
@@ -24,6 +26,10 @@ _ANEW = "use another directory or, to start anew, delete this one (in Python: ov
 
 class CheckpointError(ValueError):
     """A checkpoint belongs to another run, or cannot be written; the message says which."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint is damaged, and the one before it is used."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -44,13 +50,17 @@ class Checkpointer:
     An interrupted save is never taken for a checkpoint (Orbax renames a finished one into
     place). Holds the train state (model, optimiser, step), the position of the Grain iterator,
     which is the same number in every process, and `identity`: fingerprints of everything the
-    stage's result depends on. Restores on any mesh and any number of processes.
+    stage's result depends on; with checksums of all of these. Restores on any mesh and any number
+    of processes.
 
     Args:
       directory: of this stage alone; shared by all processes.
       identity: JSON-serialisable; a checkpoint with another identity is refused.
-      keep: how many checkpoints to keep, the latest.
+      keep: how many checkpoints to keep, the latest; with one, there is none to go back to.
       keep_best: keep the one with the lowest loss as well.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none that can be read.
 
     Example:
       >>> import tempfile
@@ -63,7 +73,7 @@ class Checkpointer:
         self,
         directory: str | os.PathLike[str],
         identity: dict[str, Any],
-        keep: int = 1,
+        keep: int = 2,
         keep_best: bool = False,
     ):
         directory = files.path(directory)
@@ -71,6 +81,7 @@ class Checkpointer:
         self.directory = directory.absolute() if files.is_local(directory) else directory
         identity = {"format": FORMAT_VERSION, **identity}
         self._identity = json.loads(json.dumps(identity))
+        self._set_aside_unlisted(keep_best)
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_best:
             policies.append(checkpoint_managers.BestN(get_metric_fn=_loss, reverse=True, n=1))
@@ -116,47 +127,111 @@ class Checkpointer:
         if jax.default_backend() == "cpu":
             # There, a buffer on the device is what Orbax reads, and the next step donates it.
             state = _copied(state)
-        position: dict[str, Any] = batches.get_state()  # type: ignore[attr-defined]
+        record = {
+            "identity": self._identity,
+            "batches": batches.get_state(),  # type: ignore[attr-defined]
+            "progress": progress,
+            "step": step,
+            "state": fingerprints.of_tree(state),
+        }
+        record = json.loads(json.dumps(record))  # as it will be read
         with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
-                    batches=ocp.args.JsonSave(position),
-                    identity=ocp.args.JsonSave(self._identity),
-                    progress=ocp.args.JsonSave(progress),
+                    record=ocp.args.JsonSave(sealed.seal(record)),
                 ),
-                metrics={"loss": loss},
+                metrics=sealed.seal({"loss": loss}),
             )
 
     def restore(
         self, state: TrainState, batches: Iterator[Any]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state, in the shardings of `state`, and its progress; moves `batches`
-        to its position.
+        """The latest state that can be read, in the shardings of `state`, and its progress; moves
+        `batches` to its position.
+
+        Checkpoints after it that cannot be read, by any of the processes, or that are not what was
+        saved, get another name, `damaged-STEP`: another one of that step can be saved.
 
         Raises:
-          CheckpointError: the identity differs.
-        """
-        self.check_identity()
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(state)),
-                batches=ocp.args.JsonRestore(),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        batches.set_state(restored.batches)  # type: ignore[attr-defined]
-        return restored.state, restored.progress
+          CheckpointError: the identity differs, or none can be read.
 
-    def check_identity(self) -> None:
-        """Raises CheckpointError unless the latest checkpoint has our identity."""
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(identity=ocp.args.JsonRestore()),
+        Warns:
+          CheckpointWarning: of every checkpoint that is set aside.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self.directory / str(step)
+            record, reason = checkpoint_reading.record_of(folder)
+            if record is None and (folder / "identity").exists():
+                raise CheckpointError(
+                    f"the checkpoint {folder} was written by an older version of easy_jax: {_ANEW}"
+                )
+            if record is not None:
+                self._check_identity(record["identity"])
+                found, reason = checkpoint_reading.state_of(folder, state)
+            reasons = distributed.gather(f"reading checkpoint {step}", reason)
+            reason = next(filter(None, reasons), "")
+            if record is not None and not reason:
+                if fingerprints.of_tree(found) == record["state"]:
+                    if damaged:
+                        self._set_aside(damaged, f"training continues from step {step}")
+                        self._manager.reload()
+                    batches.set_state(record["batches"])  # type: ignore[attr-defined]
+                    return found, record["progress"]
+                reason = "its arrays have other values than those that were saved"
+            damaged[step] = reason
+        raise self._none_left(damaged)
+
+    def _set_aside(self, damaged: Mapping[Any, str], then: str) -> None:
+        """Renames damaged checkpoints, and tells how it goes on; all processes call it."""
+
+        def rename() -> str:
+            for number, reason in damaged.items():
+                folder = self.directory / str(number)
+                names = (
+                    f"damaged-{number}{again}" for again in ("", *map("-{}".format, range(2, 1000)))
+                )
+                target = next(t for t in map(folder.with_name, names) if not t.exists())
+                try:
+                    folder.rename(target)
+                except OSError as error:
+                    return f"{folder} is damaged ({reason}) and cannot be renamed: {error}"
+                text = f"checkpoint {folder} is damaged ({reason}); it is now called {target.name}"
+                warnings.warn(f"{text}, and {then}", CheckpointWarning, stacklevel=2)
+            return ""
+
+        failed = distributed.broadcast("setting damaged checkpoints aside", rename)
+        if failed:
+            raise CheckpointError(f"{failed}. Delete it, and run the same command again")
+
+    def _set_aside_unlisted(self, keep_best: bool) -> None:
+        """Sets aside what Orbax could not even list, if there are others."""
+
+        def find() -> list[Any]:
+            steps = checkpoint_reading.steps(self.directory)
+            found = {
+                step: checkpoint_reading.why_unlisted(self.directory / step, keep_best)
+                for step in steps
+            }
+            return [len(steps), {step: reason for step, reason in found.items() if reason}]
+
+        number, damaged = distributed.broadcast("listing the checkpoints", find)
+        if damaged and len(damaged) == number:
+            raise self._none_left(damaged)
+        if damaged:
+            self._set_aside(damaged, "those that are left are tried")
+
+    def _none_left(self, damaged: Mapping[Any, str]) -> CheckpointError:
+        told = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        return CheckpointError(
+            f"no checkpoint in {self.directory} can be read ({told}). Put a copy of one there, "
+            "or delete that directory (in Python: overwrite=True) to start this stage anew"
         )
-        found = restored.identity
+
+    def _check_identity(self, found: dict[str, Any]) -> None:
+        """Raises CheckpointError unless a checkpoint's identity is ours."""
         if found.get("format") != FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint in {self.directory} was written by another version of easy_jax "
@@ -215,21 +290,14 @@ def clear(directory: str | os.PathLike[str]) -> None:
     directory = files.path(directory)
     if directory.exists():
         for each in directory.iterdir():
-            if each.name.isdigit() or ".orbax-checkpoint-tmp" in each.name:
+            if checkpoint_reading.is_step(each.name) or ".orbax-checkpoint-tmp" in each.name:
                 shutil.rmtree(each) if files.is_local(each) else each.rmtree()  # type: ignore[attr-defined]
 
 
-def _loss(metrics: Mapping[str, float]) -> float:
+def _loss(metrics: Mapping[str, Any]) -> float:
     return metrics["loss"]
 
 
 @jax.jit
 def _copied(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
-
-
-def _abstract(state: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-        state,
-    )

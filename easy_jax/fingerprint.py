@@ -45,11 +45,27 @@ def of_state(state: nnx.State) -> str:
     The content is hashed on the devices, in integer arithmetic, so the result does not
     depend on how the state is sharded and no parameter travels to the host.
     """
-    digest = hashlib.sha256()
-    flat = sorted(
-        ((".".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(state)),
-        key=lambda item: item[0],
+    return _of_named(
+        (".".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(state)
     )
+
+
+def of_tree(tree: Any) -> str:
+    """Fingerprint of a tree of arrays, in the way of `of_state`.
+
+    Example:
+      >>> of_tree({"a": jnp.zeros(2)}) == of_tree({"a": jnp.zeros(2).at[1].set(-0.0)})
+      False
+    """
+    return _of_named(
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    )
+
+
+def _of_named(named: Iterable[tuple[str, jax.Array]]) -> str:
+    digest = hashlib.sha256()
+    flat = sorted(named, key=lambda item: item[0])
     checksums = jax.device_get([_checksum(value) for _, value in flat])
     for (path, value), checksum in zip(flat, checksums, strict=True):
         digest.update(f"{path}:{value.dtype}:{value.shape}:{checksum[0]}:{checksum[1]};".encode())

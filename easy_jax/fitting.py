@@ -87,7 +87,7 @@ def fit(
     log: MetricsLog | None = None,
     log_every_steps: int = 10,
     save_every_steps: int = 100,
-    keep: int = 1,
+    keep: int = 2,
     keep_best: bool = False,
     on_epoch: Callable[[int, nnx.State], None] | None = None,
     progress: bool | Callable[[int], None] | Part = True,
@@ -120,8 +120,9 @@ def fit(
       overwrite: delete the checkpoints in the directory and start anew.
       log: where metrics and speed go.
       log_every_steps, save_every_steps: intervals.
-      keep, keep_best: how many checkpoints to keep, the latest; and whether to keep the one
-        with the lowest mean loss since the checkpoint before it, too.
+      keep, keep_best: how many checkpoints to keep, the latest (with one, there is none to go
+        back to if it is damaged); and whether to keep the one with the lowest mean loss since
+        the checkpoint before it, too.
       on_epoch: called with the number of epochs done and the model's variables; may raise
         `Stopped`, and is not called again for that epoch.
       progress: whether to show a bar, on standard error (elsewhere than in a terminal or a

@@ -9,8 +9,8 @@ ORDER = [
     "sealed", "peers", "distributed", "lock_file", "lock", "sharding", "data", "models",
     "vocabulary_parallel", "lm_head", "losses", "contract", "compatibility", "weighting",
     "loss_table", "throughput", "progress", "terminal", "scoring", "online_weights", "optim",
-    "step", "identity", "checkpoint", "merge", "evaluate", "metrics", "measurements", "fitting",
-    "plan", "results", "page", "figures", "report", "language_report", "workdir", "language",
+    "step", "identity", "checkpoint_reading", "checkpoint", "merge", "evaluate", "metrics",
+    "measurements", "fitting", "plan", "results", "page", "figures", "report", "language_report", "workdir", "language",
     "image_networks", "vision", "ahead_of_time", "train",
     "theory_report", "errors", "main",
 ]  # fmt: skip

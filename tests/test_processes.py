@@ -161,6 +161,15 @@ def test_a_difference_is_told_by_all(checks, what, message):
         assert re.match(message, results[what]), results[what]
 
 
+def test_a_checkpoint_that_one_process_cannot_read_is_used_by_none(checks):
+    (first, told, names), (second, untold, _) = (each["one_cannot_read"] for each in checks[2])
+    assert (first, second) == (4, 4)
+    assert len(told) == 1
+    assert "8 is damaged (unread); it is now called damaged-8, and training continues" in told[0]
+    assert untold == []
+    assert {"4", "8", "damaged-8"} <= {*names}
+
+
 def test_other_data_on_one_host(checks):
     codes, complaints, _ = checks
     assert codes == [2, 2], complaints

@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -17,8 +18,8 @@ import pytest
 from flax import nnx
 from jax._src import distributed as jax_distributed
 
-from easy_jax import distributed, loss_table, main, scoring, train
-from easy_jax.checkpoint import Checkpointer
+from easy_jax import checkpoint_reading, distributed, loss_table, main, scoring, train
+from easy_jax.checkpoint import Checkpointer, CheckpointWarning
 from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource
 from easy_jax.fitting import fit
@@ -47,9 +48,12 @@ def _score(directory, source):
     scoring.score(_model(), source, directory, loss_fn=_loss, batch_size=8, rows_per_part=8)
 
 
-def _fit(directory):
+def _fit(directory, save_every_steps=8):
     stage = StageConfig(epochs=1, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.1))
-    fit(_model(), _source(), directory, stage=stage, loss_fn=_loss, save_every_steps=8)
+    return fit(
+        _model(), _source(), directory, stage=stage, loss_fn=_loss,
+        save_every_steps=save_every_steps,
+    )  # fmt: skip
 
 
 # What is tried: `(config, folder, patch) -> what is written`. All share the folder.
@@ -92,6 +96,22 @@ def other_checkpoint(config, folder, patch):
     _fit(folder / "fit")
 
 
+def one_cannot_read(config, folder, patch):
+    """Process 1 cannot read the latest checkpoint: both go on from the one before."""
+    _fit(folder / "unread", save_every_steps=4)
+    read = checkpoint_reading.state_of
+    if not distributed.leads():
+        patch.setattr(
+            checkpoint_reading, "state_of",
+            lambda step, like: (None, "unread") if step.name == "8" else read(step, like),
+        )  # fmt: skip
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", CheckpointWarning)
+        done = _fit(folder / "unread", save_every_steps=4)
+    told = [str(each.message) for each in told if each.category is CheckpointWarning]
+    return [done.resumed_from, told, sorted(path.name for path in (folder / "unread").iterdir())]
+
+
 def other_workdir(config, folder, patch):
     train.open_workdir(config, Path.cwd() / "workdir")
 
@@ -129,13 +149,13 @@ def strangers(config, folder, patch):
 
 
 CHECKS = (
-    parts_after_metadata, other_data, other_rows, other_checkpoint, other_workdir, compilation,
-    port, strangers,
+    parts_after_metadata, other_data, other_rows, other_checkpoint, one_cannot_read, other_workdir,
+    compilation, port, strangers,
 )  # fmt: skip
 
 
 def _then(go_on):
-    def run(config, workdir, until):
+    def run(config, workdir, until, **options):
         results = {}
         for check in CHECKS:
             with pytest.MonkeyPatch.context() as patch:
@@ -144,7 +164,7 @@ def _then(go_on):
                 except ValueError as error:
                     results[check.__name__] = f"{type(error).__name__}: {error}"
         Path("results.json").write_text(json.dumps(results))
-        return go_on(config, workdir, until)
+        return go_on(config, workdir, until, **options)
 
     return run
 

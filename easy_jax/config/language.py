@@ -211,8 +211,9 @@ class LanguageConfig:
       only: names of methods to run; empty means all.
       eval_batch_size: rows.
       save_every_steps: how often a running stage is saved.
-      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest; and
-        whether to keep the one with the lowest training loss, too.
+      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
+        damaged, the one before it is continued from; each holds the model and the optimiser's
+        state); and whether to keep the one with the lowest training loss, too.
     """
 
     name: str = "language"
@@ -230,7 +231,7 @@ class LanguageConfig:
     only: tuple[str, ...] = ()
     eval_batch_size: int = 8
     save_every_steps: int = 500
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2
     keep_best: bool = False
     log_every_steps: int = 10
 

@@ -168,8 +168,9 @@ class ExperimentConfig:
       only: names of methods to run; empty means all.
       eval_every_epochs: points of the learning curves.
       save_every_steps: how often a running stage is saved.
-      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest; and
-        whether to keep the one with the lowest training loss, too.
+      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
+        damaged, the one before it is continued from; each holds the model and the optimiser's
+        state); and whether to keep the one with the lowest training loss, too.
     """
 
     name: str = "experiment"
@@ -189,7 +190,7 @@ class ExperimentConfig:
     eval_batch_size: int = 256
     eval_every_epochs: int = 1
     save_every_steps: int = 100
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2
     keep_best: bool = False
     log_every_steps: int = 10
 
