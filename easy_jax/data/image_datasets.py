@@ -158,7 +158,10 @@ def _check_left(source: ImageSource, split: Split, where: str) -> None:
     """Raises DataError where nothing is left of a split, or of a class that is to be learnt."""
     label_N = source.labels()
     if len(source) == 0:
-        raise DataError(f"{where}: no image is left that can be used")
+        raise DataError(
+            f"{where}: no image is left that can be used: {first_of(list(source.left_out))}; mend "
+            "them, or add images"
+        )
     if split == "train" and label_N is not None:
         counts = np.bincount(label_N, minlength=source.num_classes)
         empty = [source.classes[label] for label in np.flatnonzero(counts == 0).tolist()]
