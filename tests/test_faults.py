@@ -6,7 +6,7 @@ The short form of `tests/faults/faults.py`.
 import signal
 
 import pytest
-from faults.faults import PHASES, Faults
+from faults import PHASES, Faults
 
 pytestmark = pytest.mark.slow
 

@@ -241,6 +241,23 @@ def test_a_refused_process_may_come_again():
     leave(run.together(lambda: run.peer(0), wrong_and_right))
 
 
+def test_a_proof_is_for_one_connection(capsys):
+    """What a process said to one challenge is no proof for another."""
+    run = Run(2, timeout=WAIT)
+
+    def replay():
+        time.sleep(0.2)
+        with run.connect() as first, run.connect() as second:
+            heard = run.hello(first, 1)
+            second.recv(10_000)
+            second.sendall(heard)
+            assert is_dropped(second, seconds=0.5)
+
+    error, _ = run.together(lambda: run.peer(0), replay)
+    assert "process 1 of 2 did not come" in str(error)
+    assert "it says process 1 (" in capsys.readouterr().err
+
+
 def test_what_is_not_process_0_is_not_believed():
     """A listener at the coordinator's port that says `go` without the key."""
     run = Run(2, timeout=1.0)
