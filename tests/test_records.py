@@ -34,6 +34,10 @@ def test_jsonl(tmp_path):
         (b'{"a": "x"}\n["a"]', r"not a JSON object \(1\): line 2 \[\['a'\]\]"),
         (b'{"a": "x"}\n{"b": "x", "c": 1}', r"no field 'a' \(1\): line 2 \[it has \['b', 'c'\]"),
         (b'{"b": "x"}\n{"c": 1}', r"jsonl has no field 'a' in any record; it has \['b', 'c'\]"),
+        (
+            b'{"messages": [{}]}',
+            r"no field 'a' in any .* it has \['messages'\]; conversations are not",
+        ),
         (b'{"a": "x"}\n\n{"a": 3}', r"2 of 3 .*blank line \(1\): line 2; .*is int.*: line 3"),
         (b'\n{"a": "x"}', r"blank line \(1\): line 1"),
         (b'{"a": 3}', r"data\.jsonl: field 'a' is int, not a string \(1\): line 1"),

@@ -240,7 +240,10 @@ def _columns(
         raise DataError(f"{path} is empty: it has no records")
     absent = [field for field in fields if field not in names]
     if absent and names:
-        raise DataError(f"{path} has no field {absent[0]!r} in any record; it has {sorted(names)}")
+        chats = "; conversations are not read yet" if names & {"messages", "conversations"} else ""
+        raise DataError(
+            f"{path} has no field {absent[0]!r} in any record; it has {sorted(names)}{chats}"
+        )
     return columns
 
 

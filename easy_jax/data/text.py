@@ -97,13 +97,8 @@ def tokenize(
     _check_columns(instructions, responses, inputs, weights, bad)
     eos_id = token_id(tokenizer, eos_token, "EOS")
     bos = [] if bos_token is None else [token_id(tokenizer, bos_token, "BOS")]
-    prompts, answers = {}, {}
-    for i in range(size):
-        answer = _without_end(responses[i], eos_token) if i not in bad else ""
-        if not answer.strip():
-            bad.add(i, "blank response")
-            continue
-        prompts[i], answers[i] = _prompt(templates, instructions[i], inputs[i]), answer
+    answers = _answers(responses, eos_token, bad)
+    prompts = {i: _prompt(templates, instructions[i], inputs[i]) for i in answers}
 
     parts = [np.zeros(0, np.int32)] * size
     start_N, full_N = np.zeros(size, np.int32), np.zeros(size, np.int64)
@@ -121,14 +116,13 @@ def tokenize(
         merged_ids += [i] * merged
     bad.settle(size)
 
-    kept = [i for i in range(size) if i not in bad]
-    ended = [i for i in kept if answers[i] != responses[i]]
+    texts = {i: (instructions[i], inputs[i] or "", answers[i]) for i in answers if i not in bad}
+    ended = [i for i, (_, _, answer) in texts.items() if answer != responses[i]]
     tell(size, ended, f"the response ends in {eos_token!r} already; it is put there once")
-    blank = [i for i in kept if not instructions[i].strip()]
+    blank = [i for i, (instruction, _, _) in texts.items() if not instruction.strip()]
     tell(size, blank, "the instruction is blank; the prompt is the template alone")
-    texts = {i: (instructions[i], inputs[i] or "", answers[i]) for i in kept}
     _tell_control_tokens(tokenizer, texts, size)
-    _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in kept}, tokenizer)
+    _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in texts}, tokenizer)
     return _joined(
         parts,
         start_N,
@@ -196,11 +190,18 @@ def _check_columns(
             bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
 
 
-def _without_end(response: str, eos_token: str) -> str:
-    """The response without the EOS at its end, and what follows that."""
-    while response.rstrip().endswith(eos_token):
-        response = response.rstrip().removesuffix(eos_token)
-    return response
+def _answers(responses: Sequence[str], eos_token: str, bad: BadExamples) -> dict[int, str]:
+    """By id: the responses that can be used, without an EOS at their end and what follows it."""
+    answers = {}
+    for i in range(len(responses)):
+        if i in bad:
+            continue
+        answers[i] = responses[i]
+        while answers[i].rstrip().endswith(eos_token):
+            answers[i] = answers[i].rstrip().removesuffix(eos_token)
+        if not answers[i].strip():
+            bad.add(i, "blank response")
+    return {i: answer for i, answer in answers.items() if i not in bad}
 
 
 def _unusable(start: int, length: int, max_length: int) -> tuple[str, str] | None:
