@@ -7,6 +7,7 @@ import shutil
 import warnings
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from image_data import encoded, picture, write_folder, write_parquet, write_tfds
 from PIL import Image
@@ -427,3 +428,24 @@ def test_a_store_of_its_own_passes_over_its_links(path):
     with pytest.raises(DataError, match=rf"leads out of {path}/test"):
         FolderImages(path / "test")
     assert len(FolderImages(path / "test", root=path)) == 13
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"info": {"features": {"label": {"names": ["x", "y", "z"]}}}}, ["x", "y", "z"]),
+        ({"info": {"features": {"label": {"dtype": "int64"}}}}, ["0", "1", "2"]),
+        ({"info": {"features": {"label": {"names": "xyz"}}}}, ["0", "1", "2"]),
+        ([], ["0", "1", "2"]),
+    ],
+)
+def test_class_names_in_parquet(tmp_path, metadata, expected):
+    path = write_parquet(tmp_path / "train.parquet", [(encoded(picture(i)), i) for i in range(3)])
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(metadata)}), path)
+    assert list(ParquetImages(tmp_path, "train", 3).classes) == expected
+    if expected[0] == "x":
+        with pytest.raises(
+            DataError, match=r"names 3 classes of column 'label', x, y, z; num_cl.*4"
+        ):
+            ParquetImages(tmp_path, "train", 4)

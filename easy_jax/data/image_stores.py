@@ -7,6 +7,7 @@ every process and every run: files in order of class and name, rows in order of 
 
 import bisect
 import functools
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from easy_jax import fingerprint as fingerprints
-from easy_jax.data.sources import PREPARE_TFDS, DataError, open_tfds, tfds_identity
+from easy_jax.data.sources import PREPARE_TFDS, DataError, first_of, open_tfds, tfds_identity
 
 Location = str | os.PathLike[str]
 
@@ -53,13 +54,15 @@ class ParquetImages:
     Args:
       folder: with the files.
       split: which of them.
-      num_classes: labels are below it.
+      num_classes: labels are below it. Their names are those that `datasets` of Hugging Face has
+        written into the first file, else they count up.
       image_field: a column of file contents, or of structs with a field `bytes`, as
         `datasets` of Hugging Face writes them.
       label_field: a column of integers.
 
     Raises:
       DataError: no files or files that cannot be read, more of them than the machine has memory;
+        names of another number of classes;
         columns that are missing, of another type or with nulls; labels out of range. With file
         and row, counted from 0 in each file.
     """
@@ -96,7 +99,7 @@ class ParquetImages:
         if len(self._label) == 0:
             raise DataError(f"split {split!r} in {folder} is empty: its files have no rows")
         self.num_classes = num_classes
-        self.classes: Sequence[str] = [str(label) for label in range(num_classes)]
+        self.classes: Sequence[str] = _class_names(self.files[0], label_field, num_classes)
         bad = np.flatnonzero((self._label < 0) | (self._label >= self.num_classes))
         if bad.size:
             raise DataError(
@@ -169,6 +172,23 @@ def _columns(
             row = np.flatnonzero(column.is_null().to_numpy())[0]
             raise DataError(f"{path}, row {row} has a null in column {field!r}")
     return image.cast(pa.large_binary()).combine_chunks(), label.to_numpy().astype(np.int64)
+
+
+def _class_names(path: Path, label_field: str, num_classes: int) -> list[str]:
+    """The names of the labels in the metadata that `datasets` writes; without them, numbers."""
+    written = (pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
+    try:
+        names = json.loads(written)["info"]["features"][label_field]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        names = None  # of another library, or another kind of column
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return [str(label) for label in range(num_classes)]
+    if len(names) != num_classes:
+        raise DataError(
+            f"{path} names {len(names)} classes of column {label_field!r}, "
+            f"{first_of(names, ', ', 3)}; num_classes is {num_classes}"
+        )
+    return names
 
 
 class TfdsImages:
