@@ -88,7 +88,13 @@ class LanguageExperiment:
             self._table()
         cells = Measurements(self.workdir / "cells.jsonl", self._inputs)
         rows = {row["method"]: row for row in cells.read()} if measured else {}
+        if measured and all(name in rows for name in (BASE, *(m.name for m in methods))):
+            self.terminal.print(
+                f"all is done: {len(rows)} results, in {self.workdir} (use another --workdir to "
+                "start anew)"
+            )
         if measured and BASE not in rows:
+            self.terminal.describe("evaluate the pre-trained model")
             rows[BASE] = cells.add({"method": BASE, **self._measure(self.model)})
         for method in methods:
             if method.name in rows:

@@ -106,7 +106,8 @@ class Terminal:
         self._whole.begin(total, 0)
         self._progress.update(self._all, total=total, visible=total > 0)
         about = "about " if roughly else ""
-        self.print(f"{len(stages)} stages, {about}{total:,} training steps in all")
+        count = "1 stage" if len(stages) == 1 else f"{len(stages)} stages"
+        self.print(f"{count}, {about}{total:,} training steps in all")
 
     def part(self, name: str, unit: str = "steps", where: Path | None = None) -> Part:
         """A stage or a pass over examples, to be given to `fit` or `score` as `progress`.
@@ -171,7 +172,7 @@ class Terminal:
                 self._progress.update(self._all, completed=self._whole.done)
             return
         self._say_at = now + _FIRST if self._say_at is None else self._say_at
-        if now >= self._say_at:
+        if now >= self._say_at and row.count.left() is not None:
             self._say_at = now + _EVERY
             self.print(self._line(row))
 
@@ -180,12 +181,15 @@ class Terminal:
         text = f"{row.name}: {row.count.done:,} of {row.count.total:,} {row.unit}{self._speed}"
         if self._whole.total and row.name in self._stages:
             text += f"; {self._whole.done:,} of {self._whole.total:,} steps in all"
-            return f"{text}, about {clock_time(self._whole.left())} left"
-        return f"{text}, about {clock_time(row.count.left())} left"
+            left = self._whole.left()
+        else:
+            left = row.count.left()
+        return f"{text}, about {clock_time(left)} left"
 
     def speed(self, values: dict[str, float]) -> None:
         """Shows examples per second and, if it is much, the time lost waiting for data."""
-        text = f", {values['examples_per_second']:,.0f} examples/s"
+        speed = values["examples_per_second"]
+        text = f", {speed:,.0f} examples/s" if speed >= 10 else f", {speed:.2g} examples/s"
         if values["input_wait"] > 0.05:
             text += f", {values['input_wait']:.0%} waiting for data"
         self._speed = text

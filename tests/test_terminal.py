@@ -182,10 +182,29 @@ def test_a_log_begins_at_once_and_has_a_line_a_stage_and_a_minute(clock):
         "probe: 10 steps",
         "probe: compiling the training step ...",
         "finetune: continues after 50 of 200 steps",
-        "finetune: 51 of 200 steps, 1,234 examples/s, 30% waiting for data; 61 of 210 steps in "
-        "all, about 0:02:29 left",
-        "finetune: 111 of 200 steps, 1,234 examples/s, 30% waiting for data; 121 of 210 steps in "
-        "all, about 0:01:29 left",
+        "finetune: 52 of 200 steps, 1,234 examples/s, 30% waiting for data; 62 of 210 steps in "
+        "all, about 0:02:28 left",
+        "finetune: 112 of 200 steps, 1,234 examples/s, 30% waiting for data; 122 of 210 steps in "
+        "all, about 0:01:28 left",
+    ]
+
+
+def test_a_log_has_no_line_before_the_time_left_is_known(clock):
+    shows, file = log_file(clock)
+    shows.start({"fit": 100})
+    part = shows.part("score", "examples")
+    part.begin(10, 0)
+    steps(part, clock, 10, seconds=1.0)
+    part = shows.part("fit")
+    part.begin(100, 0)
+    shows.speed({"examples_per_second": 0.25, "input_wait": 0.0})
+    steps(part, clock, 1, seconds=100.0)
+    assert file.getvalue().splitlines() == [
+        "1 stage, 100 training steps in all", "score: 10 examples", "fit: 100 steps"
+    ]  # fmt: skip
+    steps(part, clock, 1, seconds=3.0)
+    assert file.getvalue().splitlines()[3:] == [
+        "fit: 2 of 100 steps, 0.25 examples/s; 2 of 100 steps in all, about 0:04:54 left"
     ]
 
 
