@@ -11,33 +11,22 @@ the metadata come first, so that it is known what a part is of. Every file carri
 itself: a part, of its rows, in the schema's metadata.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import io
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from easy_jax import files, sealed, weighting
 from easy_jax import fingerprint as fingerprints
 from easy_jax.data import DataWarning, Ragged
+from easy_jax.loss_parts import LossTableError, Rows, iter_rows, iter_token_losses, seen_ids
 
 FORMAT_VERSION = 2  # 2: checksums, the loss function's code, the model's structure
-SCHEMA = pa.schema([("example_id", pa.int64()), ("loss", pa.float32()), ("count", pa.float32())])
-TOKEN_SCHEMA = SCHEMA.append(pa.field("token_losses", pa.list_(pa.float32())))
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-class LossTableError(ValueError):
-    """A loss table is missing, damaged, incomplete or of something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +46,7 @@ class LossTable:
         """Opens a complete table.
 
         Raises:
-          LossTableError: no table there, an incomplete one, or duplicate or missing ids.
+          LossTableError: no table there, an incomplete one, or missing or ambiguous rows.
         """
         directory = files.path(directory)
         metadata = read_metadata(directory)
@@ -293,121 +282,6 @@ def clear(directory: Path) -> None:
     for pattern in ("part-*.parquet", "dropped-*.json", "metadata.json"):  # the description last
         for path in directory.glob(pattern):
             path.unlink()
-
-
-def write_part(
-    directory: Path, process: int, rows: Rows, token_losses: Sequence[np.ndarray] | None = None
-) -> None:
-    """Appends a part, whole or not at all."""
-    numbers = [int(p.stem[-5:]) for p in directory.glob(f"part-{process:05d}-*.parquet")]
-    number = max(numbers, default=-1) + 1  # not their count: one may have been deleted
-    path = directory / f"part-{process:05d}-{number:05d}.parquet"
-    columns, schema = [pa.array(column) for column in rows], SCHEMA
-    if token_losses is not None:
-        offsets = np.cumsum([0, *map(len, token_losses)], dtype=np.int32)
-        columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(token_losses)))
-        schema = TOKEN_SCHEMA
-    batch = pa.record_batch(columns, schema=schema)
-    schema = schema.with_metadata({sealed.KEY: _checksum([batch])})
-    content = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=schema), content, write_page_checksum=True)
-    files.write(path, content.getvalue())
-
-
-def _checksum(batches: Iterable[pa.RecordBatch]) -> str:
-    """Of the rows, in order, however they come in batches."""
-    digests: dict[str, Any] = {}
-
-    def add(name: str, values: pa.Array) -> None:
-        digests.setdefault(name, hashlib.sha256()).update(values.to_numpy().tobytes())
-
-    for batch in batches:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            if name == "token_losses":
-                add("lengths", column.value_lengths())
-                column = column.flatten()
-            add(name, column)
-    return fingerprints.of_json({name: digest.hexdigest() for name, digest in digests.items()})
-
-
-def iter_rows(directory: Path) -> Iterator[Rows]:
-    """Streams the rows of all parts of a table, complete or not."""
-    for batch in _iter_batches(directory, SCHEMA.names):
-        ids, loss, count = (column.to_numpy() for column in batch.columns)
-        yield ids, loss, count
-
-
-def iter_token_losses(directory: Path) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Streams `(example_id, losses of its target tokens)` of all parts."""
-    for batch in _iter_batches(directory, ["example_id", "token_losses"]):
-        ids, lists = batch.columns
-        yield ids.to_numpy(), np.split(lists.flatten().to_numpy(), lists.offsets.to_numpy()[1:-1])
-
-
-def _iter_batches(directory: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    for path in sorted(directory.glob("part-*.parquet")):
-        with _opened(path) as file:
-            yield from file.iter_batches(columns=columns)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A part, to be read; what is wrong with it is told with its path."""
-    try:
-        with (
-            path.open("rb") as opened,
-            pq.ParquetFile(opened, page_checksum_verification=True) as file,
-        ):
-            schema = file.schema_arrow
-            if not (schema.equals(SCHEMA) or schema.equals(TOKEN_SCHEMA)):
-                types = ", ".join(map(str, schema.types))
-                raise LossTableError(
-                    f"{path} has columns {schema.names} of types {types}; a loss table has "
-                    f"{TOKEN_SCHEMA.names} of types {', '.join(map(str, TOKEN_SCHEMA.types))}, the "
-                    "last one optional"
-                )
-            yield file
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise LossTableError(f"{path} is damaged: {reason}; delete it and score again") from error
-
-
-def check_parts(directory: Path) -> None:
-    """Raises LossTableError for a part that is not as it was written."""
-    for path in sorted(directory.glob("part-*.parquet")):
-        with _opened(path) as file:
-            expected = (file.schema_arrow.metadata or {}).get(sealed.KEY.encode(), b"")
-            if _checksum(file.iter_batches()).encode() != expected:
-                raise LossTableError(
-                    f"{path} was changed after it was written: its checksum is of other rows; "
-                    "delete it and score again"
-                )
-
-
-def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
-    """Boolean by id: which rows are there.
-
-    Raises:
-      LossTableError: a part that is damaged, an id out of range, or one that stands twice.
-    """
-    check_parts(directory)
-    seen_N = np.zeros(num_examples, bool)
-    for ids, _, _ in iter_rows(directory):
-        outside = ids[(ids < 0) | (ids >= num_examples)]
-        if outside.size:
-            raise LossTableError(
-                f"the loss table in {directory} has ids {outside[:10].tolist()}, outside of "
-                f"[0, {num_examples})"
-            )
-        unique, counts = np.unique(ids, return_counts=True)
-        twice = np.concatenate([unique[counts > 1], unique[seen_N[unique]]])
-        if twice.size:
-            raise LossTableError(
-                f"the loss table in {directory} has duplicate example ids "
-                f"{np.unique(twice)[:10].tolist()}; delete it and score again"
-            )
-        seen_N[ids] = True
-    return seen_N
 
 
 def summarise(directory: Path, token_losses: bool = False) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from easy_jax import (
     distributed,
     files,
     lock,
+    loss_parts,
     loss_table,
     sharding,
 )
@@ -132,7 +133,7 @@ def score(
     )
     if metadata is not None:
         loss_table.check_metadata(directory, metadata, identity)
-    done_N = loss_table.seen_ids(directory, len(source))
+    done_N = loss_parts.seen_ids(directory, len(source))
     # Examples dropped before are looked at again where they are to be errors now.
     dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
     absent = np.setdiff1d(np.arange(len(source)), data.present_ids(source))
@@ -360,4 +361,4 @@ class _PartWriter:
                 np.array(ids, np.int64),
                 *(np.array(x, np.float32) for x in (loss, count)),
             )
-            loss_table.write_part(self._directory, jax.process_index(), table, *tokens)
+            loss_parts.write_part(self._directory, jax.process_index(), table, *tokens)

@@ -8,11 +8,11 @@ ORDER = [
     "theory", "usage", "config", "config_file", "files", "fingerprint", "code_fingerprint",
     "sealed", "peers", "distributed", "lock_file", "lock", "sharding", "data", "models",
     "vocabulary_parallel", "lm_head", "losses", "contract", "compatibility", "weighting",
-    "loss_table", "throughput", "progress", "terminal", "scoring", "online_weights", "optim",
-    "step", "identity", "checkpoint_reading", "checkpoint", "merge", "evaluate", "metrics",
-    "measurements", "fitting", "plan", "results", "page", "figures", "report", "language_report", "workdir", "language",
-    "image_networks", "vision", "ahead_of_time", "train",
-    "theory_report", "errors", "main",
+    "loss_parts", "loss_table", "throughput", "progress", "terminal", "scoring",
+    "online_weights", "optim", "step", "identity", "checkpoint_reading", "checkpoint", "merge",
+    "evaluate", "metrics", "measurements", "fitting", "plan", "results", "page", "figures",
+    "report", "language_report", "workdir", "language", "image_networks", "vision", "ahead_of_time",
+    "train", "theory_report", "errors", "main",
 ]  # fmt: skip
 
 

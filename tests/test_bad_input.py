@@ -18,7 +18,7 @@ from flax import nnx
 from helpers import Records
 
 from configs import quickstart
-from easy_jax import loss_table, sharding, step, train, weighting
+from easy_jax import loss_parts, sharding, step, train, weighting
 from easy_jax.checkpoint import Checkpointer, CheckpointError
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource, DataError, DataWarning, scoring_loader, training_loader
@@ -367,15 +367,17 @@ def test_missing_rows(table):
 
 
 def test_parts_that_overlap(table):
-    loss_table.write_part(
+    loss_parts.write_part(
         table.directory, 7, (np.array([4, 17]), np.float32([1, 1]), np.float32([1, 1]))
     )
-    with pytest.raises(LossTableError, match=r"duplicate example ids \[4, 17\]"):
+    with pytest.raises(
+        LossTableError, match=r"duplicate example ids with different losses: \[4, 17\]"
+    ):
         LossTable.open(table.directory)
 
 
 def test_part_with_ids_of_no_example(table):
-    loss_table.write_part(table.directory, 7, (np.array([20]), np.float32([1]), np.float32([1])))
+    loss_parts.write_part(table.directory, 7, (np.array([20]), np.float32([1]), np.float32([1])))
     with pytest.raises(LossTableError, match=r"ids \[20\], outside of \[0, 20\)"):
         LossTable.open(table.directory)
 

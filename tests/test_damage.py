@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easy_jax import loss_table, sealed
+from easy_jax import loss_parts, loss_table, sealed
 from easy_jax.data import ArraySource
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import squared_error
@@ -106,7 +106,7 @@ def test_a_part_of_another_table_is_refused(tmp_path):
     other = _scored(tmp_path, on_bad_example="drop", rows_per_part=5)
     ids, loss, count = next(other.rows())
     (tmp_path / "part-00000-00000.parquet").unlink()
-    loss_table.write_part(tmp_path, 0, (ids, loss + 1, count))
+    loss_parts.write_part(tmp_path, 0, (ids, loss + 1, count))
     with pytest.raises(LossTableError, match="were changed after they were scored"):
         LossTable.open(tmp_path)
 

@@ -1,6 +1,7 @@
 """The loss table: exact statistics, what it refuses, and scoring into it end to end."""
 
 import json
+import shutil
 
 import chex
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from easy_jax import code_fingerprint, loss_table, scoring, sharding
+from easy_jax import code_fingerprint, loss_parts, loss_table, scoring, sharding
 from easy_jax.data import ArraySource, training_loader
 from easy_jax.loss_table import LossTable, LossTableError
 from easy_jax.losses import squared_error
@@ -86,7 +87,7 @@ def write_table(directory, losses, cuts=(), *, order=None, dropped=()):
     order = np.arange(len(ids)) if order is None else order
     for number, rows in enumerate(np.split(order, list(cuts))):
         part = (ids[rows], losses[rows], np.ones(len(rows), np.float32))
-        loss_table.write_part(directory, number % 2, part)
+        loss_parts.write_part(directory, number % 2, part)
     metadata = {
         "format_version": loss_table.FORMAT_VERSION,
         "num_examples": size,
@@ -281,7 +282,7 @@ def interrupt(directory, arrays, limit):
     # A table begins with its first batch.
     with pytest.raises(LossTableError, match="incomplete" if limit else "no loss table"):
         LossTable.open(directory)
-    return {int(i) for ids, _, _ in loss_table.iter_rows(directory) for i in ids}
+    return {int(i) for ids, _, _ in loss_parts.iter_rows(directory) for i in ids}
 
 
 def assert_same_tables(ours, theirs):
@@ -475,3 +476,55 @@ def test_one_compilation(tmp_path):
         graphdef, traced, sharding.make_mesh(), code_fingerprint.of_function(traced)
     )
     assert step._cache_size() == 1
+
+
+# Rows that stand twice, as two runs in one directory at once have left them.
+
+
+def _write_again(directory, name="part-00000-00000.parquet"):
+    shutil.copy(directory / name, directory / "part-00001-00000.parquet")
+
+
+def test_rows_that_stand_twice_and_are_the_same_count_once(tmp_path):
+    arrays = make_arrays(65)
+    whole = score(make_model(), ArraySource(arrays), tmp_path / "whole", **OPTIONS)
+    again = score(make_model(), ArraySource(arrays), tmp_path / "again", **OPTIONS)
+    _write_again(again.directory)
+    assert sorted(int(i) for ids, _, _ in again.rows() for i in ids) == list(range(65))
+    assert_same_tables(LossTable.open(again.directory), whole)
+    np.testing.assert_array_equal(again.flow_weights(), whole.flow_weights())
+
+
+def test_an_interrupted_table_with_rows_twice_is_completed(tmp_path):
+    arrays = make_arrays(65)
+    whole = score(make_model(), ArraySource(arrays), tmp_path / "whole", **OPTIONS)
+    interrupt(tmp_path / "broken", arrays, 45)
+    _write_again(tmp_path / "broken")
+    table = score(make_model(), ArraySource(arrays), tmp_path / "broken", **OPTIONS)
+    assert_same_tables(table, whole)
+
+
+def test_tokens_that_stand_twice_count_once(tmp_path):
+    rows = (np.array([0, 1, 2]), np.float32([1, 2, 3]), np.float32([1, 2, 1]))
+    tokens = [np.float32([1]), np.float32([1, 3]), np.float32([3])]
+    for process in (0, 1):
+        loss_parts.write_part(tmp_path, process, rows, tokens)
+    read = [(ids.tolist(), lists) for ids, lists in loss_parts.iter_token_losses(tmp_path)]
+    assert [ids for ids, _ in read] == [[0, 1, 2]]
+    assert [values.tolist() for values in read[0][1]] == [[1], [1, 3], [3]]
+    summary = loss_table.summarise(tmp_path, token_losses=True)
+    assert (summary["num_rows"], summary["num_tokens"]) == (3, 4)
+    assert (summary["median"], summary["token_median"]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("field", ["loss", "count", "token_losses"])
+def test_rows_that_stand_twice_and_differ_are_named(tmp_path, field):
+    for process in (0, 1):
+        values = {"loss": [1, 2, 3], "count": [1, 2, 1], "token_losses": [[1], [1, 3], [3]]}
+        if process == 1:
+            values[field][1] = [1, 2] if field == "token_losses" else 7
+        tokens = [np.float32(each) for each in values["token_losses"]]
+        rows = np.array([0, 1, 2]), np.float32(values["loss"]), np.float32(values["count"])
+        loss_parts.write_part(tmp_path, process, rows, tokens)
+    with pytest.raises(LossTableError, match=r"ids with different losses: \[1\]; delete it"):
+        loss_parts.seen_ids(tmp_path, 3)

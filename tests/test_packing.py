@@ -13,7 +13,7 @@ from helpers import devices_mesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easy_jax import loss_table, sharding
+from easy_jax import loss_parts, sharding
 from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.data import (
     ArraySource,
@@ -558,7 +558,7 @@ def test_interrupted_scoring_is_completed(kind, tmp_path):
     batches = scoring_loader(SOURCES[kind](), 4).steps
     with pytest.raises(InterruptionError):
         _score(SOURCES[kind](), tmp_path / "parts", progress=_stop_after(batches - 2), **options)
-    saved = loss_table.seen_ids(tmp_path / "parts", SIZE)
+    saved = loss_parts.seen_ids(tmp_path / "parts", SIZE)
     assert 0 < saved.sum() < SIZE
     with pytest.raises(LossTableError, match="is incomplete"):
         LossTable.open(tmp_path / "parts")

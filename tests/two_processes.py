@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from jax._src import distributed as jax_distributed
 
-from easy_jax import checkpoint_reading, distributed, loss_table, main, scoring, train
+from easy_jax import checkpoint_reading, distributed, loss_parts, loss_table, main, scoring, train
 from easy_jax.checkpoint import Checkpointer, CheckpointWarning
 from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.data import ArraySource
@@ -61,7 +61,7 @@ def _fit(directory, save_every_steps=8):
 
 def parts_after_metadata(config, folder, patch):
     """Whether the metadata, which take their time, were there when each part was written."""
-    write, write_part, there = loss_table.write_metadata, loss_table.write_part, []
+    write, write_part, there = loss_table.write_metadata, loss_parts.write_part, []
 
     def slowly(directory, metadata):
         time.sleep(1.0)
@@ -72,7 +72,7 @@ def parts_after_metadata(config, folder, patch):
         write_part(directory, *args)
 
     patch.setattr(loss_table, "write_metadata", slowly)
-    patch.setattr(loss_table, "write_part", watched)
+    patch.setattr(loss_parts, "write_part", watched)
     _score(folder / "table", _source())
     return there
 
@@ -84,7 +84,7 @@ def other_data(config, folder, patch):
 def other_rows(config, folder, patch):
     """Process 1 sees half of the rows of a complete table."""
     if not distributed.leads():
-        patch.setattr(loss_table, "seen_ids", lambda *_: np.arange(_SIZE) < _SIZE // 2)
+        patch.setattr(loss_parts, "seen_ids", lambda *_: np.arange(_SIZE) < _SIZE // 2)
     _score(folder / "table", _source())
 
 
