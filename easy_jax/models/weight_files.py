@@ -186,7 +186,7 @@ def _check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
     bits = tensor.reshape(-1).view(unsigned)
     bad = 0
     for start in range(0, bits.size, 1 << 22):  # in pieces: no second copy of a large tensor
-        bad += np.count_nonzero((bits[start : start + (1 << 22)] & exponent) == exponent)
+        bad += int(np.count_nonzero((bits[start : start + (1 << 22)] & exponent) == exponent))
     if bad:
         raise WeightsError(
             f"{path}: {bad} of {tensor.size} values of {name} are NaN or infinite: the file is "
