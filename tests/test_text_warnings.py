@@ -199,6 +199,10 @@ def test_weights_are_multiplied_into_those_of_training():
             ids, weights = (batch[name][batch["mask"]] for name in ("example_id", "weight"))
             found |= zip(ids.tolist(), weights.tolist(), strict=True)
         assert [found[i] for i in range(4)] == expected
+    with pytest.raises(DataError, match="nothing to train on: all 4 weights are 0"):
+        training_loader(
+            PackedSource(source, row_length=8), 1, epochs=1, seed=0, weight_N=np.eye(4)[1]
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("weight", [None, "1", True, -1, float("nan"), float("inf"), [1]])

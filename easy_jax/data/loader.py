@@ -162,6 +162,9 @@ def training_loader(
         given_N = np.ones(len(source)) if weight_N is None else np.asarray(weight_N)
         if given_N.shape == (len(source),):  # dropped while scoring: it has no token weights
             weight_N = np.where(np.diff(token_weight.offsets) > 0, given_N, np.nan)
+    if isinstance(source, PackedSource) and source.examples.weight is not None:
+        given_N = np.ones(len(source)) if weight_N is None else weight_N
+        weight_N = checked_weights(given_N, len(source)) * source.examples.weight
     if weight_N is not None:
         weight_N = checked_weights(weight_N, len(source))
         ids = np.flatnonzero(~np.isnan(weight_N))
@@ -177,8 +180,6 @@ def training_loader(
     share = _share(batch_size, rows)
     reading = _reading(source) if reading is None else reading
     if isinstance(source, PackedSource):
-        if source.examples.weight is not None:
-            weight_N = weight_N * source.examples.weight
         # Not lazily: their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
         dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
