@@ -19,7 +19,7 @@ from easy_jax import data, distributed
 from easy_jax.code_fingerprint import name_of
 from easy_jax.data import text
 from easy_jax.data.loader import PADDING_ID
-from easy_jax.data.sources import check_record
+from easy_jax.data.sources import check_numbers
 from easy_jax.losses import ContractError
 
 Arrays = Mapping[str, np.ndarray]
@@ -53,30 +53,35 @@ def check_model(model: Any, who: str) -> None:
     raise ContractError(f"{who} takes a Flax NNX module, not {what}{cure}")
 
 
-def check_data(model: nnx.Module, source: data.AnySource) -> None:
-    """Checks, before anything is compiled, that a source has records that a model can be given.
-
-    Raises:
-      DataError: no source; records that are not mappings of numbers; a token outside of the model's
-        vocabulary, with the example ids.
-    """
-    if isinstance(source, data.PackedSource):
-        vocab = getattr(getattr(model, "config", None), "vocab", None)
-        if isinstance(vocab, int):
-            text.check_vocabulary(source.examples, vocab)
-        return
+def check_source(source: data.AnySource) -> None:
+    """Raises DataError for what is no source, and for fields in memory that are no numbers."""
     if isinstance(source, data.TokenSource):
         raise data.DataError(
             "a TokenSource has examples of different lengths; give "
             "PackedSource(examples, row_length=...)"
         )
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) and not isinstance(
+        source, data.PackedSource
+    ):
         raise data.DataError(
             f"a {type(source).__name__} is no source: it needs a length and a record for every "
             "position below it, as ArraySource has; a generator can be read once only"
         )
-    if len(source) and not isinstance(source, data.ImageSource):  # a damaged image is told later
-        check_record(source[0], 0)
+    for name, array in source.fields.items() if isinstance(source, data.ArraySource) else ():
+        check_numbers(name, array, 0)
+
+
+def check_tokens(
+    model: nnx.Module, source: data.AnySource, used_N: np.ndarray | None = None
+) -> None:
+    """Raises DataError, with the ids, for examples with tokens outside of the model's vocabulary.
+
+    Args:
+      used_N: bool by example id: those that are looked at; default: all.
+    """
+    vocab = getattr(getattr(model, "config", None), "vocab", None)
+    if isinstance(source, data.PackedSource) and isinstance(vocab, int):
+        text.check_vocabulary(source.examples, vocab, used_N)
 
 
 def call(

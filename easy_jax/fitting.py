@@ -149,7 +149,7 @@ def fit(
       LostUpdatesWarning: most parameters are too coarse for the learning rate.
     """
     contract.check_model(model, "fit")
-    contract.check_data(model, source)
+    contract.check_source(source)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
     loader = data.training_loader(
@@ -158,6 +158,9 @@ def fit(
         rows=sharding.process_rows(stage.batch_size, mesh),
     )  # fmt: skip
     used_N = None if weight_N is None else ~np.isnan(weight_N)
+    if token_weight is not None:  # an example without any was dropped while scoring
+        used_N = np.diff(token_weight.offsets) > 0 if used_N is None else used_N
+    contract.check_tokens(model, source, used_N)
     compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
     total = loader.steps
     run = identity.of_stage(

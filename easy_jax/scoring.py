@@ -110,11 +110,12 @@ def score(
     """
     directory = files.path(directory)
     contract.check_model(model, "score")
-    contract.check_data(model, source)
+    contract.check_source(source)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
-    # With "drop", labels out of range are dropped with the other bad examples.
+    # With "drop", labels and tokens out of range are dropped with the other bad examples.
     used_N = np.zeros(len(source), bool) if on_bad_example == "drop" else None
+    contract.check_tokens(model, source, used_N)
     compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
     graphdef, state = nnx.split(eval_view(model))
     identity = {

@@ -346,7 +346,7 @@ def test_records_under_other_names(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Records(list(zip(X, LABEL, strict=True))), "0 is a tuple of 2; a record is"),
+        (Records(list(zip(X, LABEL, strict=True))), "is a tuple of 2; a record is"),
         (Records([{"x": x, "y": y, "text": "a"} for x, y in zip(X, LABEL, strict=True)]),
          r"field 'text' of example 0 holds text \(dtype <U1\), .* leave the field out"),
         (ej.ArraySource({"x": X, "y": LABEL, "text": np.full(20, "a")}), "'text' .* holds text"),

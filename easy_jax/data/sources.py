@@ -271,13 +271,6 @@ def check_mapping(record: Any, position: int) -> None:
         )
 
 
-def check_record(record: Any, position: int) -> None:
-    """Raises DataError unless a record is a mapping of arrays of numbers."""
-    check_mapping(record, position)
-    for name, value in record.items():
-        check_numbers(name, np.asarray(value), position)
-
-
 def check_numbers(name: str, array: np.ndarray, position: int) -> None:
     """Raises DataError unless a field of an example, or of a batch, holds numbers or booleans."""
     is_extended = array.dtype.kind == "V" and array.dtype.names is None  # bfloat16 and the like

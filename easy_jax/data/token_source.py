@@ -138,15 +138,20 @@ class TokenSource:
         return "; ".join(parts)
 
 
-def check_vocabulary(data: TokenSource | int, vocab_size: int) -> None:
+def check_vocabulary(
+    data: TokenSource | int, vocab_size: int, used_N: np.ndarray | None = None
+) -> None:
     """Raises DataError if a token (of the source, or the greatest id) is none of the model's; with
-    the examples' ids."""
+    the examples' ids. `used_N`, bool: the examples that are looked at; default: all."""
     examples = ""
     if isinstance(data, TokenSource):
         bad = np.flatnonzero(data.tokens >= vocab_size)
+        id_of = np.searchsorted(data.offsets, bad, side="right") - 1
+        if used_N is not None:
+            bad, id_of = bad[used_N[id_of]], id_of[used_N[id_of]]
         if not bad.size:
             return
-        ids = np.unique(np.searchsorted(data.offsets, bad, side="right") - 1)
+        ids = np.unique(id_of)
         more = " ..." if ids.size > 10 else ""
         examples = f" (in {ids.size} examples, ids {ids[:10].tolist()}{more})"
         data = int(data.tokens[bad].max())
