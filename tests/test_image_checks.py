@@ -144,7 +144,7 @@ def test_both_tasks_are_told_at_once(damaged, tmp_path_factory):
         for path in (other, damaged)
     )
     experiment = ExperimentConfig(data=TransferDataConfig(pretrain, target))
-    with pytest.raises(DataError, match=r"^6 of ") as error:
+    with pytest.raises(DataError, match=r"^6 of 49 images") as error:
         load_tasks(experiment, 0, 0.0)
     assert str(error.value).count("004.jpg") == 1  # met in train and in validation
     shutil.copy(other / "test/c/000.jpg", other / "test/c/002.jpg")

@@ -123,7 +123,7 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
     sources = [_open_split(config, split) for config, split in wanted]
     found = []
     errors: dict[str, ImageError] = {}  # by path: what validates may be met twice
-    count = 0
+    counts: dict[str, int] = {}  # by store: what validates may be counted twice
     for source, (config, split) in zip(sources, wanted, strict=True):
         drop = config.on_bad_example == "drop"
         whole = split == "train" and not drop  # with what is cut out of it: told at once, too
@@ -132,7 +132,8 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
         where = f"{config.path}, {split}"
         found.append((where, bad if drop else {}))
         errors |= {} if drop else {error.where: error for error in bad.values()}
-        count += size
+        store = source.store.where(0)
+        counts[store] = max(size, counts.get(store, 0))
         if rotated and not config.rotate:
             warnings.warn(
                 f"{rotated} of {size} images of {where} have an EXIF rotation, which is not "
@@ -142,7 +143,7 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
             )
     if errors:
         raise DataError(
-            f"{told(list(errors.values()), count)}. Mend or remove them, or set "
+            f"{told(list(errors.values()), sum(counts.values()))}. Mend or remove them, or set "
             "on_bad_example='drop' to leave them out"
         )
     for place, (where, bad) in enumerate(found):
