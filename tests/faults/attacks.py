@@ -280,9 +280,10 @@ def _leaves(tree, path=""):
 
 
 def without_seconds(value):
-    """JSON without the times that it took."""
+    """JSON without the times that it took, and the checksums, which are of these, too."""
     if isinstance(value, dict):
-        return {k: without_seconds(v) for k, v in value.items() if "seconds" not in k}
+        items = value.items()
+        return {k: without_seconds(v) for k, v in items if k not in ("seconds", "checksum")}
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
