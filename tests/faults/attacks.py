@@ -200,7 +200,7 @@ class Bench:
         self.model.mkdir()
         tiny_language.write_folder(self.model, train=train)
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(self.folder / "compilations"))
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         self._calm = {}
         self._number = 0
 
@@ -249,7 +249,7 @@ def result(workdir, with_seconds=False):
         found |= {f"{name} losses": table.loss_N(), f"{name} weights": table.flow_weights()}
         if table.metadata["token_losses"]:
             found[f"{name} token weights"] = table.flow_token_weights().values
-    for stage in sorted({path.parent.parent for path in workdir.glob("checkpoints/**/identity")}):
+    for stage in sorted({path.parent.parent for path in workdir.glob("checkpoints/**/state")}):
         last = max(int(path.name) for path in stage.iterdir() if path.name.isdigit())
         for name, value in parameters(stage / str(last)).items():
             found[f"{stage.relative_to(workdir)} {last} {name}"] = value

@@ -139,6 +139,13 @@ def _file(stage, draw, step=-1):
     return draw.choice(sorted(p for p in _steps(stage)[step].rglob("*") if p.is_file()))
 
 
+def _items(stage, draw, has_json=False):
+    """The name of a folder of the latest checkpoint; of one with JSON, if that is asked for."""
+    folders = (path for path in _steps(stage)[-1].iterdir() if path.is_dir())
+    names = (path.name for path in folders if not has_json or (path / "metadata").is_file())
+    return draw.choice(sorted(names))
+
+
 def _large(stage, draw):
     """One of the files with the most of the arrays."""
     files = (p for p in _steps(stage)[-1].rglob("d/*") if p.is_file())
@@ -202,7 +209,7 @@ def swap_files(stage, draw):
 
 def swap_items(stage, draw):
     first, *_, last = _steps(stage)
-    name = draw.choice(["state", "batches", "progress", "identity"])
+    name = _items(stage, draw)
     return f"{name} of {_swap(first / name, last / name)}"
 
 
@@ -249,14 +256,14 @@ def file_to_link(stage, draw):
 
 
 def item_to_file(stage, draw):
-    path = _steps(stage)[-1] / draw.choice(["state", "batches", "progress", "identity"])
+    path = _steps(stage)[-1] / _items(stage, draw)
     shutil.rmtree(path)
     path.write_bytes(b"no folder")
     return path.relative_to(stage)
 
 
 def item_away(stage, draw):
-    path = _steps(stage)[-1] / draw.choice(["state", "batches", "progress", "identity"])
+    path = _steps(stage)[-1] / _items(stage, draw)
     shutil.rmtree(path)
     return path.relative_to(stage)
 
@@ -286,8 +293,8 @@ def step_is_file(stage, draw):
 
 
 def wrong_json(stage, draw):
-    item = draw.choice(["batches", "progress", "identity"])
-    path = next(p for p in sorted((_steps(stage)[-1] / item).iterdir()) if p.name == "metadata")
+    item = _items(stage, draw, has_json=True)
+    path = _steps(stage)[-1] / item / "metadata"
     content = draw.choice(
         [b"[]", b"null", b"{}", b"1e999", b'"x"', b"\xff\xfe{}", _DEEP, b'{"a": NaN}', b""]
     )
@@ -296,7 +303,7 @@ def wrong_json(stage, draw):
 
 
 def wrong_values(stage, draw):
-    item = draw.choice(["batches", "progress", "identity"])
+    item = _items(stage, draw, has_json=True)
     path = _steps(stage)[-1] / item / "metadata"
     content = json.loads(path.read_text())
     wrong = draw.choice([None, -1, 10**9, "x", [], {}, 0.5])
@@ -332,13 +339,13 @@ def leftovers(stage, draw):
     last = _steps(stage)[-1]
     name = draw.choice(["99.orbax-checkpoint-tmp-17", "99.orbax-checkpoint-tmp", "99.tmp", "abc"])
     shutil.copytree(last, stage / name)
-    shutil.rmtree(stage / name / draw.choice(["state", "identity"]))
+    shutil.rmtree(stage / name / _items(stage, draw))
     return name
 
 
 def unfinished_item(stage, draw):
     last = _steps(stage)[-1]
-    item = draw.choice(["state", "identity", "progress", "batches"])
+    item = _items(stage, draw)
     (last / item).rename(last / f"{item}.orbax-checkpoint-tmp-3")
     return f"{last.name}/{item}"
 

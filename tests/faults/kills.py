@@ -50,7 +50,7 @@ def _stages(count):
         stages = {
             path.parent
             for path in workdir.glob("checkpoints/**/[0-9]*")
-            if path.name.isdigit() and (path / "identity").exists()
+            if path.name.isdigit() and (path / "state").exists()
         }
         return len(stages) >= count
 
