@@ -138,17 +138,21 @@ def _quietly() -> Iterator[None]:
         if not follows(raised.exc_value):
             hooks[1](raised)
 
-    def keeps(record: logging.LogRecord) -> bool:
-        follows = "exception was never retrieved" in record.getMessage()
-        return not follows and "orbax" not in Path(record.pathname).parts
-
-    loggers = logging.getLogger("asyncio"), logging.getLogger("absl")
+    absl = logging.getLogger("absl")
+    logging.getLogger("asyncio").addFilter(_is_unrelated)  # for good: they are found late
+    absl.addFilter(_is_unrelated)
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
-    for logger in loggers:
-        logger.addFilter(keeps)
     try:
         yield
     finally:
         sys.excepthook, sys.unraisablehook = hooks
-        for logger in loggers:
-            logger.removeFilter(keeps)
+        absl.removeFilter(_is_unrelated)
+
+
+def _is_unrelated(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is of something else than a read that failed."""
+    if record.name == "absl":
+        return "orbax" not in Path(record.pathname).parts
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    late = "exception was never retrieved" in record.getMessage()
+    return not (late and ("OCDBT" in error or "TensorStore" in error))
