@@ -66,8 +66,10 @@ def of_tree(tree: Any) -> str:
 def _of_named(named: Iterable[tuple[str, jax.Array]]) -> str:
     digest = hashlib.sha256()
     flat = sorted(named, key=lambda item: item[0])
-    checksums = jax.device_get([_checksum(value) for _, value in flat])
-    for (path, value), checksum in zip(flat, checksums, strict=True):
+    for path, value in flat:
+        # One at a time: programs that exchange data between devices, many of them under way on
+        # CPUs, can each wait for threads that the others hold.
+        checksum = jax.device_get(_checksum(value))
         digest.update(f"{path}:{value.dtype}:{value.shape}:{checksum[0]}:{checksum[1]};".encode())
     return digest.hexdigest()[:_LENGTH]
 
