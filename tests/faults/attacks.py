@@ -301,8 +301,10 @@ same = _same
 def until(condition, run, seconds=60):
     """Waits for a moment of a run; whether it came before the run was over."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # what was listed may be renamed meanwhile
+            if condition():
+                return True
         if run.is_over or time.monotonic() > deadline:
             return False
         time.sleep(0.0005)
-    return True
