@@ -50,7 +50,7 @@ def why_unlisted(folder: Path, with_loss: bool) -> str:
         if with_loss and loss.exists():
             sealed.read(loss, Damage, "")
     except Damage as error:
-        return _reason(error)
+        return _reason(Damage(str(error).replace(f"{folder}/", "")))
     metadata = folder / "_CHECKPOINT_METADATA"
 
     def read(reader: ocp.Checkpointer) -> None:

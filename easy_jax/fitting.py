@@ -23,6 +23,7 @@ from easy_jax import (
     contract,
     data,
     distributed,
+    files,
     identity,
     lock,
     merge,
@@ -66,7 +67,7 @@ class Fit:
     resumed_from: int
 
 
-@lock.alone
+@lock.alone(files.check_folder)
 def fit(
     model: nnx.Module,
     source: data.AnySource,

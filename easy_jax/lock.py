@@ -113,16 +113,29 @@ def hold(directory: str | os.PathLike[str], *, take_over: bool = False) -> Itera
             _locks.remove(lock)
 
 
-def alone(function: Callable[P, R]) -> Callable[P, R]:
-    """Holds the folder that a function gets as `directory`, while it runs."""
-    signature = inspect.signature(function)
+def alone(
+    check: Callable[[Path], None] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates a function to hold the folder that it gets as `directory`, while it runs.
 
-    @functools.wraps(function)
-    def holding(*args: P.args, **kwargs: P.kwargs) -> R:
-        with hold(signature.bind(*args, **kwargs).arguments["directory"]):
-            return function(*args, **kwargs)
+    Args:
+      check: refuses a folder before it is made.
+    """
 
-    return holding
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def holding(*args: P.args, **kwargs: P.kwargs) -> R:
+            directory = files.path(signature.bind(*args, **kwargs).arguments["directory"])
+            if check is not None:
+                check(directory)
+            with hold(directory):
+                return function(*args, **kwargs)
+
+        return holding
+
+    return decorate
 
 
 def check(directory: str | os.PathLike[str]) -> None:

@@ -40,7 +40,7 @@ class ScoringError(ValueError):
     """Some examples have no usable loss; the message lists their ids."""
 
 
-@lock.alone
+@lock.alone()
 def score(
     model: nnx.Module,
     source: data.AnySource,

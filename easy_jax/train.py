@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from easy_jax import distributed, language_report, lock, report
+from easy_jax import distributed, files, language_report, lock, report
 from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
 from easy_jax.language import LanguageExperiment, Until
 from easy_jax.terminal import Terminal
@@ -42,6 +42,7 @@ def run(
     config.validate()
     if until == "export" and isinstance(config, ExperimentConfig):
         raise ConfigError("export is for language models; an image model is in `checkpoints/`")
+    files.check_folder(files.path(workdir))  # before it is made
     with lock.hold(workdir, take_over=take_over):
         return _run(config, open_workdir(config, workdir), until)
 

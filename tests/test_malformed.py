@@ -122,4 +122,4 @@ def test_colours_that_are_none_are_refused(name, value, tmp_path):
     content["pretrained_cfg"][name] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
     with pytest.raises(USER_ERRORS, match=rf"config.json: {name} is .*; it must be a list of num"):
-        timm_weights.read_normalisation(tmp_path)
+        timm_weights.read_info(tmp_path)
