@@ -90,8 +90,9 @@ class FolderImages:
                 self._names.append(image)
                 digest.update(f"{name}/{image}:{size}\n".encode(errors="surrogateescape"))
             if len(self._names) == start and not strays and not missing_classes:
+                allow = "; or set missing_classes='allow'" if classes is not None else ""
                 raise DataError(
-                    f"the class folder {self.folder / name} has no images; fill or remove it"
+                    f"the class folder {self.folder / name} has no images; fill or remove it{allow}"
                 )
             self._ends.append(len(self._names))
         if strays:

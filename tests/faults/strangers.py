@@ -205,6 +205,7 @@ def replay(stranger):
             lured = Member(folder, address, 1)
             line, _ = server.accept()
             line.settimeout(3.0)
+            line.sendall(b'{"challenge": "0123456789abcdef"}\n')  # or it says nothing
             heard = b""
             with contextlib.suppress(TimeoutError):
                 while not heard.endswith(b"\n"):
@@ -212,6 +213,7 @@ def replay(stranger):
             line.close()
         lured.process.kill()
         lured.process.join()
+    assert b"hello" in heard, heard
     stranger.say(heard, heard + heard, heard * 3)
 
 
