@@ -15,7 +15,6 @@ a batch size counts rows, and these three fields are [b, S].
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -349,8 +348,3 @@ def _checked_ids(source: AnySource, ids: np.ndarray | None) -> np.ndarray:
     if unique.size != ids.size:
         raise DataError(f"duplicate example ids: {unique[counts > 1][:10].tolist()}")
     return ids[np.isin(ids, present)]
-
-
-def steps_of(num_examples: int, batch_size: int, epochs: int) -> int:
-    """Number of batches of a training loader."""
-    return math.ceil(num_examples * epochs / batch_size)
