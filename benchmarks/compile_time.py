@@ -20,10 +20,19 @@ ROWS, LENGTH, SEGMENTS = 8, 1024, 8
 ROUNDS = 5
 BOUND = 1.3
 GEMMA_2_2B = ej.TransformerConfig(
-    "gemma2", vocab=256_000, embed=2304, mlp=9216, layers=LAYERS, heads=8, kv_heads=4,
-    head_dim=256, query_scale=256**-0.5, attention_cap=50.0, final_cap=30.0,
+    "gemma2",
+    vocab=256_000,
+    embed=2304,
+    mlp=9216,
+    layers=LAYERS,
+    heads=8,
+    kv_heads=4,
+    head_dim=256,
+    query_scale=256**-0.5,
+    attention_cap=50.0,
+    final_cap=30.0,
     windows=(4096, None),
-)  # fmt: skip
+)
 
 
 def compile_with(layers: int) -> Callable[[], None]:

@@ -39,9 +39,11 @@ def authors_step(network: torch.nn.Module, batch: dict[str, np.ndarray]) -> Call
     label_B = torch.from_numpy(batch["label"]).long()
     tau = float(np.median(batch["frozen_loss"]))
     optimizer = torch.optim.SGD(
-        trained.parameters(), SGD["learning_rate"], SGD["momentum"],
+        trained.parameters(),
+        SGD["learning_rate"],
+        SGD["momentum"],
         weight_decay=SGD["weight_decay"],
-    )  # fmt: skip
+    )
 
     def losses(model: torch.nn.Module) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(model(image_BCHW), label_B, reduction="none")
@@ -117,9 +119,15 @@ def main() -> None:
     pytorch()
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
     against_two(
-        "image_step: the frozen probe in PyTorch's step", weighted, plain, pytorch,
-        rounds=ROUNDS, torch_bound=TORCH_BOUND, plain_bound=PLAIN_BOUND, calls=STEPS,
-    )  # fmt: skip
+        "image_step: the frozen probe in PyTorch's step",
+        weighted,
+        plain,
+        pytorch,
+        rounds=ROUNDS,
+        torch_bound=TORCH_BOUND,
+        plain_bound=PLAIN_BOUND,
+        calls=STEPS,
+    )
 
 
 if __name__ == "__main__":

@@ -30,10 +30,14 @@ def main() -> None:
     def ours() -> None:
         with tempfile.TemporaryDirectory() as directory:
             table = ej.score(
-                model, ej.PackedSource(examples, smollm2.ROW_LENGTH), directory,
-                loss_fn=ej.causal_lm_token_losses, token_losses=True, batch_size=ROWS,
+                model,
+                ej.PackedSource(examples, smollm2.ROW_LENGTH),
+                directory,
+                loss_fn=ej.causal_lm_token_losses,
+                token_losses=True,
+                batch_size=ROWS,
                 mesh=mesh,
-            )  # fmt: skip
+            )
             weights["ours"] = table.flow_weights()
 
     def sequence_losses() -> np.ndarray:

@@ -97,9 +97,14 @@ def main() -> None:
     pytorch()
     np.testing.assert_allclose(first_loss["weighted"], first_loss["torch"], rtol=1e-4)
     against_two(
-        f"language_step: {len(ids)} examples in {ROWS} rows", weighted, plain, pytorch,
-        rounds=ROUNDS, torch_bound=TORCH_BOUND, plain_bound=PLAIN_BOUND,
-    )  # fmt: skip
+        f"language_step: {len(ids)} examples in {ROWS} rows",
+        weighted,
+        plain,
+        pytorch,
+        rounds=ROUNDS,
+        torch_bound=TORCH_BOUND,
+        plain_bound=PLAIN_BOUND,
+    )
 
 
 if __name__ == "__main__":

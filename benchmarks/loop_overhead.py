@@ -55,9 +55,15 @@ def main() -> None:
 
         def loop() -> float:
             result = ej.fit(
-                model, source, next(fresh), stage=stage, loss_fn=ej.classification_loss,
-                weight_N=weight_N, mesh=mesh, save_every_steps=steps,
-            )  # fmt: skip
+                model,
+                source,
+                next(fresh),
+                stage=stage,
+                loss_fn=ej.classification_loss,
+                weight_N=weight_N,
+                mesh=mesh,
+                save_every_steps=steps,
+            )
             return result.seconds
 
         loop(), compiled()  # compilation is not what is measured

@@ -18,7 +18,7 @@ from easy_jax.ahead_of_time.chips import GIB
 from easy_jax.ahead_of_time.image_programs import kinds
 from easy_jax.config import RESNETS, ExperimentConfig
 from easy_jax.data.image_datasets import DATA_SETS
-from easy_jax.plan import cells
+from easy_jax.experiments.plan import cells
 
 CONFIG = "configs/resnet_transfer.py"
 # Images of each data set's own splits: training, validation where it has one, and test.
@@ -45,10 +45,15 @@ def compiled(folder: Path, model: str, topology: str) -> dict[str, Result]:
     workdir = folder / f"{model}-{topology.replace(':', '-')}"
     if not (workdir / "compile.json").exists():
         command = [
-            sys.executable, "-m", "easy_jax.main", "compile", f"--topology={topology}",
-            f"--config={CONFIG}:{model},cifar10", "--config.only=linear_probe,standard",
+            sys.executable,
+            "-m",
+            "easy_jax.main",
+            "compile",
+            f"--topology={topology}",
+            f"--config={CONFIG}:{model},cifar10",
+            "--config.only=linear_probe,standard",
             f"--workdir={workdir}",
-        ]  # fmt: skip
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result: Result = json.loads((workdir / "compile.json").read_text(encoding="utf-8"))
     return {program["name"]: program for program in result["programs"]}
@@ -83,11 +88,14 @@ def work(config: ExperimentConfig, size: dict[str, int]) -> dict[str, tuple[int,
         found[program] = steps, images
     tests = len(list(cells(config)))
     passes = [  # how often, over how many
-        (1, size["train"]), (1, size["test"]),  # the loss tables
+        (1, size["train"]),
+        (1, size["test"]),  # the loss tables
         (trained, size["validation"]),  # the learning curves, once in a stage
         (1, IMAGENET_TEST),  # before fine-tuning
-        (tests, IMAGENET_TEST), (tests, size["test"]), (tests, size["validation"]),
-    ]  # fmt: skip
+        (tests, IMAGENET_TEST),
+        (tests, size["test"]),
+        (tests, size["validation"]),
+    ]
     batch = config.eval_batch_size
     assert batch == config.scoring.batch_size and config.eval_every_epochs == config.probe.epochs
     steps = sum(times * math.ceil(images / batch) for times, images in passes)
@@ -107,10 +115,15 @@ def print_table(title: str, words: int, head: list[str], lines: list[list[str]])
 def step_line(model: str, program: Result) -> list[str]:
     seconds = step_seconds(program)
     return [
-        model, program["name"], f"{program['rows']:,}", f"{program['needs'] / GIB:.2f} GiB",
-        f"{seconds * 1e3:.1f} ms", f"{program['rows'] / seconds:,.0f}",
-        f"{program['utilisation_waiting']:.0%}", f"{program['compile_seconds']:.0f} s",
-    ]  # fmt: skip
+        model,
+        program["name"],
+        f"{program['rows']:,}",
+        f"{program['needs'] / GIB:.2f} GiB",
+        f"{seconds * 1e3:.1f} ms",
+        f"{program['rows'] / seconds:,.0f}",
+        f"{program['utilisation_waiting']:.0%}",
+        f"{program['compile_seconds']:.0f} s",
+    ]
 
 
 def hours(done: dict[str, tuple[int, int]], programs: dict[str, Result]) -> str:
@@ -126,8 +139,16 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:1x1")
     flags = parser.parse_args()
     programs = {model: compiled(flags.folder, model, flags.topology) for model in flags.models}
-    head = ["model", "program", "batch", "memory of a chip", "step", "images/s", "utilisation",
-            "compile"]  # fmt: skip
+    head = [
+        "model",
+        "program",
+        "batch",
+        "memory of a chip",
+        "step",
+        "images/s",
+        "utilisation",
+        "compile",
+    ]
     lines = [step_line(model, each) for model in programs for each in programs[model].values()]
     print_table(f"**Steps on {flags.topology}**", 2, head, lines)
     lines = []
@@ -135,13 +156,24 @@ def main() -> None:
         size = sizes(data)
         done = work(get_config(f"{flags.models[0]},{data}"), size)  # of any model
         trained = sum(images for name, (_, images) in done.items() if name != "score")
-        lines.append([
-            data, *(f"{size[split]:,}" for split in ("train", "validation", "test")),
-            f"{trained / 1e6:.2f} M", f"{done['score'][1] / 1e6:.2f} M",
-            *(hours(done, programs[model]) for model in programs),
-        ])  # fmt: skip
-    head = ["data set", "train", "validation", "test", "views trained on", "scored and evaluated",
-            *programs]  # fmt: skip
+        lines.append(
+            [
+                data,
+                *(f"{size[split]:,}" for split in ("train", "validation", "test")),
+                f"{trained / 1e6:.2f} M",
+                f"{done['score'][1] / 1e6:.2f} M",
+                *(hours(done, programs[model]) for model in programs),
+            ]
+        )
+    head = [
+        "data set",
+        "train",
+        "validation",
+        "test",
+        "views trained on",
+        "scored and evaluated",
+        *programs,
+    ]
     print_table(f"**Hours on {flags.topology}**", 1, head, lines)
 
 

@@ -37,12 +37,19 @@ def compiled(folder: Path, config: str, method: str, topology: str) -> Result:
     if not (workdir / "compile.json").exists():
         chips = parse_topology(topology).num_chips
         command = [
-            sys.executable, "-m", "easy_jax.main", "compile", f"--topology={topology}",
-            f"--config=configs/{config}.py:{method}", f"--program={METHODS[method]}",
-            f"--config.mesh.data={chips // GROUP}", f"--config.mesh.fsdp={GROUP}",
+            sys.executable,
+            "-m",
+            "easy_jax.main",
+            "compile",
+            f"--topology={topology}",
+            f"--config=configs/{config}.py:{method}",
+            f"--program={METHODS[method]}",
+            f"--config.mesh.data={chips // GROUP}",
+            f"--config.mesh.fsdp={GROUP}",
             f"--config.finetune.batch_size={ROWS * chips}",
-            f"--config.scoring.batch_size={ROWS * chips}", f"--workdir={workdir}",
-        ]  # fmt: skip
+            f"--config.scoring.batch_size={ROWS * chips}",
+            f"--workdir={workdir}",
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result: Result = json.loads((workdir / "compile.json").read_text(encoding="utf-8"))
     return result
@@ -60,14 +67,22 @@ def fits(result: Result) -> list[list[str]]:
     found = []
     for program in result["programs"]:
         cost = program["cost"]
-        found.append([
-            result["model"], program["name"], result["topology"], f"{program['rows']:,}",
-            f"{'yes' if program['fits'] else 'no'}: {program['needs'] / GIB:.2f} of "
-            f"{program['has'] / GIB:.2f} GiB",
-            f"{program['compile_seconds']:.0f} s", f"{cost['seconds'] * 1e3:.0f} ms",
-            f"{program['utilisation']:.1%}", f"{cost['unhidden_seconds'] * 1e3:.0f} ms",
-            f"{program['utilisation_waiting']:.1%}", f"{cost['interconnect_bytes'] / 1e9:.1f} GB",
-        ])  # fmt: skip
+        found.append(
+            [
+                result["model"],
+                program["name"],
+                result["topology"],
+                f"{program['rows']:,}",
+                f"{'yes' if program['fits'] else 'no'}: {program['needs'] / GIB:.2f} of "
+                f"{program['has'] / GIB:.2f} GiB",
+                f"{program['compile_seconds']:.0f} s",
+                f"{cost['seconds'] * 1e3:.0f} ms",
+                f"{program['utilisation']:.1%}",
+                f"{cost['unhidden_seconds'] * 1e3:.0f} ms",
+                f"{program['utilisation_waiting']:.1%}",
+                f"{cost['interconnect_bytes'] / 1e9:.1f} GB",
+            ]
+        )
     return found
 
 
@@ -94,11 +109,15 @@ def scaled(program: Result, chips: int, examples: int, extra: float) -> list[str
     }
     hours = math.ceil(examples / rows) * seconds / 3600
     return [
-        f"{chips:,}", f"{rows:,}", *(f"{t * 1e3:.0f} ms" for t in times.values()),
-        max(times, key=lambda name: times[name]), f"{seconds * 1e3:.0f} ms",
+        f"{chips:,}",
+        f"{rows:,}",
+        *(f"{t * 1e3:.0f} ms" for t in times.values()),
+        max(times, key=lambda name: times[name]),
+        f"{seconds * 1e3:.0f} ms",
         f"{program['model_flops'] / chip.peak_flops / seconds:.1%}",
-        f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min", f"{hours * chips:,.0f}",
-    ]  # fmt: skip
+        f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min",
+        f"{hours * chips:,.0f}",
+    ]
 
 
 def scaling(small: Result, slice_: Result) -> None:
@@ -114,8 +133,18 @@ def scaling(small: Result, slice_: Result) -> None:
         ]
         check = scaled(whole, whole["chips"], examples, 0.0)
         lines.insert(SIZES.index(SLICE) + 1, [f"{check[0]}, compiled", *check[1:]])
-        head = ["chips", "rows", "compute", "HBM", "interconnect", "bound", "step", "utilisation",
-                f"{examples:,} rows", "chip-hours"]  # fmt: skip
+        head = [
+            "chips",
+            "rows",
+            "compute",
+            "HBM",
+            "interconnect",
+            "bound",
+            "step",
+            "utilisation",
+            f"{examples:,} rows",
+            "chip-hours",
+        ]
         print_table(f"**{small['model']}, {program['name']}**", head, lines)
 
 
@@ -125,10 +154,23 @@ def main() -> None:
     folder = Path(sys.argv[1])
     results = {
         (config, method, topology): compiled(folder, config, method, topology)
-        for config in CONFIGS for topology in TOPOLOGIES for method in METHODS
-    }  # fmt: skip
-    head = ["model", "program", "topology", "rows", "fits", "compile", "step", "utilisation",
-            "unhidden", "utilisation with it", "sent"]  # fmt: skip
+        for config in CONFIGS
+        for topology in TOPOLOGIES
+        for method in METHODS
+    }
+    head = [
+        "model",
+        "program",
+        "topology",
+        "rows",
+        "fits",
+        "compile",
+        "step",
+        "utilisation",
+        "unhidden",
+        "utilisation with it",
+        "sent",
+    ]
     print_table("**What fits**", head, [line for r in results.values() for line in fits(r)])
     for config in CONFIGS:
         scaling(*(results[config, "standard", topology] for topology in TOPOLOGIES[:2]))

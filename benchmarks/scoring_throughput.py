@@ -15,7 +15,8 @@ from flax import nnx
 from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
-from easy_jax import scoring, sharding
+from easy_jax.parallel import sharding
+from easy_jax.train import scoring
 
 NUM_IMAGES = 8192
 BATCH_SIZE = 256
@@ -54,9 +55,13 @@ def main() -> None:
 
         def whole() -> None:
             ej.score(
-                model, source, next(fresh), loss_fn=ej.classification_loss,
-                batch_size=BATCH_SIZE, mesh=mesh,
-            )  # fmt: skip
+                model,
+                source,
+                next(fresh),
+                loss_fn=ej.classification_loss,
+                batch_size=BATCH_SIZE,
+                mesh=mesh,
+            )
 
         functions = {"plain": plain, "per_example": per_example, "score": whole}
         seconds = interleave(functions, ROUNDS)

@@ -28,7 +28,6 @@ UTILISATION = 0.6  # of ours with `outputs`, at least
 
 def ours(remat: str) -> Any:
     """The product's training step: float32 parameters and AdamW, bfloat16 computation."""
-    from easy_jax import sharding
     from easy_jax.config import (
         LanguageConfig,
         LanguageMethodConfig,
@@ -38,6 +37,7 @@ def ours(remat: str) -> Any:
         StageConfig,
         TextConfig,
     )
+    from easy_jax.parallel import sharding
 
     config = LanguageConfig(
         mesh=MeshConfig(data=1, fsdp=-1),
@@ -75,17 +75,22 @@ def tunix() -> Any:
     def place(leaf: Any, spec: Any) -> Any:
         axes = tuple(spec) if isinstance(spec, PartitionSpec) else ()
         axes += (None,) * (len(leaf.shape) - len(axes))
-        fits = [a if a and size % mesh.shape[a] == 0 else None
-                for a, size in zip(axes, leaf.shape, strict=True)]  # fmt: skip
+        fits = [
+            a if a and size % mesh.shape[a] == 0 else None
+            for a, size in zip(axes, leaf.shape, strict=True)
+        ]
         sharding = NamedSharding(mesh, PartitionSpec(*fits))
         dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     graphdef, state = nnx.split(model)
-    specs = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(
-        nnx.get_partition_spec(state))}  # fmt: skip
-    placed = {path: leaf.replace(place(leaf.get_value(), specs[path]))
-              for path, leaf in nnx.to_flat_state(state)}  # fmt: skip
+    specs = {
+        path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.get_partition_spec(state))
+    }
+    placed = {
+        path: leaf.replace(place(leaf.get_value(), specs[path]))
+        for path, leaf in nnx.to_flat_state(state)
+    }
     model = nnx.merge(graphdef, nnx.from_flat_state(list(placed.items())))
     optimizer = nnx.eval_shape(
         lambda model: nnx.Optimizer(model, optax.adamw(1e-5, weight_decay=0.1), wrt=nnx.Param),
@@ -105,13 +110,18 @@ def tunix() -> Any:
 
     def inputs_of(batch: Any) -> dict[str, Any]:
         mask = batch["input_mask"]
-        return {**batch, "positions": utils.build_positions_from_mask(mask),
-                "attention_mask": utils.make_causal_attn_mask(mask)}  # fmt: skip
+        return {
+            **batch,
+            "positions": utils.build_positions_from_mask(mask),
+            "attention_mask": utils.make_causal_attn_mask(mask),
+        }
 
     trainer = types.SimpleNamespace(
-        gen_model_input_fn=inputs_of, loss_fn=peft_trainer._default_loss_fn,
-        _lora_enabled=False, _has_aux=False,
-    )  # fmt: skip
+        gen_model_input_fn=inputs_of,
+        loss_fn=peft_trainer._default_loss_fn,
+        _lora_enabled=False,
+        _has_aux=False,
+    )
 
     def step(model: Any, optimizer: Any, batch: Any) -> Any:
         return peft_trainer.PeftTrainer._train_step(trainer, model, optimizer, batch)

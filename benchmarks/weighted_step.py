@@ -14,7 +14,7 @@ from flax import nnx
 from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
-from easy_jax import sharding
+from easy_jax.parallel import sharding
 
 BATCH_SIZE = 64
 STEPS_PER_ROUND = 5

@@ -53,14 +53,21 @@ def get_config(arg: str = "") -> LanguageConfig:
         seed=42,
         mesh=MeshConfig(data=1, fsdp=-1),
         model=LanguageModelConfig(
-            path="hf://google/gemma-2-2b", dtype="bfloat16", param_dtype="float32",
-            remat="full", lora_rank=64, lora_alpha=64.0,
+            path="hf://google/gemma-2-2b",
+            dtype="bfloat16",
+            param_dtype="float32",
+            remat="full",
+            lora_rank=64,
+            lora_alpha=64.0,
         ),
         train=InstructionsConfig(format="jsonl", path="MetaMathQA.jsonl"),
         text=TextConfig(
-            bos_token="<bos>", eos_token="<eos>",
+            bos_token="<bos>",
+            eos_token="<eos>",
             border="authors",  # the paper's: targets start after the prompt's own tokens
-            max_length=1024, row_length=1024, max_segments=1,
+            max_length=1024,
+            row_length=1024,
+            max_segments=1,
         ),
         scoring=ScoringConfig(batch_size=128),
         finetune=StageConfig(
@@ -71,4 +78,4 @@ def get_config(arg: str = "") -> LanguageConfig:
         ),
         methods=(method,),
         eval_batch_size=128,
-    )  # fmt: skip
+    )

@@ -91,9 +91,14 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
     if arg == "tiny":
         config.model = ResNetConfig(in_channels=1, width=8, depths=(1, 1))
         config.data = GlyphDataConfig(
-            image_size=8, pretrain_train=128, pretrain_validation=64, pretrain_test=64,
-            target_train=128, target_validation=64, label_noise=(0.3,),
-        )  # fmt: skip
+            image_size=8,
+            pretrain_train=128,
+            pretrain_validation=64,
+            pretrain_test=64,
+            target_train=128,
+            target_validation=64,
+            label_noise=(0.3,),
+        )
         for each in (config.pretrain, config.probe, config.finetune, config.head):
             each.epochs = 1
         config.methods = METHODS + CONTROLS

@@ -102,10 +102,13 @@ def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
     wise_ft = [
         MethodConfig(
             "wise_ft" if alpha == ALPHAS[0] else f"wise_ft_{alpha:g}",
-            start="probe", averaging="wise_ft", alpha=alpha, learning_rates=standard,
+            start="probe",
+            averaging="wise_ft",
+            alpha=alpha,
+            learning_rates=standard,
         )
         for alpha in ALPHAS
-    ]  # fmt: skip
+    ]
     return (
         MethodConfig("standard", learning_rates=standard),
         # The paper does not tell its lambda for images.
@@ -115,8 +118,12 @@ def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
         *wise_ft,
         MethodConfig("linear_probe", trainable="head", learning_rates=head),
         MethodConfig(
-            "flow", start="probe", weighting="flow", head_stage="unweighted",
-            learning_rates=flow, head_learning_rate=head_rate,
+            "flow",
+            start="probe",
+            weighting="flow",
+            head_stage="unweighted",
+            learning_rates=flow,
+            head_learning_rate=head_rate,
         ),
         *(
             dataclasses.replace(
@@ -124,4 +131,4 @@ def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
             )
             for method in wise_ft
         ),
-    )  # fmt: skip
+    )

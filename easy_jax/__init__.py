@@ -25,6 +25,24 @@ with epy.lazy_api_imports(globals()):
         ResNetConfig,
         StageConfig,
     )
+    from easy_jax.core.losses import (
+        causal_lm_loss,
+        causal_lm_token_losses,
+        classification_loss,
+        softmax_cross_entropy,
+        squared_error,
+    )
+    from easy_jax.core.merge import interpolate, wise_ft
+    from easy_jax.core.optim import make_optimizer
+    from easy_jax.core.step import TrainState, init_train_state, make_train_step
+    from easy_jax.core.weightings import (
+        control_weights,
+        entropic_objective,
+        flow_weights,
+        flow_weights_token,
+        kl_dro_weights,
+        temperature,
+    )
     from easy_jax.data import (
         ArraySource,
         DataError,
@@ -40,36 +58,20 @@ with epy.lazy_api_imports(globals()):
         text,
         training_loader,
     )
-    from easy_jax.evaluate import classification, with_task_parts
-    from easy_jax.fitting import Fit, fit
-    from easy_jax.lm_head import linear_cross_entropy
-    from easy_jax.loss_table import LossTable
-    from easy_jax.losses import (
-        causal_lm_loss,
-        causal_lm_token_losses,
-        classification_loss,
-        softmax_cross_entropy,
-        squared_error,
-    )
-    from easy_jax.merge import interpolate, wise_ft
-    from easy_jax.models import eval_view, hugging_face, lora, timm_weights, train_view
+    from easy_jax.kernels.linear_cross_entropy import linear_cross_entropy
+    from easy_jax.models import lora
     from easy_jax.models.classifier import ClassifierInfo, new_head
+    from easy_jax.models.modes import eval_view, train_view
     from easy_jax.models.resnet import ResNet
     from easy_jax.models.transformer import Transformer
     from easy_jax.models.transformer_config import TransformerConfig
-    from easy_jax.optim import make_optimizer
-    from easy_jax.scoring import score
-    from easy_jax.sharding import make_mesh, shard_batch
-    from easy_jax.step import TrainState, init_train_state, make_train_step
-    from easy_jax.train import run
-    from easy_jax.weighting import (
-        control_weights,
-        entropic_objective,
-        flow_weights,
-        flow_weights_token,
-        kl_dro_weights,
-        temperature,
-    )
+    from easy_jax.parallel.sharding import make_mesh, shard_batch
+    from easy_jax.pipeline import run
+    from easy_jax.pretrained import hugging_face, timm_weights
+    from easy_jax.train.evaluate import classification, with_task_parts
+    from easy_jax.train.fitting import Fit, fit
+    from easy_jax.train.loss_table import LossTable
+    from easy_jax.train.scoring import score
 
 __all__ = [
     "ArraySource",

@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 # Shapes and dtypes in the annotations of these modules are checked at every call.
 _HOOK = install_import_hook(
-    ["easy_jax.losses", "easy_jax.merge", "easy_jax.weighting"], "beartype.beartype"
+    ["easy_jax.core.losses", "easy_jax.core.merge", "easy_jax.core.weightings"], "beartype.beartype"
 )
 
 import jax  # noqa: E402

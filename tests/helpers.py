@@ -4,7 +4,7 @@ import importlib.util
 
 import jax
 
-from easy_jax import sharding
+from easy_jax.parallel import sharding
 
 
 def load_config(path):

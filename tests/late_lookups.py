@@ -5,7 +5,7 @@ import io
 import os
 import time
 
-from easy_jax.main import cli
+from easy_jax.cli.main import cli
 
 SECONDS = 30.0
 NAMES = {"config.json", "metadata.json", "cells.jsonl"}  # what one process writes and all need

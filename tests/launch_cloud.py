@@ -27,13 +27,19 @@ RUN = ["run", "--config=configs/quickstart.py:tiny", *ODD]
 TPU = ["--run-id=flow-1", "--zone=us-east5-b", "--runs=gs://bucket/runs"]
 SLICE = [*TPU, "--accelerator-type=v5p-16", "--poll=0"]
 GKE = [
-    "--run-id=flow-1", "--runs=gs://bucket/runs", "--image=eu.pkg.dev/p/easy-jax:1",
-    "--accelerator=tpu-v5-lite-podslice", "--topology=4x4",
-]  # fmt: skip
+    "--run-id=flow-1",
+    "--runs=gs://bucket/runs",
+    "--image=eu.pkg.dev/p/easy-jax:1",
+    "--accelerator=tpu-v5-lite-podslice",
+    "--topology=4x4",
+]
 XPK = [
-    "--run-id=flow-1", "--runs=gs://bucket/runs", "--image=eu.pkg.dev/p/easy-jax:1",
-    "--cluster=c1", "--tpu-type=v5litepod-16",
-]  # fmt: skip
+    "--run-id=flow-1",
+    "--runs=gs://bucket/runs",
+    "--image=eu.pkg.dev/p/easy-jax:1",
+    "--cluster=c1",
+    "--tpu-type=v5litepod-16",
+]
 WORKDIR = "--workdir=gs://bucket/runs/flow-1"
 
 
@@ -63,9 +69,13 @@ class Cloud:
         with_interrupts = ["env", "--default-signal=INT"]
         return subprocess.Popen(
             [*with_interrupts, "bash", self.repository / "launch" / script, *arguments],
-            env=self.env, text=True, start_new_session=True, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            env=self.env,
+            text=True,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def run(self, script, *arguments, code=0):
         """What the script prints; the secret is never printed, nor on a command line."""

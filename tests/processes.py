@@ -53,10 +53,12 @@ class Processes:
         host="127.0.0.1",
     ):
         env = {
-            **os.environ, "PYTHONPATH": str(root), "COLUMNS": "200",
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "COLUMNS": "200",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
-        }  # fmt: skip
+        }
         cluster = []
         if count > 1:
             cluster = [
@@ -67,14 +69,21 @@ class Processes:
         self.all = [
             subprocess.Popen(
                 [
-                    *prefix, sys.executable, *program, *arguments, *cluster,
+                    *prefix,
+                    sys.executable,
+                    *program,
+                    *arguments,
+                    *cluster,
                     *([f"--process_id={index}"] if count > 1 else []),
                 ],
-                cwd=folders[index] if folders else root, env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=folders[index] if folders else root,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
             for index in (range(count) if only is None else only)
-        ]  # fmt: skip
+        ]
 
     def __enter__(self):
         return self

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from easy_jax.models.attention import causal_attention, rotate
+from easy_jax.kernels.attention import causal_attention, rotate
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 11, 6, 2, 4
 SCALE = 0.7
@@ -145,14 +145,17 @@ def test_the_probabilities_are_not_kept_for_the_backward_pass():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"k_BTKH": np.ones((2, 11, 4, 4), "f"), "v_BTKH": np.ones((2, 11, 4, 4), "f")},
-         ValueError, "6 heads cannot share 4 key-value heads evenly"),
+        (
+            {"k_BTKH": np.ones((2, 11, 4, 4), "f"), "v_BTKH": np.ones((2, 11, 4, 4), "f")},
+            ValueError,
+            "6 heads cannot share 4 key-value heads evenly",
+        ),
         ({"v_BTKH": np.ones((2, 10, 2, 4), "f")}, AssertionError, "shape"),
         ({"segment_ids_BT": np.ones((2, 10), int)}, AssertionError, "shape"),
         ({"window": 0}, ValueError, "window is 0; it must be at least 1"),
         ({"block": 0}, ValueError, "block is 0; it must be at least 1"),
     ],
-)  # fmt: skip
+)
 def test_shapes_that_do_not_fit(change, error, message):
     names = ("q_BTNH", "k_BTKH", "v_BTKH", "segment_ids_BT")
     with pytest.raises(error, match=message):

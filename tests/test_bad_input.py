@@ -18,14 +18,17 @@ from flax import nnx
 from helpers import Records
 
 from configs import quickstart
-from easy_jax import loss_parts, sharding, step, train, weighting
-from easy_jax.checkpoint import Checkpointer, CheckpointError
+from easy_jax import pipeline as train
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig
+from easy_jax.core import step, weightings
+from easy_jax.core.losses import softmax_cross_entropy, squared_error
 from easy_jax.data import ArraySource, DataError, DataWarning, scoring_loader, training_loader
-from easy_jax.fitting import TrainingError, fit
-from easy_jax.loss_table import LossTable, LossTableError
-from easy_jax.losses import softmax_cross_entropy, squared_error
-from easy_jax.scoring import ScoringError, score
+from easy_jax.parallel import sharding
+from easy_jax.train import loss_parts
+from easy_jax.train.checkpoint import Checkpointer, CheckpointError
+from easy_jax.train.fitting import TrainingError, fit
+from easy_jax.train.loss_table import LossTable, LossTableError
+from easy_jax.train.scoring import ScoringError, score
 
 
 def linear(seed=0, outputs=3):
@@ -196,9 +199,13 @@ def test_label_out_of_range_while_training(tmp_path):
     # The 20 examples are one padded batch, so the bad one is in step 1.
     with pytest.raises(TrainingError, match=r"probe: the loss is nan at step 1\b") as error:
         fit(
-            linear(), points(bad_label=11), tmp_path, stage=StageConfig(batch_size=24),
-            loss_fn=classify, name="probe",
-        )  # fmt: skip
+            linear(),
+            points(bad_label=11),
+            tmp_path,
+            stage=StageConfig(batch_size=24),
+            loss_fn=classify,
+            name="probe",
+        )
     listed = json.loads(re.search(r"example ids (\[.*?\])", str(error.value))[1])
     assert len(listed) == 10
     assert set(listed) <= set(range(20))
@@ -215,9 +222,12 @@ def test_training_error_names_the_step_and_its_examples(tmp_path):
     )
     with pytest.raises(TrainingError, match=rf"at step {step_}, on example ids") as error:
         fit(
-            linear(), source, tmp_path, stage=StageConfig(epochs=2, batch_size=8),
+            linear(),
+            source,
+            tmp_path,
+            stage=StageConfig(epochs=2, batch_size=8),
             loss_fn=classify,
-        )  # fmt: skip
+        )
     assert str([i for i in ids if i >= 0]) in str(error.value)
 
 
@@ -436,9 +446,9 @@ def test_no_loss_table(tmp_path):
 
 def test_all_losses_zero():
     with pytest.raises(ValueError, match=r"median loss is 0\.0; the temperature must be positive"):
-        weighting.temperature(np.zeros(5, np.float32))
+        weightings.temperature(np.zeros(5, np.float32))
     with pytest.raises(ValueError, match=r"the temperature must be positive"):
-        weighting.flow_weights(np.array([0.0, 0.0, 0.0, 2.0, 3.0]))
+        weightings.flow_weights(np.array([0.0, 0.0, 0.0, 2.0, 3.0]))
 
 
 def test_all_losses_zero_in_a_table(tmp_path):
@@ -504,9 +514,12 @@ def test_workdir_with_a_damaged_configuration(config, tmp_path):
 
 def small_fit(directory, **changes):
     arguments = {
-        "source": points(), "stage": StageConfig(batch_size=8), "loss_fn": classify,
-        "seed": 0, "weight_N": np.ones(20, np.float32),
-    }  # fmt: skip
+        "source": points(),
+        "stage": StageConfig(batch_size=8),
+        "loss_fn": classify,
+        "seed": 0,
+        "weight_N": np.ones(20, np.float32),
+    }
     arguments |= changes
     return fit(linear(), arguments.pop("source"), directory, **arguments)
 
@@ -550,9 +563,13 @@ def test_batch_size_that_does_not_divide(tmp_path):
         score(linear(), points(), tmp_path, loss_fn=classify, batch_size=12)
     with pytest.raises(ConfigError, match=r"probe batch_size is 12; .*multiple of the 8 devices"):
         fit(
-            linear(), points(), tmp_path, stage=StageConfig(batch_size=12),
-            loss_fn=classify, name="probe",
-        )  # fmt: skip
+            linear(),
+            points(),
+            tmp_path,
+            stage=StageConfig(batch_size=12),
+            loss_fn=classify,
+            name="probe",
+        )
 
 
 def test_batch_that_does_not_divide_into_micro_batches():

@@ -13,10 +13,13 @@ from easy_jax.data.text import tokenize
 
 EOS = "<eos>"
 SENTENCES = [
-    "Q: Is it so? A: Yes, it is.", "Q: Who? A: You, yes. The answer is no.",
+    "Q: Is it so? A: Yes, it is.",
+    "Q: Who? A: You, yes. The answer is no.",
     "def f():\n    return x",
-    "### Response:: see http://www.x.org ://", "\n\n\n\n    \n\n", "é è 日本 🙂🙂 🤖 ½",
-]  # fmt: skip
+    "### Response:: see http://www.x.org ://",
+    "\n\n\n\n    \n\n",
+    "é è 日本 🙂🙂 🤖 ½",
+]
 
 
 def bpe(trim=False, **options):
@@ -26,9 +29,11 @@ def bpe(trim=False, **options):
     if trim:
         tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=[EOS], show_progress=False,
+        vocab_size=340,
+        special_tokens=[EOS],
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(SENTENCES * 4, trainer)
     return tokenizer
 
@@ -81,13 +86,17 @@ def test_a_token_that_merges_over_the_border_is_a_target(kind):
 @pytest.mark.parametrize(
     ("template", "response"),
     [
-        ("Q: {instruction} A:", "Yes"), ("{instruction} Response:", "://www.x.org"),
-        ("{instruction} Response:", ":: see"), ("{instruction}\n", "\n\nYes"),
-        ("{instruction}\n", "    return x"), ("Q: {instruction} 🙂", "🙂🤖"),
-        ("Q: {instruction} A: ", " 🤖 é"), ("{instruction}", "\u200d日本"),
+        ("Q: {instruction} A:", "Yes"),
+        ("{instruction} Response:", "://www.x.org"),
+        ("{instruction} Response:", ":: see"),
+        ("{instruction}\n", "\n\nYes"),
+        ("{instruction}\n", "    return x"),
+        ("Q: {instruction} 🙂", "🙂🤖"),
+        ("Q: {instruction} A: ", " 🤖 é"),
+        ("{instruction}", "\u200d日本"),
         ("{instruction} ", "   ½ "),
     ],
-)  # fmt: skip
+)
 def test_every_byte_of_the_response_is_in_a_target(kind, template, response):
     _check_bytes(TOKENIZERS[kind], template, "Is it so?", response)
 
@@ -152,9 +161,13 @@ def test_bytes_without_a_word_of_their_own():
 @pytest.mark.parametrize(
     ("prompt", "response", "start"),
     [
-        ("ﬁ", "ﬂ x", 2), ("a ½ ﬁ", "½", 8), ("Ａ", "Ａ", 1), ("e", "\u0301 x", 0), ("xİ", "y", 3),
+        ("ﬁ", "ﬂ x", 2),
+        ("a ½ ﬁ", "½", 8),
+        ("Ａ", "Ａ", 1),
+        ("e", "\u0301 x", 0),
+        ("xİ", "y", 3),
     ],
-)  # fmt: skip
+)
 def test_a_normalizer_that_changes_lengths(prompt, response, start):
     """Compatibility forms and lower case: one character becomes several, or two become one."""
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -176,9 +189,7 @@ def test_a_normalizer_that_changes_lengths(prompt, response, start):
 def test_the_first_ids_of_many():
     tokenizer = TOKENIZERS["plain"]
     responses = ["Yes", "4"] * 12
-    source = tokenize(
-        ["x"] * 24, responses, tokenizer, eos_token=EOS, template="{instruction} A: "
-    )  # fmt: skip
+    source = tokenize(["x"] * 24, responses, tokenizer, eos_token=EOS, template="{instruction} A: ")
     assert source.merged_ids.tolist() == list(range(0, 24, 2))
     assert "; 12 borders of prompt and response within a token, a target: ids [0, 2, 4," in (
         source.describe()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from easy_jax.loss_table import LossTable
+from easy_jax.train.loss_table import LossTable
 
 pytestmark = pytest.mark.slow
 
@@ -25,9 +25,16 @@ CONFIG = (
     f"--config.pretrain.epochs={EPOCHS}",
 )
 ROW_KEYS = {
-    "method", "seed", "label_noise", "learning_rate", "pretrain_before", "pretrain_after",
-    "target", "mean", "seconds",
-}  # fmt: skip
+    "method",
+    "seed",
+    "label_noise",
+    "learning_rate",
+    "pretrain_before",
+    "pretrain_after",
+    "target",
+    "mean",
+    "seconds",
+}
 STAGES = {
     "seed0/pretrain",
     "seed0/noise0.3/probe",
@@ -51,9 +58,12 @@ class CommandLine:
     def start(self, command, workdir):
         return subprocess.Popen(
             [sys.executable, "-m", "easy_jax.main", command, *CONFIG, f"--workdir={workdir}"],
-            cwd=self.root, env=self.env, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            cwd=self.root,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
 
     def __call__(self, command, workdir):
         """What a command that succeeds prints."""

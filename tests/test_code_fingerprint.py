@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import easy_jax as ej
-from easy_jax import code_fingerprint
+from easy_jax.io import code_fingerprint
 
 PREAMBLE = """
 import functools
@@ -67,7 +67,7 @@ def of(expression, factor=2.0, helper="", call="", comment='"""Says nothing."""'
         ("jax.jit(lambda m, b: m)", "jax.jit(lambda m, b: b)"),
         ("ej.classification_loss", "ej.causal_lm_loss"),
     ],
-)  # fmt: skip
+)
 def test_what_differs_has_another_fingerprint(one, other):
     assert of(one) != of(other)
 
@@ -75,9 +75,12 @@ def test_what_differs_has_another_fingerprint(one, other):
 def test_what_a_function_uses_counts():
     loss = "lambda m, b: helper(m(b['x']))"
     found = {
-        of(loss), of(loss, factor=3.0), of(loss, helper=" + 1"),
-        of("Scaled(1.0)"), of("Scaled(1.0)", call=" + 1"),
-    }  # fmt: skip
+        of(loss),
+        of(loss, factor=3.0),
+        of(loss, helper=" + 1"),
+        of("Scaled(1.0)"),
+        of("Scaled(1.0)", call=" + 1"),
+    }
     assert len(found) == 5
     assert of(loss) == of(loss, call=" + 1")  # not used
     # An attribute is not a global of the same name.

@@ -14,15 +14,16 @@ from helpers import Records
 from image_data import write_folder
 
 import easy_jax as ej
-from easy_jax import compatibility, fitting, scoring
 from easy_jax.config import RESNETS, ConfigError
+from easy_jax.core import compatibility
 from easy_jax.data import ArraySource, DataError, DataWarning, Splits
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.images import Views
-from easy_jax.image_networks import ImageNetworks
+from easy_jax.experiments.image_networks import ImageNetworks
 from easy_jax.models.classifier import ClassifierInfo
 from easy_jax.models.resnet import head_params
-from easy_jax.models.weight_files import WeightsError
+from easy_jax.pretrained.weight_files import WeightsError
+from easy_jax.train import fitting, scoring
 
 TINY = ej.ResNetConfig(in_channels=3, width=4, depths=(1,))
 
@@ -179,15 +180,21 @@ def test_class_names_are_compared(images):
     check("0", "1")  # no names
     with pytest.raises(DataError, match=r"in another order: class 0 is 'dog' .* and 'cat' of the"):
         check("dog", "cat")
-    with pytest.raises(DataError, match=r"\['cat', 'owl'\], are not .*'dog'\]: it has no 'dog'; "
-                                        r"give it a new head"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"\['cat', 'owl'\], are not .*'dog'\]: it has no 'dog'; "
+        r"give it a new head",
+    ):
         check("cat", "owl")
 
 
 def test_numbers_in_natural_order_are_explained():
     text = ["0", "1", "10", "2"]
-    with pytest.raises(DataError, match=r"class 2 is '2' of the model and '10' of the data\. The "
-                                        r"model's are in the order of their numbers"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"class 2 is '2' of the model and '10' of the data\. The "
+        r"model's are in the order of their numbers",
+    ):
         compatibility.check_names(["0", "1", "2", "10"], text)
     compatibility.check_names(text, text)
     # Names that count are compared with the same in another order only.

@@ -12,11 +12,13 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import losses, scoring, sharding
-from easy_jax.models import convolution
-from easy_jax.models.convolution import convolve, max_pool
-from easy_jax.online_weights import OnlineWeights
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.core import losses
+from easy_jax.core.online_weights import OnlineWeights
+from easy_jax.core.step import init_train_state, make_train_step
+from easy_jax.kernels import convolution
+from easy_jax.kernels.convolution import convolve, max_pool
+from easy_jax.parallel import sharding
+from easy_jax.train import scoring
 
 CASES = [  # batch, height, width, channels, features, window, stride
     (2, 9, 8, 3, 5, 3, 1),
@@ -53,9 +55,10 @@ def _numpy_gradients(image_BHWC, kernel, gradient_BHWC, stride):
     padded_gradient, kernel_gradient = np.zeros_like(padded), np.zeros(kernel.shape)
     for row, column in itertools.product(*map(range, gradient_BHWC.shape[1:3])):
         place = (
-            slice(None), slice(row * stride, row * stride + window),
+            slice(None),
+            slice(row * stride, row * stride + window),
             slice(column * stride, column * stride + window),
-        )  # fmt: skip
+        )
         g_BF = gradient_BHWC[:, row, column]
         output[:, row, column] = np.einsum("bijc,ijcf->bf", padded[place], kernel)
         padded_gradient[place] += np.einsum("bf,ijcf->bijc", g_BF, kernel)
@@ -80,8 +83,9 @@ def test_convolve(case, piece_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"rhs_dilation": (1, 2)}, {"feature_group_count": 2}],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", [{}, {"rhs_dilation": (1, 2)}, {"feature_group_count": 2}], ids=str
+)
 @pytest.mark.parametrize("height", [2, 6])
 def test_unequal_strides_and_padding(height, settings, dtype):
     """As XLA has them, in float64."""
@@ -105,9 +109,9 @@ def test_unequal_strides_and_padding(height, settings, dtype):
 
 
 @pytest.mark.parametrize(
-    ("batch", "piece_bytes", "pieces"), [(6, 2**20, 1), (6, 4 * 9 * 8 * 5, 6), (6, 1000, 6),
-                                         (6, 2000, 6), (6, 4500, 2), (7, 4500, 7)],
-)  # fmt: skip
+    ("batch", "piece_bytes", "pieces"),
+    [(6, 2**20, 1), (6, 4 * 9 * 8 * 5, 6), (6, 1000, 6), (6, 2000, 6), (6, 4500, 2), (7, 4500, 7)],
+)
 def test_pieces_are_small_and_equal(batch, piece_bytes, pieces, monkeypatch):
     monkeypatch.setattr(convolution, "_PIECE_BYTES", piece_bytes)
     gradient_BHWC = jax.ShapeDtypeStruct((batch, 9, 8, 5), jnp.float32)
@@ -157,8 +161,12 @@ def test_steps_are_compiled_with_the_options(monkeypatch):
     monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"xla_no_such_option": "1"})
     mesh, optimizer = devices_mesh(1), optax.sgd(0.1)
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
-    batch = {"x": np.ones((4, 2), np.float32), "label": np.zeros(4, np.int32),
-             "weight": np.ones(4, np.float32), "mask": np.ones(4, bool)}  # fmt: skip
+    batch = {
+        "x": np.ones((4, 2), np.float32),
+        "label": np.zeros(4, np.int32),
+        "weight": np.ones(4, np.float32),
+        "mask": np.ones(4, bool),
+    }
 
     def loss_fn(model, batch):
         return losses.softmax_cross_entropy(model(batch["x"]), batch["label"])

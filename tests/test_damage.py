@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easy_jax import loss_parts, loss_table, sealed
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.loss_table import LossTable, LossTableError
-from easy_jax.losses import squared_error
-from easy_jax.scoring import score
+from easy_jax.io import sealed
+from easy_jax.train import loss_parts, loss_table
+from easy_jax.train.loss_table import LossTable, LossTableError
+from easy_jax.train.scoring import score
 
 
 def _regress(model, batch):
@@ -65,26 +66,32 @@ def check_every_byte(path, read, same, error):
 def test_every_byte_of_the_metadata(table):
     path = table.directory / "metadata.json"
     survived = check_every_byte(
-        path, lambda: LossTable.open(table.directory), lambda found: _same(found, table),
+        path,
+        lambda: LossTable.open(table.directory),
+        lambda found: _same(found, table),
         LossTableError,
-    )  # fmt: skip
+    )
     assert 0 < survived < path.stat().st_size  # some spaces and line breaks mean nothing
 
 
 def test_every_byte_of_a_part(table):
     path = table.directory / "part-00000-00001.parquet"
     check_every_byte(
-        path, lambda: LossTable.open(table.directory), lambda found: _same(found, table),
+        path,
+        lambda: LossTable.open(table.directory),
+        lambda found: _same(found, table),
         LossTableError,
-    )  # fmt: skip
+    )
 
 
 def test_every_byte_of_the_dropped_ids(table):
     path = table.directory / "dropped-00000.json"
     check_every_byte(
-        path, lambda: loss_table.read_dropped(table.directory), lambda found: found == {3},
+        path,
+        lambda: loss_table.read_dropped(table.directory),
+        lambda found: found == {3},
         LossTableError,
-    )  # fmt: skip
+    )
 
 
 def test_a_changed_median_is_refused_with_the_cure(table):

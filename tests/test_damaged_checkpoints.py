@@ -11,11 +11,11 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax.checkpoint import CheckpointError, CheckpointWarning
 from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import squared_error
+from easy_jax.train.checkpoint import CheckpointError, CheckpointWarning
+from easy_jax.train.fitting import fit
 
 
 class Network(nnx.Module):
@@ -43,9 +43,15 @@ _STAGE = StageConfig(
 def _fit(directory, **options):
     """Eight steps, saved after the fourth and the last."""
     return fit(
-        Network(), _SOURCE, directory, stage=_STAGE, loss_fn=_loss, save_every_steps=4,
-        mesh=devices_mesh(1), **options,
-    )  # fmt: skip
+        Network(),
+        _SOURCE,
+        directory,
+        stage=_STAGE,
+        loss_fn=_loss,
+        save_every_steps=4,
+        mesh=devices_mesh(1),
+        **options,
+    )
 
 
 def _parameters(done):

@@ -6,8 +6,8 @@ import signal
 import jax
 import pytest
 
-from easy_jax import distributed
 from easy_jax.config import ConfigError
+from easy_jax.parallel import processes
 
 
 class FoundError(Exception):
@@ -25,22 +25,22 @@ def no_cluster(monkeypatch):
     def join(address, count, index, *, run, **_):
         raise FoundError(address, count, index, run)
 
-    monkeypatch.setattr(distributed, "Peers", join)
+    monkeypatch.setattr(processes, "Peers", join)
 
 
 def found(*args, **kwargs):
     with pytest.raises(FoundError) as info:
-        distributed.initialize(*args, **kwargs)
+        processes.initialize(*args, **kwargs)
     return info.value.args[:3]
 
 
 def test_one_process_alone_is_no_cluster(monkeypatch):
-    distributed.initialize()
-    distributed.initialize("host:1", 1, 0)
+    processes.initialize()
+    processes.initialize("host:1", 1, 0)
     slurm = {"JOB_ID": "7", "STEP_NODELIST": "n1", "NTASKS": "1", "PROCID": "0", "LOCALID": "0"}
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    distributed.initialize()
+    processes.initialize()
     assert not jax.distributed.is_initialized()
 
 
@@ -55,9 +55,12 @@ def test_from_arguments_and_the_environment(monkeypatch):
 
 def test_from_slurm(monkeypatch):
     slurm = {
-        "JOB_ID": "70", "STEP_NODELIST": "node[03-04]", "NTASKS": "16", "PROCID": "9",
+        "JOB_ID": "70",
+        "STEP_NODELIST": "node[03-04]",
+        "NTASKS": "16",
+        "PROCID": "9",
         "LOCALID": "1",
-    }  # fmt: skip
+    }
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     address, count, index = found()
@@ -68,7 +71,7 @@ def test_from_slurm(monkeypatch):
 def test_the_process_id_is_no_part_of_the_run(monkeypatch, given):
     monkeypatch.setattr("sys.argv", ["easy-jax", "run", *given, "--workdir=w"])
     with pytest.raises(FoundError) as info:
-        distributed.initialize("host:1", 2, 1)
+        processes.initialize("host:1", 2, 1)
     assert info.value.args[3][1:] == ["run", "--workdir=w"]
 
 
@@ -83,30 +86,30 @@ def test_the_process_id_is_no_part_of_the_run(monkeypatch, given):
 )
 def test_what_is_missing_or_wrong(args, message):
     with pytest.raises(ConfigError, match=message):
-        distributed.initialize(*args)
+        processes.initialize(*args)
 
 
 def test_bad_numbers(monkeypatch):
     for seconds in (0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match=f"peer_timeout is {seconds}"):
-            distributed.initialize(timeout=seconds)
+            processes.initialize(timeout=seconds)
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES is 'two'; it must be a number"):
-        distributed.initialize()
+        processes.initialize()
 
 
 def test_alone_nothing_is_exchanged():
-    assert distributed.leads()
-    assert distributed.gather("rows", {"a": [1]}) == [{"a": [1]}]
+    assert processes.is_main_process()
+    assert processes.gather("rows", {"a": [1]}) == [{"a": [1]}]
 
 
 def test_sigterm_asks_to_stop(monkeypatch):
-    monkeypatch.setattr(distributed, "_asked_to_stop", False)
+    monkeypatch.setattr(processes, "_asked_to_stop", False)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        distributed.stop_on_sigterm()
-        assert not distributed.should_stop("step 1")
+        processes.stop_on_sigterm()
+        assert not processes.should_stop("step 1")
         os.kill(os.getpid(), signal.SIGTERM)
-        assert distributed.should_stop("step 2")
+        assert processes.should_stop("step 2")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny_language
 
-from easy_jax import train
+from easy_jax import pipeline as train
 from easy_jax.data import DataError, DataWarning, TokenSource
-from easy_jax.loss_table import LossTable
+from easy_jax.train.loss_table import LossTable
 
 BAD = [  # a line, and what is wrong with it
     ("{", "not JSON: "),

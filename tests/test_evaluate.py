@@ -5,12 +5,13 @@ import numpy as np
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import evaluate
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
+from easy_jax.core.losses import classification_loss
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import classification_loss
-from easy_jax.models import eval_view, resnet, train_view
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.train import evaluate
+from easy_jax.train.fitting import fit
 
 CONFIG = ResNetConfig(width=4, depths=(1, 1))
 
@@ -30,9 +31,14 @@ def _trained(model, source, directory, learning_rate, trainable=nnx.Param):
         epochs=2, batch_size=16, optimizer=OptimizerConfig(learning_rate=learning_rate)
     )
     return fit(
-        train_view(model), source, directory, stage=stage, loss_fn=classification_loss,
-        trainable=trainable, mesh=devices_mesh(1),
-    ).model_state  # fmt: skip
+        train_view(model),
+        source,
+        directory,
+        stage=stage,
+        loss_fn=classification_loss,
+        trainable=trainable,
+        mesh=devices_mesh(1),
+    ).model_state
 
 
 def test_accuracy_and_loss_equal_numpy_for_any_batch_and_device_count():

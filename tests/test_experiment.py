@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from helpers import load_config
 
-from easy_jax import config, plan, report, train
-from easy_jax import results as results_lib
+from easy_jax import config
+from easy_jax import pipeline as train
 from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
+from easy_jax.experiments import plan
+from easy_jax.experiments import results as results_lib
+from easy_jax.report import images as report
 
 
 def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
@@ -20,9 +23,14 @@ def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
         stage.batch_size = 32
     config.model = ResNetConfig(width=4, depths=(1, 1))
     config.data = GlyphDataConfig(
-        image_size=8, pretrain_train=32, pretrain_validation=16, pretrain_test=16,
-        target_train=32, target_validation=16, label_noise=config.data.label_noise[:1],
-    )  # fmt: skip
+        image_size=8,
+        pretrain_train=32,
+        pretrain_validation=16,
+        pretrain_test=16,
+        target_train=32,
+        target_validation=16,
+        label_noise=config.data.label_noise[:1],
+    )
     config.scoring.batch_size = config.eval_batch_size = 1024
     config.seeds = config.seeds[:1]
     config.learning_rates = config.learning_rates[:1]
@@ -55,7 +63,7 @@ def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_pa
 
 
 def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
-    module = sys.modules["easy_jax.fitting"]
+    module = sys.modules["easy_jax.train.fitting"]
     steps, make = [], module.make_train_step
 
     def recording(*args, **kwargs):
@@ -90,12 +98,20 @@ def _lines(path):
 
 def _row(method, seed, rate, target, kept, **more):
     return {
-        "method": method, "seed": seed, "label_noise": 0.0, "learning_rate": rate,
-        "pretrain_before": 99.0, "pretrain_after": kept, "target": target,
-        "mean": (kept + target) / 2, "seconds": 1.0,
-        "target_validation": target, "pretrain_validation": kept,
-        "target_by_decile": [target + 10, target - 10], **more,
-    }  # fmt: skip
+        "method": method,
+        "seed": seed,
+        "label_noise": 0.0,
+        "learning_rate": rate,
+        "pretrain_before": 99.0,
+        "pretrain_after": kept,
+        "target": target,
+        "mean": (kept + target) / 2,
+        "seconds": 1.0,
+        "target_validation": target,
+        "pretrain_validation": kept,
+        "target_by_decile": [target + 10, target - 10],
+        **more,
+    }
 
 
 def _grid_config():

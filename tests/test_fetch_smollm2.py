@@ -218,8 +218,17 @@ def test_tokenizer_splits_digits_and_words_and_knows_special_tokens(built):
     tokenizer = Tokenizer.from_file(str(built / "tokenizer.json"))
     # "12" is a merge: only the pre-tokenizer keeps its digits apart.
     assert tokenizer.encode("he hell 1212\n<|im_end|>").tokens == [
-        "he", "Ġhe", "ll", "Ġ", "1", "2", "1", "2", "Ċ", "<|im_end|>",
-    ]  # fmt: skip
+        "he",
+        "Ġhe",
+        "ll",
+        "Ġ",
+        "1",
+        "2",
+        "1",
+        "2",
+        "Ċ",
+        "<|im_end|>",
+    ]
     # "{x" is a merge too: ByteLevel's regex splits it.
     assert tokenizer.encode("{x}").tokens == ["{", "x", "}"]
     assert tokenizer.encode("<|im_end|>").ids == [2]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from easy_jax import files
+from easy_jax.io import files
 
 
 @pytest.fixture

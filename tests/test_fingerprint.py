@@ -6,10 +6,10 @@ import pytest
 from flax import nnx
 from helpers import Records
 
-from easy_jax import fingerprint as fingerprints
-from easy_jax import sharding
 from easy_jax.config import MeshConfig
 from easy_jax.data import ArraySource, DataError, fingerprint
+from easy_jax.io import fingerprint as fingerprints
+from easy_jax.parallel import sharding
 
 RECORDS = [{"x": np.float32(i), "y": np.int32(i % 2)} for i in range(4)]
 

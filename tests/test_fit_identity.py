@@ -9,11 +9,11 @@ from flax import nnx
 from helpers import Records
 
 import easy_jax as ej
-from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.data import ArraySource
-from easy_jax.loss_table import LossTableError
-from easy_jax.online_weights import OnlineWeights
+from easy_jax.train.checkpoint import CheckpointError
+from easy_jax.train.loss_table import LossTableError
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = X @ np.ones((3, 1), np.float32)
@@ -54,9 +54,13 @@ def data(**changes):
 
 def fit(directory, **changes):
     arguments = {
-        "model": linear(), "source": data(), "directory": directory,
-        "stage": StageConfig(batch_size=8), "loss_fn": squared, **changes,
-    }  # fmt: skip
+        "model": linear(),
+        "source": data(),
+        "directory": directory,
+        "stage": StageConfig(batch_size=8),
+        "loss_fn": squared,
+        **changes,
+    }
     result = ej.fit(**arguments)
     return result, np.asarray(result.model_state["kernel"][...])
 
@@ -176,7 +180,7 @@ def test_a_table_knows_the_model_s_structure(tmp_path):
 
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("easy_jax.checkpoint.FORMAT_VERSION", 2)
+    monkeypatch.setattr("easy_jax.train.checkpoint.FORMAT_VERSION", 2)
     fit(tmp_path)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"another version of .* \(format 2; .* reads 3"):

@@ -10,13 +10,16 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import distributed, metrics, optim
-from easy_jax.checkpoint import Checkpointer
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
+from easy_jax.core import optim
+from easy_jax.core.losses import classification_loss, squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import classification_loss, squared_error
-from easy_jax.models import resnet, train_view
+from easy_jax.io import metrics_log
+from easy_jax.models import resnet
+from easy_jax.models.modes import train_view
+from easy_jax.parallel import processes
+from easy_jax.train.checkpoint import Checkpointer
+from easy_jax.train.fitting import fit
 
 CLASSES = 3
 
@@ -58,20 +61,23 @@ def _weights(size=50):
 
 def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
     options = {
-        "weight_N": _weights(), "save_every_steps": 4, "sfa_beta": 0.5, "log_every_steps": 1,
+        "weight_N": _weights(),
+        "save_every_steps": 4,
+        "sfa_beta": 0.5,
+        "log_every_steps": 1,
         "stage": _stage(anchor="l2", anchor_strength=0.1),
-    }  # fmt: skip
+    }
     logs = [tmp_path / "log_whole", tmp_path / "log_parts"]
     for path in logs:
         path.mkdir()
-    log = metrics.MetricsLog(logs[0])
+    log = metrics_log.MetricsLog(logs[0])
     whole = _fit(model, source, tmp_path / "whole", log=log, **options)
     log.close()
     assert (whole.steps, whole.resumed_from) == (10, 0)  # 50 * 3 / 16, padded at the end
 
     # Interrupted twice, both times between checkpoints.
     for stop_after in (6, 3):
-        log = metrics.MetricsLog(logs[1])
+        log = metrics_log.MetricsLog(logs[1])
         done = iter(range(stop_after))
 
         def stop(_, done=done):
@@ -81,7 +87,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
         with pytest.raises(InterruptionError):
             _fit(model, source, tmp_path / "parts", progress=stop, log=log, **options)
         log.close()
-    log = metrics.MetricsLog(logs[1])
+    log = metrics_log.MetricsLog(logs[1])
     parts = _fit(model, source, tmp_path / "parts", log=log, **options)
     log.close()
     assert parts.resumed_from == 4
@@ -89,7 +95,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
         jax.device_get(parts.model_state), jax.device_get(whole.model_state)
     )
     by_step = [
-        {entry["step"]: entry for entry in metrics.read(path) if entry["kind"] == "train"}
+        {entry["step"]: entry for entry in metrics_log.read(path) if entry["kind"] == "train"}
         for path in logs
     ]
     assert by_step[0] == by_step[1]
@@ -111,9 +117,14 @@ def test_one_compilation_for_a_sweep(model, source, tmp_path):
     for index, rate in enumerate((0.0, 0.01, 0.1)):
         for weight_N in (None, _weights()):
             fit(
-                model, source, tmp_path / f"{index}{weight_N is None}", loss_fn=loss_fn,
-                stage=_stage(learning_rate=rate), weight_N=weight_N, mesh=devices_mesh(2),
-            )  # fmt: skip
+                model,
+                source,
+                tmp_path / f"{index}{weight_N is None}",
+                loss_fn=loss_fn,
+                stage=_stage(learning_rate=rate),
+                weight_N=weight_N,
+                mesh=devices_mesh(2),
+            )
 
 
 def test_the_number_of_devices_does_not_matter(model, source, tmp_path):
@@ -149,9 +160,10 @@ def test_sfa_averages_with_the_start(model, source, tmp_path):
     # One step and one average at its end: half of the plain step.
     few = ArraySource({name: array[:16] for name, array in source.fields.items()})
     stage = StageConfig(
-        epochs=1, batch_size=16,
+        epochs=1,
+        batch_size=16,
         optimizer=OptimizerConfig(learning_rate=0.05, schedule="constant"),
-    )  # fmt: skip
+    )
     plain = _fit(model, few, tmp_path / "plain", stage=stage)
     half = _fit(model, few, tmp_path / "half", stage=stage, sfa_beta=0.5)
     start = np.asarray(model.head.kernel[...])
@@ -174,10 +186,13 @@ def test_a_strong_anchor_stays_at_the_start(model, source, tmp_path):
     free = distance(_fit(model, source, tmp_path / "free"))
     anchored = distance(
         _fit(
-            model, source, tmp_path / "l2", anchored=resnet.is_backbone,
+            model,
+            source,
+            tmp_path / "l2",
+            anchored=resnet.is_backbone,
             stage=_stage(anchor="l2", anchor_strength=2.0),
         )
-    )  # fmt: skip
+    )
     assert anchored < 0.5 * free
 
 
@@ -214,9 +229,9 @@ def test_a_stop_while_an_epoch_is_evaluated_loses_no_step(model, source, tmp_pat
 
     def evaluate(epoch, _):
         if epoch == 1:
-            raise distributed.Stopped("while evaluating")
+            raise processes.Stopped("while evaluating")
 
-    with pytest.raises(distributed.Stopped, match="fit: stopped after step 3 of 10, which is save"):
+    with pytest.raises(processes.Stopped, match="fit: stopped after step 3 of 10, which is save"):
         _fit(model, source, tmp_path / "parts", on_epoch=evaluate)
     parts = _fit(model, source, tmp_path / "parts", on_epoch=evaluate)
     assert parts.resumed_from == 3
@@ -231,6 +246,10 @@ def test_bfloat16_parameters_and_a_small_learning_rate_are_told(tmp_path):
     stage = StageConfig(batch_size=8, optimizer=OptimizerConfig(name="adamw", learning_rate=1e-6))
     with pytest.warns(optim.LostUpdatesWarning, match=r"\(bfloat16\) .* learning rate, 1e-06"):
         fit(
-            linear, source, tmp_path, stage=stage, mesh=devices_mesh(1),
+            linear,
+            source,
+            tmp_path,
+            stage=stage,
+            mesh=devices_mesh(1),
             loss_fn=lambda model, batch: squared_error(model(batch["x"]), batch["y"]),
-        )  # fmt: skip
+        )

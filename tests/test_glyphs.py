@@ -11,9 +11,14 @@ from easy_jax.data import glyphs
 # Letters and digits.
 
 SMALL = GlyphDataConfig(
-    image_size=8, pretrain_train=40, pretrain_validation=20, pretrain_test=20,
-    target_train=800, target_validation=400, label_noise=(0.3,),
-)  # fmt: skip
+    image_size=8,
+    pretrain_train=40,
+    pretrain_validation=20,
+    pretrain_test=20,
+    target_train=800,
+    target_validation=400,
+    label_noise=(0.3,),
+)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.55])

@@ -8,9 +8,9 @@ import sys
 import pytest
 from absl import flags
 
-from easy_jax import config_file, main, usage
+from easy_jax.cli import config_file, main, usage
+from easy_jax.cli.usage import COMMANDS, OPTIONS, UsageError
 from easy_jax.config import ConfigError, InstructionsConfig, LanguageConfig, MethodConfig
-from easy_jax.usage import COMMANDS, OPTIONS, UsageError
 
 QUICKSTART = "--config=configs/quickstart.py:tiny"
 LANGUAGE = "--config=configs/smollm2_gsm.py"
@@ -45,8 +45,11 @@ def easy_jax(root, *arguments, timeout=60):
     """Exit code, output and complaint of the command, in a process."""
     done = subprocess.run(
         [sys.executable, "-m", "easy_jax.main", *arguments],
-        cwd=root, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -86,7 +89,7 @@ def test_help_of_a_command_has_its_options_and_examples():
 
 def test_every_flag_is_in_the_help_and_every_option_is_a_flag():
     ours = {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.main")}
-    ours |= {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.config_file")}
+    ours |= {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.cli.config_file")}
     ours = {name.replace("_", "-") for name in ours if "." not in name}  # an alias is written so
     assert {name.replace("_", "-") for name in OPTIONS} - {"config.FIELD"} == ours
 
@@ -111,11 +114,16 @@ def test_examples_can_be_typed(name, parse):
 @pytest.mark.parametrize(
     ("arguments", "asked"),
     [
-        (["--help"], None), (["-h"], None), (["help"], None), (["--workdir=x", "--help"], None),
-        (["run", "--help"], "run"), (["help", "run"], "run"), (["--help", "theory"], "theory"),
+        (["--help"], None),
+        (["-h"], None),
+        (["help"], None),
+        (["--workdir=x", "--help"], None),
+        (["run", "--help"], "run"),
+        (["help", "run"], "run"),
+        (["--help", "theory"], "theory"),
         (["run", "--config=nope.py", "-help"], "run"),
     ],
-)  # fmt: skip
+)
 def test_ways_to_ask_for_help(arguments, asked):
     assert main.information(arguments) == usage.help_text(asked)
 
@@ -146,11 +154,17 @@ def test_overrides_of_every_type(parse):
     methods = tuple(MethodConfig(name) for name in names.split(","))
     assert config_file.Entries().parse(names) == tuple(method.name for method in methods)
     _, config = parse(
-        "run", QUICKSTART, "--config.only=standard,flow", "--config.learning_rates=0.1,1",
-        "--config.finetune.optimizer.learning_rate=1e-3", "--config.finetune.epochs=3",
-        "--config.keep_best", "--config.methods[0].weighting=flow",
-        "--config.scoring.on_bad_example", "drop",
-    )  # fmt: skip
+        "run",
+        QUICKSTART,
+        "--config.only=standard,flow",
+        "--config.learning_rates=0.1,1",
+        "--config.finetune.optimizer.learning_rate=1e-3",
+        "--config.finetune.epochs=3",
+        "--config.keep_best",
+        "--config.methods[0].weighting=flow",
+        "--config.scoring.on_bad_example",
+        "drop",
+    )
     assert config.only == ("standard", "flow") and config.learning_rates == (0.1, 1)
     assert config.finetune.optimizer.learning_rate == 1e-3 and config.finetune.epochs == 3
     assert config.keep_best and config.methods[0].weighting == "flow"
@@ -206,7 +220,7 @@ MISTAKES = {
     "no_flagfile": ("run --flagfile=nope", "nope"),
     "literal": ("run QUICK --config.scoring.on_bad_example=x", "is 'x'; it must be one of"),
     "too_late": ("run --config.seeds=1 QUICK", "before a value for --config"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -219,8 +233,10 @@ def test_a_mistake_is_one_line(name, parse):
 
 FILES = {
     "not_python": ("x = 1\ndef get_config(:\n", r"config.py, line 2: this is not Python: "),
-    "raises": ("import math\n\ndef get_config():\n  return math.sqrt(-1)\n",
-               r"config.py, line 4: ValueError: "),
+    "raises": (
+        "import math\n\ndef get_config():\n  return math.sqrt(-1)\n",
+        r"config.py, line 4: ValueError: ",
+    ),
     "import": ("import no_such_module\n", r"config.py, line 1: ModuleNotFoundError: No module"),
     "no_function": ("config = 3\n", r"config.py has no function get_config"),
     "other_type": ("def get_config():\n  return {}\n", r"returns dict; it must be an Exper"),
@@ -228,7 +244,7 @@ FILES = {
     "takes_none": ("def get_config():\n  pass\n", r"TypeError: get_config\(\) takes 0", ":arg"),
     "lines": ("raise RuntimeError('two\\nlines')\n", r"line 1: RuntimeError: two lines$"),
     "nul": ("x = '\0'\n", r"config.py.*null bytes"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -124,12 +124,18 @@ ENTRY %main (s.1: f32[9,100], u.1: f32[100], i.1: s32[]) -> f32[9,100] {
     [
         ("bf_io->bf", "4,8", "8,2", "4,2", "", 2 * 4 * 8 * 2),
         # Three products of one batch axis, written as a convolution, as TPU programs do.
-        ("0bf_0io->0bf", "3,4,8", "3,8,2", "3,4,2",
-         ", window={size=3 stride=2 pad=2_2 lhs_dilate=3 rhs_reversal=1}", 2 * 3 * 4 * 8 * 2),
+        (
+            "0bf_0io->0bf",
+            "3,4,8",
+            "3,8,2",
+            "3,4,2",
+            ", window={size=3 stride=2 pad=2_2 lhs_dilate=3 rhs_reversal=1}",
+            2 * 3 * 4 * 8 * 2,
+        ),
         # A convolution over five places with a window of three and padding: 13 pairs in range.
         ("b0f_0io->b0f", "1,5,2", "3,2,7", "1,5,7", ", window={size=3 pad=1_1}", 2 * 13 * 2 * 7),
     ],
-)  # fmt: skip
+)
 def test_convolutions_count_the_products_in_range(labels, lhs, rhs, out, window, flops):
     text = f"""
 ENTRY %main (a: bf16[{lhs}], b: bf16[{rhs}]) -> bf16[{out}] {{
@@ -331,9 +337,17 @@ def test_what_is_measured_can_be_printed_and_stored():
     gib = chips.GIB
     memory = measure.Memory(gib, 2 * gib, gib, 0, 2 * gib, 3 * gib, gib, 0)
     result = measure.Measured(
-        "train", 64, 16, memory.total, V5E.chip.hbm_bytes, 5.0, memory, _cost(_loop(7)),
-        model_flops=1e9, peak_flops=V5E.chip.peak_flops,
-    )  # fmt: skip
+        "train",
+        64,
+        16,
+        memory.total,
+        V5E.chip.hbm_bytes,
+        5.0,
+        memory,
+        _cost(_loop(7)),
+        model_flops=1e9,
+        peak_flops=V5E.chip.peak_flops,
+    )
     assert memory.total == 8 * gib and result.fits
     stored = json.loads(json.dumps(result.to_json()))
     assert stored["cost"]["seconds"] == pytest.approx(7 * MS2)

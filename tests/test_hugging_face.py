@@ -11,10 +11,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from easy_jax.config import ConfigError
-from easy_jax.models import hugging_face, timm_weights
-from easy_jax.models.hugging_face import WeightsError
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
+from easy_jax.pretrained import hugging_face, timm_weights
+from easy_jax.pretrained.hugging_face import WeightsError
 
 VOCAB, EMBED, MLP, HEADS = 17, 8, 12, 4
 CONFIG = {
@@ -373,9 +373,7 @@ def test_the_export_stops_where_training_did(folder, tmp_path, before, after):
     _write_config(folder, eos_token_id=before, bos_token_id=1)
     generation = {"eos_token_id": before, "temperature": 0.7, "bos_token_id": 1}
     (folder / "generation_config.json").write_text(json.dumps(generation))
-    hugging_face.export(
-        hugging_face.load(folder), tmp_path / "out", base=folder, eos_token_id=0
-    )  # fmt: skip
+    hugging_face.export(hugging_face.load(folder), tmp_path / "out", base=folder, eos_token_id=0)
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == CONFIG | {"eos_token_id": after, "bos_token_id": 1}
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
@@ -452,10 +450,17 @@ def test_export_of_another_model(good, folder, tmp_path):
 def test_depth_does_not_lengthen_the_program(family):
     def equations(layers):
         config = TransformerConfig(
-            family, vocab=7, embed=4, mlp=6, layers=layers, heads=2, kv_heads=1, head_dim=2,
+            family,
+            vocab=7,
+            embed=4,
+            mlp=6,
+            layers=layers,
+            heads=2,
+            kv_heads=1,
+            head_dim=2,
             windows=(3, None) if family == "gemma2" else (None,),
             attention_cap=2.0 if family == "gemma2" else None,
-        )  # fmt: skip
+        )
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
         graphdef, state = nnx.split(model)
 

@@ -20,13 +20,14 @@ from easy_jax.config import (
     ScoringConfig,
     TransferDataConfig,
 )
-from easy_jax.data import DataError, DataWarning, ImageSource, load_images, load_tasks
+from easy_jax.data import DataError, DataWarning, ImageSource, load_images
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
 from easy_jax.data.images import FORMATS, Views, decode
-from easy_jax.plan import Stage
-from easy_jax.terminal import Terminal
-from easy_jax.vision import ImageExperiment
+from easy_jax.experiments.plan import Stage
+from easy_jax.experiments.tasks import load_tasks
+from easy_jax.experiments.vision import ImageExperiment
+from easy_jax.io.terminal import Terminal
 
 STAGE = Stage("probe", 0, 0.0, None, False, None)
 
@@ -77,10 +78,12 @@ def test_all_damaged_images_are_told_at_once(damaged):
     for count in ("1 not an image", "1 damaged", "1 empty", "1 not 8-bit", "1 HEIC"):
         assert count in message
     for name, reason in (
-        ("a/001.jpg", "is no image in a format"), ("a/004.jpg", "is damaged: "),
-        ("b/002.jpg", "is empty: it has 0 bytes"), ("b/003.jpg", "has pixels of Pillow's mode"),
+        ("a/001.jpg", "is no image in a format"),
+        ("a/004.jpg", "is damaged: "),
+        ("b/002.jpg", "is empty: it has 0 bytes"),
+        ("b/003.jpg", "has pixels of Pillow's mode"),
         ("b/005.heic", "is in HEIC format, which is not read; convert it to JPEG"),
-    ):  # fmt: skip
+    ):
         assert f"{damaged}/train/{name} {reason}" in message
     assert message.endswith("or set on_bad_example='drop' to leave them out")
     assert "\n" not in message
@@ -160,8 +163,11 @@ def test_both_tasks_are_told_at_once(damaged, tmp_path_factory):
     listed = json.loads((other / "left_out_images.json").read_text())
     assert listed == {"target/train": tasks.target.train.left_out}
     assert sorted(reason.split(maxsplit=1)[0] for reason in listed["target/train"].values()) == [
-        "has", "is", "is", "is",
-    ]  # fmt: skip
+        "has",
+        "is",
+        "is",
+        "is",
+    ]
     (damaged / "test/a/000.jpg").write_bytes(b"")  # what is measured on is never left out by that
     with pytest.raises(DataError, match=r"test/a/000\.jpg is empty"):
         load_tasks(experiment, 0, 0.0)
@@ -212,9 +218,14 @@ def rotated(array, orientation):
 
 @pytest.mark.parametrize(
     ("orientation", "turn"),
-    [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)),
-     (8, np.rot90), (2, lambda x: x[:, ::-1])],
-)  # fmt: skip
+    [
+        (1, lambda x: x),
+        (3, lambda x: x[::-1, ::-1]),
+        (6, lambda x: np.rot90(x, -1)),
+        (8, np.rot90),
+        (2, lambda x: x[:, ::-1]),
+    ],
+)
 def test_exif_rotation_is_applied_if_asked_for(orientation, turn):
     array = picture(3, 40, 24)
     data = rotated(array, orientation)
@@ -252,9 +263,14 @@ def test_what_systems_leave_behind_is_passed_over(path):
     (path / "__MACOSX").mkdir()
     (path / "train/@eaDir").mkdir()
     for name in (
-        "train/desktop.ini", "train/a/Thumbs.db", "train/a/Desktop.ini", "train/a/tmp",
-        "train/b/000.jpg.tmp", ".DS_Store", "train/b/._0.jpg",
-    ):  # fmt: skip
+        "train/desktop.ini",
+        "train/a/Thumbs.db",
+        "train/a/Desktop.ini",
+        "train/a/tmp",
+        "train/b/000.jpg.tmp",
+        ".DS_Store",
+        "train/b/._0.jpg",
+    ):
         (path / name).write_bytes(b"x")
     assert len(load(path)) == 11
     (path / "train/tmp").mkdir()  # a folder may be a class
@@ -310,8 +326,11 @@ def test_names_that_are_numbers_count_as_text(path):
     for split in ("train", "test"):
         shutil.rmtree(path / split)
         write_folder(path / split, classes=[str(i) for i in range(11)], per_class=2)
-    with pytest.warns(DataWarning, match=r"label 2 is class '10', not '2'\. Names of equal length, "
-                                         r"such as '00'"):  # fmt: skip
+    with pytest.warns(
+        DataWarning,
+        match=r"label 2 is class '10', not '2'\. Names of equal length, "
+        r"such as '00'",
+    ):
         source = load(path)
     assert source.classes == ["0", "1", "10", *"23456789"]
     with warnings.catch_warnings():
@@ -389,8 +408,11 @@ def test_no_test_data(path):
     with pytest.raises(DataError, match=r"folders \['train'\], and no test: .*; or set test_share"):
         load(path, "test")
     shutil.copytree(path / "train", path / "val")
-    with pytest.raises(DataError, match=r"\['train', 'val'\], and no test: .*; or rename val to "
-                                        r"test; or set test_share"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"\['train', 'val'\], and no test: .*; or rename val to "
+        r"test; or set test_share",
+    ):
         load(path, "test")
     assert len(load(path, "validation")) == 12
 

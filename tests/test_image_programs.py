@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from easy_jax import sharding
 from easy_jax.ahead_of_time import chips, cost, image_programs
 from easy_jax.config import (
     ConfigError,
@@ -23,6 +22,7 @@ from easy_jax.config import (
     TransferDataConfig,
 )
 from easy_jax.models.resnet import ResNet
+from easy_jax.parallel import sharding
 
 ROWS, SIZE, WIDTH = 4, 16, 8
 METHODS = (
@@ -38,10 +38,15 @@ def _config(**fields):
         return StageConfig(batch_size=ROWS)
 
     default = ExperimentConfig(
-        model=ResNetConfig(1, WIDTH, (1, 1)), data=GlyphDataConfig(image_size=SIZE),
-        pretrain=stage(), probe=stage(), finetune=stage(), head=stage(),
-        scoring=ScoringConfig(batch_size=ROWS), methods=METHODS,
-    )  # fmt: skip
+        model=ResNetConfig(1, WIDTH, (1, 1)),
+        data=GlyphDataConfig(image_size=SIZE),
+        pretrain=stage(),
+        probe=stage(),
+        finetune=stage(),
+        head=stage(),
+        scoring=ScoringConfig(batch_size=ROWS),
+        methods=METHODS,
+    )
     return dataclasses.replace(default, **fields)
 
 
@@ -96,8 +101,9 @@ def test_steps_do_the_passes_that_they_are_said_to():
     programs = _programs(_config(model=ResNetConfig(1, WIDTH, (1,)), methods=METHODS[:2]))
     done = {
         name: cost.cost_of(program.lowered.compile().as_text(), topology).flops
-        for name, program in programs.items() if name != "pretrain"
-    }  # fmt: skip
+        for name, program in programs.items()
+        if name != "pretrain"
+    }
     score, head = done["score"], 2 * ROWS * WIDTH * 10
     in_range = (3 * SIZE - 2) ** 2  # pairs of a pixel and a place of the 3x3 window, both ways
     images = 2 * ROWS * in_range * WIDTH
@@ -114,20 +120,29 @@ def test_steps_do_the_passes_that_they_are_said_to():
 def test_each_kind_of_step_is_compiled_once():
     kinds = image_programs.kinds(_config())
     assert {name: len(stages) for name, stages in kinds.items()} == {
-        "pretrain": 1, "train head": 1, "train all": 1, "train bn_head": 1, "train all, l2": 2,
-    }  # fmt: skip
+        "pretrain": 1,
+        "train head": 1,
+        "train all": 1,
+        "train bn_head": 1,
+        "train all, l2": 2,
+    }
     flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
     config = _config(
         methods=(flow,), head=StageConfig(batch_size=2 * ROWS), frozen_batch_norm=("probe",)
     )
     assert list(image_programs.kinds(config)) == [
-        "pretrain", "train head, frozen BatchNorm", "train all", "train head",
-    ]  # fmt: skip
+        "pretrain",
+        "train head, frozen BatchNorm",
+        "train all",
+        "train head",
+    ]
     config = dataclasses.replace(config, frozen_batch_norm=())
     assert list(image_programs.kinds(config)) == [
-        "pretrain", "train head", "train all",
+        "pretrain",
+        "train head",
+        "train all",
         "train head (seed0/noise0.3/lr0.03/probe-all-flow-head-unweighted)",
-    ]  # fmt: skip
+    ]
 
 
 def test_memory_is_of_the_whole_experiment():
@@ -157,7 +172,7 @@ def test_files_need_not_be_there():
             ImageDataConfig("cars196", path="not-there", image_size=SIZE),
         ),
         methods=METHODS[:1],
-    )  # fmt: skip
+    )
     programs = _programs(config)
     assert list(programs) == ["train head", "train all", "score"]
     for program in programs.values():

@@ -25,13 +25,13 @@ from easy_jax.data import (
     Reading,
     image_datasets,
     load_images,
-    load_tasks,
     scoring_loader,
     training_loader,
 )
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
 from easy_jax.data.images import Views
+from easy_jax.experiments.tasks import load_tasks
 
 VIEWS = Views(image_size=16, resize_size=20)
 
@@ -155,8 +155,11 @@ def test_parquet_in_order_of_file_and_row(tmp_path, struct):
 def test_parquet_labels_out_of_range(tmp_path):
     examples = [(data, label) for (data, _), label in zip(jpegs(5), (0, 1, 2, 3, -1), strict=True)]
     path = write_parquet(tmp_path / "train.parquet", examples)
-    with pytest.raises(DataError, match=rf"2 labels are out of range for 3 classes \(0 to 2\), "
-                                        rf"first 3 in {path}, row 3"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=rf"2 labels are out of range for 3 classes \(0 to 2\), "
+        rf"first 3 in {path}, row 3",
+    ):
         ParquetImages(tmp_path, "train", 3)
 
 
@@ -253,9 +256,11 @@ def test_tfds_that_is_not_prepared(tmp_path):
 def test_records(source):
     record = source[7]
     assert {name: (array.dtype.name, array.shape) for name, array in record.items()} == {
-        "image": ("uint8", (16, 16, 3)), "label": ("int32", ()),
-        "image_mean": ("float32", (3,)), "image_std": ("float32", (3,)),
-    }  # fmt: skip
+        "image": ("uint8", (16, 16, 3)),
+        "label": ("int32", ()),
+        "image_mean": ("float32", (3,)),
+        "image_std": ("float32", (3,)),
+    }
     assert int(record["label"]) == 1
     # The middle of picture(101), the second of the second class: 48 x 36, its square resized.
     close = np.asarray(picture(101)[2:-2, 8:-8], np.float64).reshape(16, 2, 16, 2, 3)
@@ -471,8 +476,11 @@ def test_parquet_of_your_own(tmp_path):
 def test_classes_that_differ_between_splits(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "test", classes=("bird", "cow", "dog"))
-    with pytest.raises(DataError, match=r"test are not those of the training data: missing "
-                                        r"\['cat'\], only here \['cow'\]"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"test are not those of the training data: missing "
+        r"\['cat'\], only here \['cow'\]",
+    ):
         load_images(config(tmp_path), "test")
 
 
@@ -507,8 +515,11 @@ def test_a_number_of_classes_that_is_wrong(tmp_path):
 def test_folders_that_are_no_splits(tmp_path):
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "held")
-    with pytest.raises(DataError, match=r"has the folders \['held', 'train'\].* should have train, "
-                                        r"test, each with a folder per class"):  # fmt: skip
+    with pytest.raises(
+        DataError,
+        match=r"has the folders \['held', 'train'\].* should have train, "
+        r"test, each with a folder per class",
+    ):
         load_images(config(tmp_path), "train")
     (tmp_path / "held").rename(tmp_path / "val")
     assert len(load_images(config(tmp_path), "validation")) == 18  # as `validation`

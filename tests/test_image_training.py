@@ -11,14 +11,15 @@ from flax import nnx
 from helpers import devices_mesh
 from image_data import encoded, picture, write_folder, write_tfds
 
-from easy_jax import evaluate
-from easy_jax.checkpoint import CheckpointError
 from easy_jax.config import ImageDataConfig, OptimizerConfig, ResNetConfig, StageConfig
+from easy_jax.core.losses import classification_loss, normalised_images
 from easy_jax.data import ArraySource, Reading, load_images
-from easy_jax.fitting import fit
-from easy_jax.losses import classification_loss, normalised_images
-from easy_jax.models import resnet, train_view
-from easy_jax.scoring import score
+from easy_jax.models import resnet
+from easy_jax.models.modes import train_view
+from easy_jax.train import evaluate
+from easy_jax.train.checkpoint import CheckpointError
+from easy_jax.train.fitting import fit
+from easy_jax.train.scoring import score
 
 SIZE = 16
 STAGE = StageConfig(epochs=3, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
@@ -89,9 +90,17 @@ def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
 
     def run(directory, source=source, **options):
         return fit(
-            model, source, tmp_path / directory, stage=STAGE, loss_fn=classification_loss,
-            weight_N=weight_N, mesh=devices_mesh(2), seed=1, save_every_steps=3, **options,
-        )  # fmt: skip
+            model,
+            source,
+            tmp_path / directory,
+            stage=STAGE,
+            loss_fn=classification_loss,
+            weight_N=weight_N,
+            mesh=devices_mesh(2),
+            seed=1,
+            save_every_steps=3,
+            **options,
+        )
 
     whole = run("whole")
     assert whole.steps == -(-3 * len(source) // 8)
@@ -115,9 +124,10 @@ def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
     moved = jax.tree.leaves(
         jax.tree.map(
             lambda a, b: float(np.abs(a - b).max()),
-            jax.device_get(plain.model_state), jax.device_get(whole.model_state),
+            jax.device_get(plain.model_state),
+            jax.device_get(whole.model_state),
         )
-    )  # fmt: skip
+    )
     assert max(moved) > 1e-4  # the views do make a difference
 
 

@@ -132,8 +132,10 @@ def test_jitter_is_that_of_image_editors():
     array = (picture(7) // 2 + 60).astype(np.uint8)  # nothing is clipped
     ours = pixels(images.jitter(Image.fromarray(array), 1.1, 0.85, 1.15))
     enhancers = {
-        ImageEnhance.Brightness: 1.1, ImageEnhance.Contrast: 0.85, ImageEnhance.Color: 1.15,
-    }  # fmt: skip
+        ImageEnhance.Brightness: 1.1,
+        ImageEnhance.Contrast: 0.85,
+        ImageEnhance.Color: 1.15,
+    }
     for order in (list(enhancers), list(reversed(enhancers))):
         image = Image.fromarray(array)
         for enhancer in order:
@@ -157,9 +159,13 @@ def test_training_views_jitter_by_at_most_the_given_share():
 def test_uniforms_are_fixed_for_ever():
     """Written down once: another version of NumPy has to give the same views."""
     expected = [
-        0.7668723250560862, 0.8027926963915697, 0.9706650463315797,
-        0.23420931520336108, 0.6194873335015861, 0.6305491116361948,
-    ]  # fmt: skip
+        0.7668723250560862,
+        0.8027926963915697,
+        0.9706650463315797,
+        0.23420931520336108,
+        0.6194873335015861,
+        0.6305491116361948,
+    ]
     np.testing.assert_array_equal(uniforms(42, 3, 1000), expected)
 
 
@@ -190,9 +196,16 @@ def test_formats(kind):
 
 @pytest.mark.parametrize(
     ("kind", "mode"),
-    [("JPEG", "L"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "1"), ("PNG", "P"), ("PNG", "RGBA"),
-     ("JPEG", "CMYK")],
-)  # fmt: skip
+    [
+        ("JPEG", "L"),
+        ("PNG", "L"),
+        ("PNG", "LA"),
+        ("PNG", "1"),
+        ("PNG", "P"),
+        ("PNG", "RGBA"),
+        ("JPEG", "CMYK"),
+    ],
+)
 def test_other_colours_become_rgb(kind, mode):
     array = picture(9)
     if mode == "1":

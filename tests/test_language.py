@@ -11,7 +11,7 @@ import tiny_language
 from helpers import load_config
 from safetensors.numpy import load_file, save_file
 
-from easy_jax import figures, language_report, losses, scoring, sealed, train
+from easy_jax import pipeline as train
 from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
@@ -23,9 +23,14 @@ from easy_jax.config import (
     StageConfig,
     TextConfig,
 )
+from easy_jax.core import losses
 from easy_jax.data import DataError, instructions, text
-from easy_jax.loss_table import LossTable, LossTableError
-from easy_jax.models import hugging_face
+from easy_jax.io import sealed
+from easy_jax.pretrained import hugging_face
+from easy_jax.report import figures
+from easy_jax.report import language as language_report
+from easy_jax.train import scoring
+from easy_jax.train.loss_table import LossTable, LossTableError
 
 pytestmark = pytest.mark.slow
 
@@ -59,11 +64,13 @@ def _config(folder, **changes):
         ),
         scoring=ScoringConfig(batch_size=8),
         finetune=StageConfig(
-            epochs=1, batch_size=8, reduction="token_mean",
+            epochs=1,
+            batch_size=8,
+            reduction="token_mean",
             optimizer=OptimizerConfig(name="adamw", learning_rate=0.01),
         ),
         methods=METHODS,
-    )  # fmt: skip
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -85,8 +92,9 @@ def test_it_learns_and_the_averages_are_between(done):
     assert _row(results, "wise_ft_0") == base
     assert _row(results, "wise_ft_1") == standard
     assert _row(results, "flow")["heldout_nll"] not in (
-        base["heldout_nll"], standard["heldout_nll"],
-    )  # fmt: skip
+        base["heldout_nll"],
+        standard["heldout_nll"],
+    )
     np.testing.assert_allclose(base["prose_perplexity"], np.exp(base["prose_nll"]))
 
 
@@ -122,9 +130,12 @@ def test_learnt_and_forgotten_are_differences_from_the_first_row():
     ]
     header, (base, line) = language_report.lines(rows)
     assert dict(zip(header, line, strict=True)) == {
-        "method": "x", "heldout NLL": "1.0000", "heldout learnt": "+0.5000",
-        "prose perplexity": "9.49", "prose forgotten": "+0.2500",
-    }  # fmt: skip
+        "method": "x",
+        "heldout NLL": "1.0000",
+        "heldout learnt": "+0.5000",
+        "prose perplexity": "9.49",
+        "prose forgotten": "+0.2500",
+    }
     assert (
         base[header.index("heldout learnt")] == base[header.index("prose forgotten")] == "+0.0000"
     )
@@ -227,18 +238,27 @@ def test_token_losses_that_are_not_returned(folder, tmp_path):
     source = instructions.load(config.train, config.text, tokenizer)
     model = hugging_face.load(folder)
     for loss_fn, kept, arrays in (
-        (losses.causal_lm_loss, True, 2), (losses.causal_lm_token_losses, False, 3),
-    ):  # fmt: skip
+        (losses.causal_lm_loss, True, 2),
+        (losses.causal_lm_token_losses, False, 3),
+    ):
         with pytest.raises(ValueError, match=rf"token_losses is {kept}, .* returns {arrays} "):
             scoring.score(
-                model, source, tmp_path / str(kept), loss_fn=loss_fn, token_losses=kept,
+                model,
+                source,
+                tmp_path / str(kept),
+                loss_fn=loss_fn,
+                token_losses=kept,
                 batch_size=8,
-            )  # fmt: skip
+            )
     # What the mistake left behind does not refuse the call without it.
     table = scoring.score(
-        model, source, tmp_path / "True", loss_fn=losses.causal_lm_token_losses,
-        token_losses=True, batch_size=8,
-    )  # fmt: skip
+        model,
+        source,
+        tmp_path / "True",
+        loss_fn=losses.causal_lm_token_losses,
+        token_losses=True,
+        batch_size=8,
+    )
     assert table.num_examples == 24
 
 
@@ -247,9 +267,11 @@ def test_the_example_of_the_readme(root, folder, tmp_path, monkeypatch):
     blocks = (root / "README.md").read_text().split("```python\n")[1:]
     (code,) = [block.split("```")[0] for block in blocks if "hugging_face" in block]
     for theirs, ours in (
-        ("models/smollm2", str(folder)), ("problems.jsonl", str(folder / "train.jsonl")),
-        ('"query", "response"', '"q", "a"'), ("<|im_end|>", "<eos>"),
-    ):  # fmt: skip
+        ("models/smollm2", str(folder)),
+        ("problems.jsonl", str(folder / "train.jsonl")),
+        ('"query", "response"', '"q", "a"'),
+        ("<|im_end|>", "<eos>"),
+    ):
         assert theirs in code
         code = code.replace(theirs, ours)
     monkeypatch.chdir(tmp_path)

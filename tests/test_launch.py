@@ -65,7 +65,7 @@ def test_readme_names_every_file(root):
             ["--node-id=flow-1", "mine", "--network=n"],
         ),
     ],
-)  # fmt: skip
+)
 def test_tpu_vm_dry_run(dry, options, expected):
     commands, out, _ = dry("tpu_vm.sh", "--dry-run", *TPU, *options, "--", *RUN)
     verbs = [command[4] for command in commands if command[0] == "gcloud"]

@@ -47,9 +47,7 @@ JOBSET = {
                                 "properties": {
                                     "name": {"pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
                                     "action": {"enum": ["FailJobSet", "RestartJobSet"]},
-                                    "onJobFailureReasons": {
-                                        "items": {"const": "PodFailurePolicy"}
-                                    },
+                                    "onJobFailureReasons": {"items": {"const": "PodFailurePolicy"}},
                                 },
                             }
                         },
@@ -74,7 +72,7 @@ JOBSET = {
             },
         },
     },
-}  # fmt: skip
+}
 
 
 def check_jobset(jobset):
@@ -161,11 +159,17 @@ def test_xpk(cloud, dry):
     (command,) = commands
     assert command[:3] == ["xpk", "workload", "create"]
     assert {
-        "--workload=flow-1", "--cluster=c1", "--tpu-type=v5litepod-16", "--num-slices=2",
-        "--docker-image=eu.pkg.dev/p/easy-jax:1", "--restart-on-exit-codes=75,76",
-        "--max-restarts=50", "--termination-grace-period-seconds=300", "--zone=us-east5-b",
+        "--workload=flow-1",
+        "--cluster=c1",
+        "--tpu-type=v5litepod-16",
+        "--num-slices=2",
+        "--docker-image=eu.pkg.dev/p/easy-jax:1",
+        "--restart-on-exit-codes=75,76",
+        "--max-restarts=50",
+        "--termination-grace-period-seconds=300",
+        "--zone=us-east5-b",
         "--spot",
-    } <= set(command)  # fmt: skip
+    } <= set(command)
     inside = command[-1].removeprefix("--command=").replace("$$", "$")  # as Kubernetes does
     assert words(inside) == ["exec", "easy-jax", *RUN, WORKDIR]
     cloud.run("xpk.sh", *options, "--secret=HF_TOKEN", "--", *RUN)

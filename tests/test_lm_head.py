@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
+from easy_jax.kernels.linear_cross_entropy import NO_TARGET, linear_cross_entropy
+from easy_jax.parallel import sharding
 
 FEATURES = 6
 # Vocabulary, block and positions of a chunk.
@@ -22,8 +22,10 @@ SIZES = (
     (30, 8, 3),  # a smaller divisor is near
     (46, 16, 3),  # no divisor is near: padded
     (23, 2048, 3),  # one block
-    (23, 8, 1), (23, 8, 3), (23, 8, 2048),  # prime
-)  # fmt: skip
+    (23, 8, 1),
+    (23, 8, 3),
+    (23, 8, 2048),  # prime
+)
 
 
 def _case(shape, vocab, seed=0, scale=1.0, features=FEATURES):
@@ -54,8 +56,9 @@ def _numpy(hidden, head, targets, cotangent, cap=None):
     nll = np.where(there, (lse - chosen)[..., 0], 0.0)
     one_hot = np.arange(head.shape[0]) == targets[..., None]
     bar = (np.exp(logits - lse) - one_hot) * np.where(there, cotangent, 0.0)[..., None] * slope
-    head_bar = np.einsum("nv,nd->vd", bar.reshape(-1, head.shape[0]),
-                         hidden.reshape(-1, hidden.shape[-1]))  # fmt: skip
+    head_bar = np.einsum(
+        "nv,nd->vd", bar.reshape(-1, head.shape[0]), hidden.reshape(-1, hidden.shape[-1])
+    )
     return nll, np.einsum("...v,vd->...d", bar, head), head_bar
 
 

@@ -19,14 +19,17 @@ from flax import nnx
 from fsspec.implementations.memory import MemoryFileSystem
 from processes import Processes
 
-from easy_jax import lock, lock_file, scoring, train
-from easy_jax.checkpoint import Checkpointer
+from easy_jax import pipeline as train
 from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.language import Until
-from easy_jax.lock import Lock, LockError, LockWarning
-from easy_jax.losses import squared_error
+from easy_jax.experiments.language import Until
+from easy_jax.io import lock_file
+from easy_jax.parallel import lock
+from easy_jax.parallel.lock import Lock, LockError, LockWarning
+from easy_jax.train import scoring
+from easy_jax.train.checkpoint import Checkpointer
+from easy_jax.train.fitting import fit
 
 HOLDER = """
 import sys, time
@@ -350,9 +353,13 @@ def test_two_processes_are_both_refused_in_one_line(root, tmp_path, holder):
 def test_the_command_line_takes_over(root, tmp_path, holder):
     """Then it finds that there is no model, which is an error of its own, and gives it back."""
     command = [
-        sys.executable, "-m", "easy_jax.main", "run",
-        f"--config=tests/tiny_language.py:{tmp_path / 'none'}", f"--workdir={tmp_path}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "easy_jax.main",
+        "run",
+        f"--config=tests/tiny_language.py:{tmp_path / 'none'}",
+        f"--workdir={tmp_path}",
+    ]
     for more, told in ([], f"process {holder.pid}"), (["--take-over"], "none"):
         result = subprocess.run([*command, *more], cwd=root, capture_output=True, text=True)
         assert result.returncode == 2

@@ -8,13 +8,13 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.lm_head import linear_cross_entropy
+from easy_jax.core.step import init_train_state, make_train_step
+from easy_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from easy_jax.models.lora import TARGETS, add_adapters, merged_kernel
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.parallel import sharding
 
 CONFIG = TransformerConfig(
     "llama", vocab=16, embed=8, mlp=12, layers=2, heads=4, kv_heads=2, head_dim=6, query_scale=0.4

@@ -14,8 +14,9 @@ from flax import nnx
 from helpers import Records
 
 import easy_jax as ej
-from easy_jax import contract, data
-from easy_jax.losses import ContractError
+from easy_jax import data
+from easy_jax.core import contract
+from easy_jax.core.losses import ContractError
 
 B = 8
 X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
@@ -347,18 +348,22 @@ def test_records_under_other_names(tmp_path):
     ("source", "message"),
     [
         (Records(list(zip(X, LABEL, strict=True))), "is a tuple of 2; a record is"),
-        (Records([{"x": x, "y": y, "text": "a"} for x, y in zip(X, LABEL, strict=True)]),
-         r"field 'text' of example 0 holds text \(dtype <U1\), .* leave the field out"),
+        (
+            Records([{"x": x, "y": y, "text": "a"} for x, y in zip(X, LABEL, strict=True)]),
+            r"field 'text' of example 0 holds text \(dtype <U1\), .* leave the field out",
+        ),
         (ej.ArraySource({"x": X, "y": LABEL, "text": np.full(20, "a")}), "'text' .* holds text"),
         (ej.ArraySource({"x": X, "y": LABEL, "text": np.full(20, None)}), "'text' .* objects"),
         (Records([{"x": x, "y": {"a": 1}} for x in X]), r"'y' .* holds objects \(dict\)"),
         (Records([{"x": X[0], "y": LABEL[0]}] * 19 + [(X[0], LABEL[0])]), "19 is a tuple of 2"),
         (iter([]), "a list_iterator is no source: it needs a length"),
-        (ej.ArraySource({"x": X, "y": np.where(LABEL, 2**32, 0)}),
-         r"'y' has values that do not fit into int32 in example ids \["),
+        (
+            ej.ArraySource({"x": X, "y": np.where(LABEL, 2**32, 0)}),
+            r"'y' has values that do not fit into int32 in example ids \[",
+        ),
     ],
     ids=["tuples", "text", "text_column", "objects", "dicts", "late_tuple", "iterator", "64_bits"],
-)  # fmt: skip
+)
 def test_records_that_are_none(source, message, run, tmp_path):
     with pytest.raises(data.DataError, match=message) as error:
         run(losses, tmp_path, source)

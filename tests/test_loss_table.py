@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from easy_jax import code_fingerprint, loss_parts, loss_table, scoring, sharding
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource, training_loader
-from easy_jax.loss_table import LossTable, LossTableError
-from easy_jax.losses import squared_error
-from easy_jax.models import eval_view, train_view
-from easy_jax.scoring import ScoringError, score
+from easy_jax.io import code_fingerprint
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.parallel import sharding
+from easy_jax.train import loss_parts, loss_table, scoring
+from easy_jax.train.loss_table import LossTable, LossTableError
+from easy_jax.train.scoring import ScoringError, score
 
 # Exact order statistics.
 
@@ -43,8 +45,15 @@ def random_losses(kind, size):
 
 
 KINDS = (
-    "uniform", "duplicates", "zeros", "minus zeros", "denormals", "huge", "every scale", "close",
-)  # fmt: skip
+    "uniform",
+    "duplicates",
+    "zeros",
+    "minus zeros",
+    "denormals",
+    "huge",
+    "every scale",
+    "close",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -208,9 +217,15 @@ def test_every_example_is_scored_once(size, batch_size, devices, tmp_path):
     model, arrays = make_model(), make_arrays(size)
     counts = []
     table = score(
-        model, ArraySource(arrays), tmp_path, loss_fn=regress, batch_size=batch_size,
-        mesh=devices_mesh(devices), rows_per_part=10, progress=counts.append,
-    )  # fmt: skip
+        model,
+        ArraySource(arrays),
+        tmp_path,
+        loss_fn=regress,
+        batch_size=batch_size,
+        mesh=devices_mesh(devices),
+        rows_per_part=10,
+        progress=counts.append,
+    )
     ids, loss, count = (np.concatenate(column) for column in zip(*table.rows(), strict=True))
     assert sorted(ids.tolist()) == list(range(size))
     assert sum(counts) == size

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from easy_jax import losses
+from easy_jax.core import losses
 
 
 def _log_softmax(logits):

@@ -5,13 +5,14 @@ import json
 import pytest
 import tiny_language
 
-from easy_jax import loss_table, metrics
+from easy_jax.cli.errors import USER_ERRORS
 from easy_jax.config import LanguageConfig
 from easy_jax.data import text
-from easy_jax.errors import USER_ERRORS
-from easy_jax.measurements import Measurements
-from easy_jax.models import hugging_face, timm_weights, weight_files
-from easy_jax.workdir import open_workdir
+from easy_jax.experiments.measurements import Measurements
+from easy_jax.experiments.workdir import open_workdir
+from easy_jax.io import metrics_log
+from easy_jax.pretrained import hugging_face, timm_weights, weight_files
+from easy_jax.train import loss_table
 
 READERS = {
     "metadata.json": lambda folder: loss_table.read_metadata(folder),
@@ -22,7 +23,7 @@ READERS = {
     "model.safetensors.index.json": lambda folder: weight_files.tensor_files(folder, convert="x"),
     "tokenizer.json": text.load_tokenizer,
     "cells.jsonl": lambda folder: Measurements(folder / "cells.jsonl", dict).read(),
-    "metrics.jsonl": metrics.read,
+    "metrics.jsonl": metrics_log.read,
 }
 CONTENTS = {
     "not JSON": b"{]\n",
@@ -76,9 +77,13 @@ def test_a_folder_in_place_of_a_file_is_one_line(reader, folder):
 
 
 GEMMA = {
-    "model_type": "gemma2", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 6,
-    "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+    "model_type": "gemma2",
+    "vocab_size": 8,
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.mark.parametrize("value", [1e9, 10**9, -1, 0, True, "2", [2], {"a": 2}, None, 10**40])
@@ -100,11 +105,21 @@ def test_absurd_sizes_are_refused_before_anything_is_made(name, value, tmp_path)
 @pytest.mark.parametrize(
     "name",
     [
-        "rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
-        "final_logit_softcapping", "sliding_window", "layer_types", "tie_word_embeddings",
-        "rope_scaling", "rope_parameters", "model_type", "hidden_act", "head_dim",
+        "rms_norm_eps",
+        "rope_theta",
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+        "sliding_window",
+        "layer_types",
+        "tie_word_embeddings",
+        "rope_scaling",
+        "rope_parameters",
+        "model_type",
+        "hidden_act",
+        "head_dim",
     ],
-)  # fmt: skip
+)
 def test_fields_of_another_type_are_refused(name, value, tmp_path):
     if (name, value) in (("tie_word_embeddings", True), ("rope_scaling", 0)):
         return

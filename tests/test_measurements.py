@@ -8,10 +8,10 @@ import tiny_language
 from safetensors.numpy import load_file, save_file
 from test_damage import check_every_byte
 
-from easy_jax import train
+from easy_jax import pipeline as train
 from easy_jax.config import LanguageMethodConfig
-from easy_jax.measurements import Measurements
-from easy_jax.sealed import ArtefactError
+from easy_jax.experiments.measurements import Measurements
+from easy_jax.io.sealed import ArtefactError
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +92,11 @@ def test_every_byte_of_the_results(done):
     assert [row["method"] for row in rows] == ["base", "standard"]
     # The last line may look as if a kill had cut it short; it is measured again then.
     check_every_byte(
-        path, lambda: Measurements(path, lambda: inputs).read(),
-        lambda found: found in (rows, rows[:1]), ArtefactError,
-    )  # fmt: skip
+        path,
+        lambda: Measurements(path, lambda: inputs).read(),
+        lambda found: found in (rows, rows[:1]),
+        ArtefactError,
+    )
 
 
 def test_results_without_checksums_are_of_an_older_version(tmp_path):

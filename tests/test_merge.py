@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easy_jax import merge
+from easy_jax.core import merge
 
 
 def _tree(seed, dtype=jnp.float32):

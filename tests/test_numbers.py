@@ -11,13 +11,14 @@ from helpers import Records, devices_mesh
 from safetensors.numpy import save_file
 
 import easy_jax as ej
-from easy_jax import sharding
+from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.data import ArraySource, DataError, DataWarning
-from easy_jax.fitting import TrainingError
-from easy_jax.lm_head import weighted_linear_cross_entropy
-from easy_jax.loss_table import LossTableError
-from easy_jax.models import resnet, weight_files
-from easy_jax.online_weights import OnlineWeights
+from easy_jax.kernels.linear_cross_entropy import weighted_linear_cross_entropy
+from easy_jax.models import resnet
+from easy_jax.parallel import sharding
+from easy_jax.pretrained import weight_files
+from easy_jax.train.fitting import TrainingError
+from easy_jax.train.loss_table import LossTableError
 
 REDUCTIONS = ("token_mean", "example_mean", "weight_mean")
 RATE = 0.1
@@ -48,7 +49,7 @@ def _batch(size=8):
         "tokens": np.ones((size, 2), np.float32) * np.arange(1, size + 1)[:, None],
         "weight": rng.uniform(0.5, 1, size).astype(np.float32),
         "mask": np.ones(size, bool),
-    }  # fmt: skip
+    }
 
 
 def _step(batch, loss_fn, reduction, micro_batches=1):
@@ -144,14 +145,17 @@ def test_a_token_of_weight_zero_leaves_the_head_s_gradient_clean(soft_cap):
 
 def test_a_token_weight_of_zero_removes_an_infinite_loss(monkeypatch):
     batch = {
-        "tokens": np.zeros((1, 3), np.int32), "segment_ids": np.ones((1, 3), np.int32),
-        "targets": np.ones((1, 3), np.int32), "mask": np.ones((1, 1), bool),
+        "tokens": np.zeros((1, 3), np.int32),
+        "segment_ids": np.ones((1, 3), np.int32),
+        "targets": np.ones((1, 3), np.int32),
+        "mask": np.ones((1, 1), bool),
         "token_weight": np.float32([[2, 0, 1]]),
-    }  # fmt: skip
+    }
     monkeypatch.setattr(
-        "easy_jax.losses.linear_cross_entropy", lambda *_, **__: jnp.array([[1.0, jnp.inf, 3.0]])
+        "easy_jax.core.losses.linear_cross_entropy",
+        lambda *_, **__: jnp.array([[1.0, jnp.inf, 3.0]]),
     )
-    monkeypatch.setattr("easy_jax.losses._hidden_states", lambda *_: None)
+    monkeypatch.setattr("easy_jax.core.losses._hidden_states", lambda *_: None)
 
     class Headless:
         class config:  # noqa: N801
@@ -333,9 +337,11 @@ def test_a_tensor_that_is_not_finite_is_named(dtype, bad, tmp_path):
     dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     largest = float(ml_dtypes.finfo(dtype).max)
     tensors = {
-        "good": np.array([[largest, -largest], [0.0, 1.0]], dtype), "count": np.array(7),
-        "bad": np.array([1.0, bad, bad], dtype), "empty": np.zeros(0, dtype),
-    }  # fmt: skip
+        "good": np.array([[largest, -largest], [0.0, 1.0]], dtype),
+        "count": np.array(7),
+        "bad": np.array([1.0, bad, bad], dtype),
+        "empty": np.zeros(0, dtype),
+    }
     save_file(tensors, path)
     files = dict.fromkeys(tensors, path)
     read = dict(weight_files.read_tensors(files, ["good", "count", "empty"]))

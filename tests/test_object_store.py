@@ -12,8 +12,8 @@ import tiny_language
 from etils import epath
 from processes import Processes, free_port, run
 
-from easy_jax import files, metrics
-from easy_jax.loss_table import LossTable
+from easy_jax.io import files, metrics_log
+from easy_jax.train.loss_table import LossTable
 
 pytestmark = pytest.mark.slow
 
@@ -27,11 +27,18 @@ def store():
     url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen(
         [
-            sys.executable, "-m", "gcp_storage_emulator", "start", "--host=127.0.0.1",
-            f"--port={port}", "--in-memory", f"--default-bucket={BUCKET}",
+            sys.executable,
+            "-m",
+            "gcp_storage_emulator",
+            "start",
+            "--host=127.0.0.1",
+            f"--port={port}",
+            "--in-memory",
+            f"--default-bucket={BUCKET}",
         ],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     for _ in range(200):
         try:
             urllib.request.urlopen(f"{url}/storage/v1/b/{BUCKET}").close()
@@ -68,10 +75,10 @@ def test_what_is_written_is_read(store):
 def test_the_log_is_written_anew_by_every_flush(store):
     workdir = f"{store}/logged"
     for step in (1, 2):
-        log = metrics.MetricsLog(workdir)
+        log = metrics_log.MetricsLog(workdir)
         log.write("stage", "train", step, {"loss": 0.5})
         log.flush()
-        assert [entry["step"] for entry in metrics.read(workdir)] == list(range(1, step + 1))
+        assert [entry["step"] for entry in metrics_log.read(workdir)] == list(range(1, step + 1))
         log.close()
     assert list((epath.Path(workdir) / "tensorboard" / "stage").iterdir())
 
@@ -110,8 +117,12 @@ def test_without_a_client_the_error_says_what_to_install(root, folder):
         "cli()"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{root}"}, timeout=120,
-    )  # fmt: skip
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{root}"},
+        timeout=120,
+    )
     assert result.returncode == 2, result.stderr
     assert "pip install 'easy-jax[gcs]'" in result.stderr

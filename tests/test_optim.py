@@ -9,8 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from easy_jax import optim
 from easy_jax.config import OptimizerConfig
+from easy_jax.core import optim
 from easy_jax.models import resnet
 
 
@@ -48,9 +48,14 @@ def test_sgd_with_momentum_decay_and_cosine_equals_numpy():
 def test_adamw_equals_numpy():
     steps, rate, b1, b2, eps, decay = 15, 0.05, 0.9, 0.99, 1e-8, 0.1
     config = OptimizerConfig(
-        name="adamw", learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay,
+        name="adamw",
+        learning_rate=rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=decay,
         warmup_ratio=0.2,
-    )  # fmt: skip
+    )
     x = np.array([1.0, -2.0])
     m, v = np.zeros(2), np.zeros(2)
     path = _run(config, lambda x: x**3, x, steps)

@@ -13,8 +13,9 @@ from helpers import devices_mesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from easy_jax import loss_parts, sharding
 from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.core.losses import causal_lm_loss, causal_lm_token_losses
+from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import (
     ArraySource,
     DataError,
@@ -25,18 +26,26 @@ from easy_jax.data import (
     training_loader,
 )
 from easy_jax.data.packing import NO_TARGET, PackedRows, split_tokens
-from easy_jax.fitting import fit
-from easy_jax.loss_table import LossTable, LossTableError
-from easy_jax.losses import causal_lm_loss, causal_lm_token_losses
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
-from easy_jax.scoring import score
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.parallel import sharding
+from easy_jax.train import loss_parts
+from easy_jax.train.fitting import fit
+from easy_jax.train.loss_table import LossTable, LossTableError
+from easy_jax.train.scoring import score
 
 VOCAB, SIZE, ROW = 64, 30, 24
 LONGEST = 20
-SHAPE = {"vocab": VOCAB, "embed": 16, "mlp": 32, "layers": 2, "heads": 2, "kv_heads": 1,
-         "head_dim": 8, "query_scale": 8**-0.5}  # fmt: skip
+SHAPE = {
+    "vocab": VOCAB,
+    "embed": 16,
+    "mlp": 32,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "query_scale": 8**-0.5,
+}
 CONFIGS = {
     "llama": TransformerConfig("llama", **SHAPE),
     "gemma2": TransformerConfig(
@@ -312,8 +321,13 @@ def _expected_losses(family="llama"):
 
 
 def _score(source, directory, family="llama", devices=1, **options):
-    options = {"batch_size": 8, "rows_per_part": 7, "loss_fn": causal_lm_token_losses,
-               "token_losses": True, **options}  # fmt: skip
+    options = {
+        "batch_size": 8,
+        "rows_per_part": 7,
+        "loss_fn": causal_lm_token_losses,
+        "token_losses": True,
+        **options,
+    }
     return score(_model(family), source, directory, mesh=devices_mesh(devices), **options)
 
 
@@ -392,9 +406,12 @@ def _gradient(batch, reduction, devices=1, micro_batches=1):
     key = (reduction, devices, micro_batches, shapes)
     if key not in _COMPILED:
         step = make_train_step(
-            nnx.graphdef(_model()), causal_lm_loss, GIVE_GRADIENT,
-            reduction=reduction, micro_batches=micro_batches,
-        )  # fmt: skip
+            nnx.graphdef(_model()),
+            causal_lm_loss,
+            GIVE_GRADIENT,
+            reduction=reduction,
+            micro_batches=micro_batches,
+        )
         _COMPILED[key] = step.lower(state, sharded).compile(compiler_options=FAST)
     state, metrics = _COMPILED[key](state, sharded)
     return _flat(state.opt_state), metrics
@@ -545,8 +562,10 @@ def test_a_table_without_token_losses(table, tmp_path):
     np.testing.assert_allclose(plain.loss_N(), table.loss_N(), rtol=1e-5)
     assert plain.temperature == float(np.median(plain.loss_N()))
     for use in (
-        lambda: plain.token_temperature, plain.token_losses, plain.flow_token_weights,
-    ):  # fmt: skip
+        lambda: plain.token_temperature,
+        plain.token_losses,
+        plain.flow_token_weights,
+    ):
         with pytest.raises(LossTableError, match="no token losses; score again, with token_losses"):
             use()
 
@@ -618,9 +637,13 @@ def test_resumed_training_is_uninterrupted_bit_for_bit(table, tmp_path):
         epochs=2, batch_size=4, micro_batches=2, reduction="weight_mean", optimizer=optimizer
     )
     options = {
-        "stage": stage, "loss_fn": loss_fn, "weight_N": table.flow_weights(), "seed": 5,
-        "mesh": devices_mesh(2), "save_every_steps": 3,
-    }  # fmt: skip
+        "stage": stage,
+        "loss_fn": loss_fn,
+        "weight_N": table.flow_weights(),
+        "seed": 5,
+        "mesh": devices_mesh(2),
+        "save_every_steps": 3,
+    }
     source, model = _packed(), _model()
     before = _flat(nnx.state(model))
     whole = fit(model, source, tmp_path / "whole", **options)

@@ -10,8 +10,9 @@ import time
 import pytest
 from processes import free_port
 
-from easy_jax.peers import EXIT_PEERS, Peers, PeersError
-from easy_jax.peers.member import Member
+from easy_jax.parallel.member import Member
+from easy_jax.parallel.rendezvous import EXIT_PEERS, PeersError
+from easy_jax.parallel.watch import Peers
 
 TIMEOUT = 6.0
 
@@ -28,9 +29,14 @@ class Run:
 
     def peer(self, index, count=None, run="same", token=""):
         return Peers(
-            self.address, count or self.count, index, timeout=self.timeout, run=run, token=token,
+            self.address,
+            count or self.count,
+            index,
+            timeout=self.timeout,
+            run=run,
+            token=token,
             end=lambda *why: self.ended.put((index, *why)),
-        )  # fmt: skip
+        )
 
     def connect(self):
         """A connection to process 0 of somebody else."""

@@ -8,8 +8,9 @@ import pytest
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from easy_jax import figures, files
-from easy_jax.terminal import Terminal, plain_console, print_whatever_the_encoding
+from easy_jax.io import files
+from easy_jax.io.terminal import Terminal, plain_console, print_whatever_the_encoding
+from easy_jax.report import figures
 
 ODD = "x[/red]y [bold] :fire: [link=a]"
 
@@ -71,8 +72,9 @@ def _of_the_locale(code):
 
 def test_no_file_depends_on_the_locale(root):
     assert [*_of_the_locale('p.read_text()\np.open("w")\nopen(p, "wb")\np.read_text("utf-8")')] == [
-        1, 2,
-    ]  # fmt: skip
+        1,
+        2,
+    ]
     for folder in ("easy_jax", "scripts", "benchmarks", "configs"):
         for path in (root / folder).rglob("*.py"):
             assert not [*_of_the_locale(path.read_text("utf-8"))], path

@@ -12,9 +12,9 @@ import tiny_language
 from processes import Processes, has_ipv6, run
 from safetensors.numpy import load_file
 
-from easy_jax import train
+from easy_jax import pipeline as train
 from easy_jax.config import MeshConfig
-from easy_jax.loss_table import LossTable
+from easy_jax.train.loss_table import LossTable
 
 pytestmark = pytest.mark.slow
 
@@ -48,9 +48,12 @@ def runs(root, folder, tmp_path_factory):
 
 def _arguments(command, folder, workdir):
     return [
-        command, f"--config=tests/tiny_language.py:{folder}", f"--workdir={workdir}", *MESH,
+        command,
+        f"--config=tests/tiny_language.py:{folder}",
+        f"--workdir={workdir}",
+        *MESH,
         f"--config.finetune.optimizer.learning_rate={RATE}",
-    ]  # fmt: skip
+    ]
 
 
 def _parameters(workdir):

@@ -143,8 +143,10 @@ def tfds_folder(tmp_path_factory):
         file_format=tfds.core.FileFormat.ARRAY_RECORD,
     )
     writer.initialize_splits(["train", "bad"])
-    train = [{"question": f"{i} + {i} = ½?", "answer": "" if i == 1 else str(2 * i), "level": i}
-             for i in range(5)]  # fmt: skip
+    train = [
+        {"question": f"{i} + {i} = ½?", "answer": "" if i == 1 else str(2 * i), "level": i}
+        for i in range(5)
+    ]
     writer.add_examples({"train": train})
     writer.add_examples({"bad": [train[0], {"question": b"\xff", "answer": "", "level": 0}]})
     writer.close_all()
@@ -246,9 +248,13 @@ def test_parquet_folders_name_the_file_of_a_bad_row(tmp_path):
     bad = BadExamples("drop")
     assert read_parquet(tmp_path, ["a"], bad=bad) == {"a": ["x"] * 4 + [""]}
     assert bad.rows() == [
-        {"id": 4, "source": str(tmp_path), "where": "c.parquet row 1",
-         "reason": "field 'a' is null, not a string"}
-    ]  # fmt: skip
+        {
+            "id": 4,
+            "source": str(tmp_path),
+            "where": "c.parquet row 1",
+            "reason": "field 'a' is null, not a string",
+        }
+    ]
 
 
 def test_on_bad_example_is_one_of_two():

@@ -14,16 +14,24 @@ from processes import has_ipv6
 from test_peers import TIMEOUT, Run, leave
 
 from easy_jax.config import ConfigError
-from easy_jax.peers import Peers, PeersError
-from easy_jax.peers.connection import Connection, printable
-from easy_jax.peers.listening import listen, parse_address
-from easy_jax.peers.member import Member
+from easy_jax.parallel.connection import Connection, printable
+from easy_jax.parallel.listening import listen, parse_address
+from easy_jax.parallel.member import Member
+from easy_jax.parallel.rendezvous import PeersError
+from easy_jax.parallel.watch import Peers
 
 WAIT = 1.5  # seconds that process 0 waits, while strangers try to end that
 HELLO = {
-    "hello": 1, "count": 2, "run": '"same"', "digest": "0" * 64, "has_token": False, "host": "h",
-    "pid": 1, "challenge": "mine", "proof": "0" * 64,
-}  # fmt: skip
+    "hello": 1,
+    "count": 2,
+    "run": '"same"',
+    "digest": "0" * 64,
+    "has_token": False,
+    "host": "h",
+    "pid": 1,
+    "challenge": "mine",
+    "proof": "0" * 64,
+}
 
 
 def line(**changes):
@@ -303,11 +311,12 @@ def resolve(monkeypatch, *hosts):
         for host in hosts
     ]
     monkeypatch.setattr(
-        socket, "getaddrinfo",
+        socket,
+        "getaddrinfo",
         lambda _, port, *rest, **__: [
             (*entry, (host, port, 0, 0) if ":" in host else (host, port)) for *entry, host in found
         ],
-    )  # fmt: skip
+    )
 
 
 def names(servers):
@@ -393,9 +402,21 @@ def test_port_in_use():
 
 @pytest.mark.parametrize(
     "address",
-    ["host", "host:", ":123", "host:port", "host:99999", "host:0", "a..b:1", "a b:1", "[]:1",
-     "host:\u0662", "\x1b[2J:1", f"{'a' * 70}.b:1"],
-)  # fmt: skip
+    [
+        "host",
+        "host:",
+        ":123",
+        "host:port",
+        "host:99999",
+        "host:0",
+        "a..b:1",
+        "a b:1",
+        "[]:1",
+        "host:\u0662",
+        "\x1b[2J:1",
+        f"{'a' * 70}.b:1",
+    ],
+)
 @pytest.mark.parametrize("index", [0, 1])
 def test_bad_address(address, index):
     with pytest.raises(ConfigError, match=r"it must be HOST:PORT") as error:

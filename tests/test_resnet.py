@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easy_jax import evaluate
 from easy_jax.config import ConfigError, ResNetConfig
-from easy_jax.models import eval_view, resnet, train_view
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.train import evaluate
 
 FEATURES = 3
 MASKS = {"all": [True] * 5, "some": [True, False, True, True, False], "one": [False] * 4 + [True]}
@@ -205,10 +206,12 @@ def test_padding_leaves_logits_and_statistics_alone():
     np.testing.assert_allclose(logits_BK[mask_B], short_BK, rtol=1e-4, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), after, short)
     changed = [
-        path for (path, a), (_, b) in zip(
+        path
+        for (path, a), (_, b) in zip(
             nnx.to_flat_state(state), nnx.to_flat_state(after), strict=True
-        ) if (a[...] != b[...]).any()
-    ]  # fmt: skip
+        )
+        if (a[...] != b[...]).any()
+    ]
     assert {path[-1] for path in changed} == {"mean", "var"}
     assert len(changed) == 2 * 9  # of every BatchNorm
 

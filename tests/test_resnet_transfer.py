@@ -9,9 +9,9 @@ from helpers import load_config
 from image_data import write_folder
 
 from easy_jax.config import RESNETS, ConfigError, ResNetConfig
-from easy_jax.models import timm_weights
+from easy_jax.experiments.plan import cell_stages, cells
 from easy_jax.models.resnet import ResNet, nnx
-from easy_jax.plan import cell_stages, cells
+from easy_jax.pretrained import timm_weights
 
 # The paper's hyper-parameters: epochs; learning rates of FLOW, of probe and head, of standard.
 PAPER = {
@@ -23,8 +23,17 @@ PAPER = {
     "cars196": (30, 0.01, 0.05, 0.05),
 }
 CIFAR10 = (
-    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
-)  # fmt: skip
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 @pytest.fixture
@@ -90,7 +99,7 @@ def test_an_unknown_argument_is_told_what_there_is(module, argument):
 
 # A network that compiles faster than resnet18; then the `easy-jax` command.
 PROGRAM = """
-from easy_jax import main
+from easy_jax.cli import main
 from easy_jax.config import RESNETS
 RESNETS["small"] = ("basic", (1,))
 main.cli()
@@ -107,16 +116,21 @@ def test_a_command_on_folders(root, tmp_path, monkeypatch):
     for split, size in (("train", 5), ("test", 2)):
         write_folder(tmp_path / "cifar" / split, CIFAR10, per_class=size)
     command = [
-        sys.executable, "-c", PROGRAM, "compare",
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "compare",
         f"--config={root}/configs/resnet_transfer.py:small,cifar10",
-        f"--workdir={tmp_path / 'run'}", f"--config.model.path={tmp_path / 'network'}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.model.path={tmp_path / 'network'}",
         "--config.only=standard,linear_probe,flow,wise_ft,wise_ft_1",
-    ]  # fmt: skip
+    ]
     for task, folder in (("pretrain", "imagenet"), ("target", "cifar")):
         command += [
-            f"--config.data.{task}.format=folder", f"--config.data.{task}.path={tmp_path / folder}",
+            f"--config.data.{task}.format=folder",
+            f"--config.data.{task}.path={tmp_path / folder}",
             f"--config.data.{task}.image_size=16",
-        ]  # fmt: skip
+        ]
     for stage in ("probe", "finetune", "head"):
         command += [f"--config.{stage}.epochs=1", f"--config.{stage}.batch_size=16"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -125,9 +139,12 @@ def test_a_command_on_folders(root, tmp_path, monkeypatch):
     assert results["tasks"] == ["imagenet2012", "cifar10"]
     rates = {row["method"]: row["learning_rate"] for row in results["results"]}
     assert rates == {
-        "standard": 0.005, "linear_probe": 0.005, "flow": 0.001,
-        "wise_ft": 0.005, "wise_ft_1": 0.005,
-    }  # fmt: skip
+        "standard": 0.005,
+        "linear_probe": 0.005,
+        "flow": 0.001,
+        "wise_ft": 0.005,
+        "wise_ft_1": 0.005,
+    }
     (curve,) = results["alpha_curves"]
     assert [point["alpha"] for point in curve["points"]] == [0.5, 1.0]
     assert "wise_ft by alpha" in done.stdout and "imagenet2012, test accuracy" in done.stdout

@@ -10,23 +10,32 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easy_jax import optim, scoring, sharding
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, ResNetConfig
+from easy_jax.core import optim
+from easy_jax.core.losses import causal_lm_loss, classification_loss
+from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource, PackedSource, TokenSource, scoring_loader, training_loader
-from easy_jax.losses import causal_lm_loss, classification_loss
-from easy_jax.models import eval_view, resnet, train_view
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view, train_view
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.parallel import sharding
+from easy_jax.train import scoring
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 FAMILIES = ("resnet", "llama", "gemma2")
 ROWS, LENGTH = 8, 16
 VOCAB = 64
 SIZES = {
-    "vocab": VOCAB, "embed": 32, "mlp": 64, "layers": 4, "heads": 4, "kv_heads": 2,
-    "head_dim": 8, "query_scale": 0.3,
-}  # fmt: skip
+    "vocab": VOCAB,
+    "embed": 32,
+    "mlp": 64,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "query_scale": 0.3,
+}
 
 
 def _mesh(shape):
@@ -180,11 +189,15 @@ def _chips(slices=1):
     """v6e:4x4, as many times as there are slices: what JAX needs to know to arrange them."""
     return [
         types.SimpleNamespace(
-            platform="tpu", device_kind="TPU v6 lite", coords=(x, y, 0), core_on_chip=0,
-            slice_index=index, process_index=index,
+            platform="tpu",
+            device_kind="TPU v6 lite",
+            coords=(x, y, 0),
+            core_on_chip=0,
+            slice_index=index,
+            process_index=index,
         )
         for index, y, x in itertools.product(range(slices), range(4), range(4))
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(1, 16, 1), (4, 4, 1), (2, 8, 1), (2, 2, 4)], ids=str)

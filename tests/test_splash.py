@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easy_jax import sharding
-from easy_jax.models import splash
-from easy_jax.models.attention import causal_attention
+from easy_jax.kernels import splash
+from easy_jax.kernels.attention import causal_attention
+from easy_jax.parallel import sharding
 
 SCALE = 0.1
 
@@ -39,8 +39,9 @@ def test_values_and_gradients_are_those_of_the_reference(window, cap):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(("length", "head_dim", "fits"), [(256, 128, True), (256, 64, False),
-                                                         (250, 128, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("length", "head_dim", "fits"), [(256, 128, True), (256, 64, False), (250, 128, False)]
+)
 def test_the_kernel_takes_whole_blocks_only(length, head_dim, fits):
     assert splash.fits(jnp.zeros((1, length, 1, head_dim))) == fits
 

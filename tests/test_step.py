@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import sharding
-from easy_jax.losses import classification_loss
-from easy_jax.models import eval_view, resnet
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.core.losses import classification_loss
+from easy_jax.core.step import init_train_state, make_train_step
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view
+from easy_jax.parallel import sharding
 
 RATE = 0.1
 REDUCTIONS = ("token_mean", "example_mean", "weight_mean")
@@ -182,9 +183,12 @@ def test_any_split_gives_the_same_gradient(reduction):
     for micro_batches in (1, 2, 4):
         for count in (1, 2, 8):
             part, part_metrics = _gradient(
-                model, batch, mesh=devices_mesh(count), reduction=reduction,
+                model,
+                batch,
+                mesh=devices_mesh(count),
+                reduction=reduction,
                 micro_batches=micro_batches,
-            )  # fmt: skip
+            )
             _assert_close(part, whole)
             np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 

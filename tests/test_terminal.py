@@ -8,15 +8,17 @@ import pytest
 from flax import nnx
 
 from configs import quickstart
-from easy_jax import main, terminal, train
+from easy_jax import pipeline as train
+from easy_jax.cli import main
 from easy_jax.config import StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import squared_error
-from easy_jax.progress import Count, Part
-from easy_jax.scoring import score
-from easy_jax.terminal import Terminal, plain_console, shown
-from easy_jax.vision import ImageExperiment
+from easy_jax.experiments.vision import ImageExperiment
+from easy_jax.io import terminal
+from easy_jax.io.progress import Count, Part
+from easy_jax.io.terminal import Terminal, plain_console, shown
+from easy_jax.train.fitting import fit
+from easy_jax.train.scoring import score
 
 LONG = "seed0/noise0.3/lr0.03/probe-all-flow-head-unweighted"
 
@@ -200,8 +202,10 @@ def test_a_log_has_no_line_before_the_time_left_is_known(clock):
     shows.speed({"examples_per_second": 0.25, "input_wait": 0.0})
     steps(part, clock, 1, seconds=100.0)
     assert file.getvalue().splitlines() == [
-        "1 stage, 100 training steps in all", "score: 10 examples", "fit: 100 steps"
-    ]  # fmt: skip
+        "1 stage, 100 training steps in all",
+        "score: 10 examples",
+        "fit: 100 steps",
+    ]
     steps(part, clock, 1, seconds=3.0)
     assert file.getvalue().splitlines()[3:] == [
         "fit: 2 of 100 steps, 0.25 examples/s; 2 of 100 steps in all, about 0:04:54 left"
@@ -275,8 +279,14 @@ def _model_and_source():
 
 
 def _fit(directory, **options):
-    return fit(*_model_and_source(), directory, stage=StageConfig(batch_size=8), loss_fn=_loss,
-               save_every_steps=1, **options)  # fmt: skip
+    return fit(
+        *_model_and_source(),
+        directory,
+        stage=StageConfig(batch_size=8),
+        loss_fn=_loss,
+        save_every_steps=1,
+        **options,
+    )
 
 
 def _score(directory, **options):
@@ -329,8 +339,9 @@ def test_by_default_a_log_has_only_news(tmp_path, capsys):
         _fit(tmp_path / "fit")
         _score(tmp_path / "table")
     assert capsys.readouterr() == (
-        "", "fit: continues after 2 of 5 steps\nfit: done before, all 5 steps\n"
-    )  # fmt: skip
+        "",
+        "fit: continues after 2 of 5 steps\nfit: done before, all 5 steps\n",
+    )
 
 
 def test_without_progress_nothing_is_said(tmp_path, capsys):
@@ -375,8 +386,9 @@ def test_ctrl_c_says_where_it_was_and_ends_with_130(tmp_path, capsys, monkeypatc
     assert codes == [130]
     out, err = capsys.readouterr()
     assert out.splitlines() == [
-        f"quickstart-tiny: on 8 cpu devices, in {tmp_path / 'run'}", "seed0/pretrain: 16 steps"
-    ]  # fmt: skip
+        f"quickstart-tiny: on 8 cpu devices, in {tmp_path / 'run'}",
+        "seed0/pretrain: 16 steps",
+    ]
     assert err == (
         "easy-jax: interrupted in seed0/pretrain after 0 of 16 steps, none saved yet; the stages "
         "before it are kept; the same command continues\n"

@@ -109,9 +109,13 @@ def test_truncation_cuts_the_end_and_counts(tokenizer):
     lengths = sorted(map(len, full))
     limit = lengths[1]
     source = tokenize(
-        list("abcd"), RESPONSES, tokenizer, eos_token=EOS, template="Q: {instruction} A:",
+        list("abcd"),
+        RESPONSES,
+        tokenizer,
+        eos_token=EOS,
+        template="Q: {instruction} A:",
         max_length=limit,
-    )  # fmt: skip
+    )
     for i, ids in enumerate(full):
         assert source[i]["tokens"].tolist() == ids[:limit]
     over = [length - limit for length in lengths if length > limit]
@@ -132,9 +136,13 @@ def test_no_target_left_after_truncation(tokenizer):
 
     def run(max_length):
         return tokenize(
-            instructions, ["yes"] * 3, tokenizer, eos_token=EOS, template="{instruction}:",
+            instructions,
+            ["yes"] * 3,
+            tokenizer,
+            eos_token=EOS,
+            template="{instruction}:",
             max_length=max_length,
-        )  # fmt: skip
+        )
 
     assert run(prompts[1] + 1).num_targets[1] == 1
     with pytest.raises(
@@ -256,9 +264,11 @@ def test_random_texts(pairs, max_length):
         if start >= min(len(ids), max_length)
     ]
     arguments = {
-        "eos_token": EOS, "template": "{instruction}\n", "max_length": max_length,
+        "eos_token": EOS,
+        "template": "{instruction}\n",
+        "max_length": max_length,
         "border": "authors",
-    }  # fmt: skip
+    }
     if bad:
         places = ", ".join(f"id {i} [{starts[i]} prompt tokens]" for i in bad)
         with pytest.raises(DataError, match=re.escape(places)):

@@ -150,17 +150,27 @@ def test_settings_of_a_tokenizer_that_has_its_bos_or_that_are_broken(tmp_path):
 def test_inputs_have_a_template_of_their_own():
     tokenizer = words()
     source = quiet(
-        ["a", "b", "c"], ["c"] * 3, tokenizer, inputs=["b", None, " "],
-        input_template="{input} in {instruction} ->", **OPTIONS,
-    )  # fmt: skip
+        ["a", "b", "c"],
+        ["c"] * 3,
+        tokenizer,
+        inputs=["b", None, " "],
+        input_template="{input} in {instruction} ->",
+        **OPTIONS,
+    )
     assert spell(tokenizer, source) == [
-        "b in a -> | c <eos>", "b -> | c <eos>", "c -> | c <eos>",
-    ]  # fmt: skip
+        "b in a -> | c <eos>",
+        "b -> | c <eos>",
+        "c -> | c <eos>",
+    ]
     # What a text says of the other's place is no place.
     source = quiet(
-        ["{input}"], ["c"], tokenizer, inputs=["{instruction}"],
-        input_template="{instruction} {input} in ->", **OPTIONS,
-    )  # fmt: skip
+        ["{input}"],
+        ["c"],
+        tokenizer,
+        inputs=["{instruction}"],
+        input_template="{instruction} {input} in ->",
+        **OPTIONS,
+    )
     assert spell(tokenizer, source) == [f"{'<unk> ' * 6}in -> | c <eos>"]
     whole = ALPACA_INPUT.replace("{instruction}", "a b").replace("{input}", "c")
     source = quiet(["a b"], ["c"], tokenizer, inputs=["c"], eos_token=EOS)
@@ -178,9 +188,13 @@ def test_bad_inputs():
         tokenize(["a"] * 2, ["b"] * 2, tokenizer, inputs=[None], **OPTIONS)
     with pytest.raises(DataError, match=r"input is int, not a string \(1\): id 1"):
         tokenize(
-            ["a"] * 2, ["b"] * 2, tokenizer, inputs=["c", 3],
-            input_template="{instruction} {input} ->", **OPTIONS,
-        )  # fmt: skip
+            ["a"] * 2,
+            ["b"] * 2,
+            tokenizer,
+            inputs=["c", 3],
+            input_template="{instruction} {input} ->",
+            **OPTIONS,
+        )
 
 
 def test_weights_are_multiplied_into_those_of_training():
@@ -191,9 +205,12 @@ def test_weights_are_multiplied_into_those_of_training():
     assert plain.weight is None and plain.fingerprint() != source.fingerprint()
     for given, expected in ((None, [5, 0, 1, 0.25]), ([0.5, 1, 3, 4], [2.5, 0, 3, 1])):
         loader = training_loader(
-            PackedSource(source, row_length=8), 1, epochs=1, seed=0,
+            PackedSource(source, row_length=8),
+            1,
+            epochs=1,
+            seed=0,
             weight_N=None if given is None else np.array(given, np.float32),
-        )  # fmt: skip
+        )
         found = {}
         for batch in loader:
             ids, weights = (batch[name][batch["mask"]] for name in ("example_id", "weight"))
@@ -202,7 +219,7 @@ def test_weights_are_multiplied_into_those_of_training():
     with pytest.raises(DataError, match="nothing to train on: all 4 weights are 0"):
         training_loader(
             PackedSource(source, row_length=8), 1, epochs=1, seed=0, weight_N=np.eye(4)[1]
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("weight", [None, "1", True, -1, float("nan"), float("inf"), [1]])
@@ -224,20 +241,30 @@ def test_bad_examples_are_told_at_once_or_left_out_by_id():
         r"blank response \(1\): id 1",
         r"no target token within max_length 6 \(1\): id 2 \[7 prompt tokens\]",
         r"instruction is null, not a string \(1\): id 3",
-    ]  # fmt: skip
+    ]
     for kind in kinds:
         with pytest.raises(DataError, match=r"^cannot use 3 of 6 examples: .*" + kind):
             tokenize(instructions, responses, tokenizer, max_length=6, **OPTIONS)
     bad = BadExamples("drop")
     with pytest.warns(DataWarning, match=r"^left out 3 of 6 examples: blank response"):
         source = tokenize(
-            instructions, responses, tokenizer, max_length=6, bad=bad,
-            weights=[1, 2, 3, 4, 5, 6], **OPTIONS,
-        )  # fmt: skip
+            instructions,
+            responses,
+            tokenizer,
+            max_length=6,
+            bad=bad,
+            weights=[1, 2, 3, 4, 5, 6],
+            **OPTIONS,
+        )
     assert bad.ids() == source.dropped_ids.tolist() == [1, 2, 3] and len(source) == 6
     assert spell(tokenizer, source) == [
-        "a -> | b <eos>", "|", "|", "|", "c -> | a b <eos>", "a -> | c <eos>"
-    ]  # fmt: skip
+        "a -> | b <eos>",
+        "|",
+        "|",
+        "|",
+        "c -> | a b <eos>",
+        "a -> | c <eos>",
+    ]
     assert source.describe().startswith("3 examples, 13 tokens, 7 targets; ")
     assert "; 3 examples left out; " in source.describe()
     assert source.describe().endswith("own weights from 1 to 6")
@@ -258,15 +285,16 @@ def _config(tmp_path, lines, **fields):
     path.write_text(
         "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     )
-    return InstructionsConfig(
-        path=str(path), instruction_field="q", response_field="r", **fields
-    )  # fmt: skip
+    return InstructionsConfig(path=str(path), instruction_field="q", response_field="r", **fields)
 
 
 TEXT = TextConfig(
-    template="{instruction} ->", input_template="{input} in {instruction} ->", eos_token=EOS,
-    max_length=6, row_length=8,
-)  # fmt: skip
+    template="{instruction} ->",
+    input_template="{input} in {instruction} ->",
+    eos_token=EOS,
+    max_length=6,
+    row_length=8,
+)
 
 
 def test_fields_of_a_configuration(tmp_path):

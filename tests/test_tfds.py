@@ -82,10 +82,13 @@ def test_tfds_slices_and_fingerprints(tfds_folder):
     prints = [
         TfdsSource("tiny", split, tfds_folder, fields).fingerprint()
         for split, fields in (
-            ("train", FIELDS), ("train[5:9]", FIELDS), ("train[6:10]", FIELDS), ("test", FIELDS),
+            ("train", FIELDS),
+            ("train[5:9]", FIELDS),
+            ("train[6:10]", FIELDS),
+            ("test", FIELDS),
             ("train", {"label": "y"}),
         )
-    ]  # fmt: skip
+    ]
     assert len(set(prints)) == 5
     assert TfdsSource("tiny", "train", tfds_folder, FIELDS).fingerprint() == prints[0]
 

@@ -7,13 +7,18 @@ import sys
 import jax
 import pytest
 
-from easy_jax import theory_report
 from easy_jax.config import ConfigError
+from easy_jax.report import theory as theory_report
 from easy_jax.theory import claims, figures
 
 FIGURES = {
-    "trajectories", "errors_by_step", "stalling", "phase_diagram", "learning_rate", "convergence",
-}  # fmt: skip
+    "trajectories",
+    "errors_by_step",
+    "stalling",
+    "phase_diagram",
+    "learning_rate",
+    "convergence",
+}
 
 
 @pytest.mark.slow

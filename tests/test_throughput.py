@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easy_jax import fitting, scoring
 from easy_jax.config import StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import squared_error
-from easy_jax.metrics import MetricsLog, read
-from easy_jax.scoring import score
-from easy_jax.throughput import InputBoundWarning, Throughput
+from easy_jax.io.metrics_log import MetricsLog, read
+from easy_jax.io.throughput import InputBoundWarning, Throughput
+from easy_jax.train import fitting, scoring
+from easy_jax.train.fitting import fit
+from easy_jax.train.scoring import score
 
 
 class Clock:
@@ -122,9 +122,15 @@ def test_fit_measures_and_warns(tmp_path, monkeypatch):
     told = []
     with pytest.warns(InputBoundWarning, match="fit: the devices wait for data 100% of the time"):
         fit(
-            model, source, tmp_path / "checkpoints", stage=StageConfig(batch_size=8),
-            loss_fn=_loss, log=log, log_every_steps=5, on_speed=told.append,
-        )  # fmt: skip
+            model,
+            source,
+            tmp_path / "checkpoints",
+            stage=StageConfig(batch_size=8),
+            loss_fn=_loss,
+            log=log,
+            log_every_steps=5,
+            on_speed=told.append,
+        )
     log.close()
     speeds = [entry for entry in read(tmp_path) if entry["kind"] == "speed"]
     assert [entry["step"] for entry in speeds] == [5, 10, 15, 20]

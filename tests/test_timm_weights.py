@@ -11,11 +11,11 @@ from flax import nnx
 from helpers import devices_mesh
 from safetensors.numpy import load_file, save_file
 
-from easy_jax import sharding
 from easy_jax.config import ConfigError, ResNetConfig
-from easy_jax.models import timm_weights, weight_files
 from easy_jax.models.resnet import ResNet
-from easy_jax.models.weight_files import WeightsError
+from easy_jax.parallel import sharding
+from easy_jax.pretrained import timm_weights, weight_files
+from easy_jax.pretrained.weight_files import WeightsError
 
 TINY = ResNetConfig(in_channels=3, width=8, depths=(1, 1), block="bottleneck", stem="imagenet")
 RESNET18 = ResNetConfig.named("resnet18")

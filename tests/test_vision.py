@@ -14,8 +14,8 @@ from flax import nnx
 from helpers import devices_mesh
 from image_data import write_folder
 
-from easy_jax import data, evaluate, losses, report, train
-from easy_jax import results as results_lib
+from easy_jax import data
+from easy_jax import pipeline as train
 from easy_jax.config import (
     RESNETS,
     ConfigError,
@@ -28,12 +28,19 @@ from easy_jax.config import (
     StageConfig,
     TransferDataConfig,
 )
+from easy_jax.core import losses
+from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.data.images import training_view, uniforms
-from easy_jax.loss_table import LossTable
-from easy_jax.models import eval_view, resnet, timm_weights
-from easy_jax.online_weights import OnlineWeights
-from easy_jax.plan import plan
-from easy_jax.sealed import ArtefactError
+from easy_jax.experiments import results as results_lib
+from easy_jax.experiments.plan import plan
+from easy_jax.experiments.tasks import load_tasks
+from easy_jax.io.sealed import ArtefactError
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view
+from easy_jax.pretrained import timm_weights
+from easy_jax.report import images as report
+from easy_jax.train import evaluate
+from easy_jax.train.loss_table import LossTable
 
 
 def stage(epochs=1, rate=0.1):
@@ -45,12 +52,20 @@ def letters(**changes) -> ExperimentConfig:
     config = ExperimentConfig(
         model=ResNetConfig(width=8, depths=(1, 1)),
         data=GlyphDataConfig(
-            image_size=12, pretrain_train=2048, pretrain_validation=64, pretrain_test=512,
-            target_train=256, target_validation=64,
+            image_size=12,
+            pretrain_train=2048,
+            pretrain_validation=64,
+            pretrain_test=512,
+            target_train=256,
+            target_validation=64,
         ),
-        pretrain=stage(8), probe=stage(4, 0.02), finetune=stage(4), head=stage(),
-        learning_rates=(0.02,), eval_every_epochs=100,
-    )  # fmt: skip
+        pretrain=stage(8),
+        probe=stage(4, 0.02),
+        finetune=stage(4),
+        head=stage(),
+        learning_rates=(0.02,),
+        eval_every_epochs=100,
+    )
     return dataclasses.replace(config, **changes)
 
 
@@ -65,11 +80,12 @@ def experiment(tmp_path_factory):
         MethodConfig("wise_ft", **probed, averaging="wise_ft", alpha=0.5),
         MethodConfig("wise_ft_0", **probed, averaging="wise_ft", alpha=0.0),
         MethodConfig("wise_ft_1", **probed, averaging="wise_ft", alpha=1.0),
-        MethodConfig("flow", **probed, weighting="flow", head_stage="unweighted",
-                     head_learning_rate=0.01),
+        MethodConfig(
+            "flow", **probed, weighting="flow", head_stage="unweighted", head_learning_rate=0.01
+        ),
         MethodConfig("static", **probed, weighting="flow"),
         MethodConfig("online", **probed, weighting="flow_online"),
-    )  # fmt: skip
+    )
     config = letters(methods=methods, frozen_batch_norm=("finetune", "head"))
     workdir = tmp_path_factory.mktemp("run")
     return config, workdir, train.run(config, workdir)
@@ -115,7 +131,7 @@ def test_the_ends_of_an_alpha_curve_are_the_models_averaged(experiment):
 def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
     config, workdir, results = experiment
     table = LossTable.open(workdir / "loss_table" / "seed0-noise0.3-test")
-    tasks = data.load_tasks(config, 0, 0.3)
+    tasks = load_tasks(config, 0, 0.3)
     size = len(tasks.target.test)
     assert table.num_examples == size
     group_N = evaluate.loss_groups(table.loss_N())
@@ -136,9 +152,13 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
 
 @pytest.mark.parametrize(
     ("name", "title"),
-    [("7", "“7”  0.12"), ("dog", "“dog”  0.12"), ("beagle", "“beagle”\n0.12"),
-     ("n02088364-beagle-of-ours", "“n02088364-be…”\n0.12")],
-)  # fmt: skip
+    [
+        ("7", "“7”  0.12"),
+        ("dog", "“dog”  0.12"),
+        ("beagle", "“beagle”\n0.12"),
+        ("n02088364-beagle-of-ours", "“n02088364-be…”\n0.12"),
+    ],
+)
 def test_pictures_carry_the_names_of_classes(name, title):
     assert report._picture_title(name, 0.1234) == title
 
@@ -223,13 +243,17 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
     config = ExperimentConfig(
         model=dataclasses.replace(model_config, path=str(tmp_path / "network")),
         data=TransferDataConfig(pretrain, photos.target),
-        probe=stage(2, 0.01), finetune=stage(2, 0.01), head=stage(),
-        learning_rates=(0.01,), seeds=(0, 1), eval_batch_size=64,
+        probe=stage(2, 0.01),
+        finetune=stage(2, 0.01),
+        head=stage(),
+        learning_rates=(0.01,),
+        seeds=(0, 1),
+        eval_batch_size=64,
         methods=(
             MethodConfig("linear_probe", trainable="head"),
             MethodConfig("flow", start="probe", weighting="flow"),
         ),
-    )  # fmt: skip
+    )
     config.scoring.batch_size = 64
     results = train.run(config, tmp_path / "run")
     printed = capsys.readouterr().out
@@ -309,7 +333,7 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
             r"head_learning_rate is 0.1; it must be 0, because there is no head_stage",
         ),
     ],
-)  # fmt: skip
+)
 def test_configurations_that_cannot_be(changes, message):
     if "data" in changes:
         for each in (changes["data"].pretrain, changes["data"].target):
@@ -321,10 +345,11 @@ def test_configurations_that_cannot_be(changes, message):
 # The `easy-jax` command, that tells which cells it evaluates, and is killed after some of them.
 PROGRAM = """
 import os, signal, sys
-from easy_jax import main, metrics
-from easy_jax.vision import ImageExperiment
+from easy_jax.cli import main
+from easy_jax.experiments.vision import ImageExperiment
+from easy_jax.io import metrics_log
 
-evaluate, append, left = ImageExperiment.evaluate, metrics.append_line, [int(sys.argv.pop(1))]
+evaluate, append, left = ImageExperiment.evaluate, metrics_log.append_line, [int(sys.argv.pop(1))]
 
 def tell(self, cell):
     print("evaluates", cell.method.name, flush=True)
@@ -337,7 +362,7 @@ def append_and_die(path, line):
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-ImageExperiment.evaluate, metrics.append_line = tell, append_and_die
+ImageExperiment.evaluate, metrics_log.append_line = tell, append_and_die
 main.cli()
 """
 
@@ -348,12 +373,19 @@ def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
     def compare(cells_until_killed):
         done = subprocess.run(
             [
-                sys.executable, "-c", PROGRAM, str(cells_until_killed), "compare",
-                f"--config={root}/configs/quickstart.py:tiny", f"--workdir={tmp_path / 'run'}",
+                sys.executable,
+                "-c",
+                PROGRAM,
+                str(cells_until_killed),
+                "compare",
+                f"--config={root}/configs/quickstart.py:tiny",
+                f"--workdir={tmp_path / 'run'}",
                 f"--config.only={','.join(names)}",
             ],
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         lines = [line.split() for line in done.stdout.splitlines()]
         evaluated = [line[1] for line in lines if line[:1] == ["evaluates"]]
         return done.returncode, evaluated, done.stderr

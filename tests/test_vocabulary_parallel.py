@@ -12,15 +12,19 @@ from flax import nnx
 from helpers import devices_mesh
 from test_lm_head import _assert_close, _case, _numpy
 
-from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.lm_head import NO_TARGET, linear_cross_entropy, weighted_linear_cross_entropy
-from easy_jax.losses import causal_lm_loss, causal_lm_token_losses
+from easy_jax.core.losses import causal_lm_loss, causal_lm_token_losses
+from easy_jax.core.step import init_train_state, make_train_step
+from easy_jax.kernels.linear_cross_entropy import (
+    NO_TARGET,
+    linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
 from easy_jax.models import lora
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
-from easy_jax.scoring import make_score_step
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.parallel import sharding
+from easy_jax.train.scoring import make_score_step
 
 MESHES = ((1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1))
 
@@ -66,12 +70,16 @@ def _on(mesh, case):
 @pytest.mark.parametrize(
     ("sizes", "vocab", "cap", "chunk"),
     [
-        ((1, 8, 1), 32, None, 512), ((1, 8, 1), 36, 1.5, 2), ((1, 8, 1), 52, 60.0, 6),
-        ((2, 2, 2), 36, 1.5, 2), ((2, 2, 2), 32, 1.5, 1),
-        ((1, 2, 4), 52, 60.0, 6), ((1, 2, 4), 32, None, 512),
+        ((1, 8, 1), 32, None, 512),
+        ((1, 8, 1), 36, 1.5, 2),
+        ((1, 8, 1), 52, 60.0, 6),
+        ((2, 2, 2), 36, 1.5, 2),
+        ((2, 2, 2), 32, 1.5, 1),
+        ((1, 2, 4), 52, 60.0, 6),
+        ((1, 2, 4), 32, None, 512),
         ((8, 1, 1), 36, 1.5, 2),
     ],
-)  # fmt: skip
+)
 def test_losses_and_gradients_are_those_of_numpy(sizes, vocab, cap, chunk):
     mesh, case = _mesh(sizes), _case((8, 7), vocab, features=8)
     cotangent = case[3]
@@ -126,11 +134,20 @@ def test_logits_are_computed_once_where_the_weights_are_known():
 
 def _model(family, remat="full"):
     config = TransformerConfig(
-        family, vocab=40, embed=16, mlp=32, layers=4, heads=4, kv_heads=4, head_dim=8,
-        query_scale=0.3, windows=(4, None) if family == "gemma2" else (None,),
+        family,
+        vocab=40,
+        embed=16,
+        mlp=32,
+        layers=4,
+        heads=4,
+        kv_heads=4,
+        head_dim=8,
+        query_scale=0.3,
+        windows=(4, None) if family == "gemma2" else (None,),
         attention_cap=50.0 if family == "gemma2" else None,
-        final_cap=30.0 if family == "gemma2" else None, tied=family == "gemma2",
-    )  # fmt: skip
+        final_cap=30.0 if family == "gemma2" else None,
+        tied=family == "gemma2",
+    )
     return Transformer(config, remat=remat, rngs=nnx.Rngs(0))
 
 
@@ -190,10 +207,12 @@ def _assert_as_on_one_device(sizes, *case):
     ("sizes", "family", "remat", "adapters"),
     [
         *((sizes, "gemma2", "full", False) for sizes in MESHES),
-        ((1, 8, 1), "llama", "outputs", False), ((2, 2, 2), "llama", "outputs", False),
-        ((2, 2, 2), "gemma2", "outputs", True), ((1, 2, 4), "gemma2", "outputs", True),
+        ((1, 8, 1), "llama", "outputs", False),
+        ((2, 2, 2), "llama", "outputs", False),
+        ((2, 2, 2), "gemma2", "outputs", True),
+        ((1, 2, 4), "gemma2", "outputs", True),
     ],
-)  # fmt: skip
+)
 def test_a_step_on_a_mesh_is_the_step_of_one_device(sizes, family, remat, adapters):
     _assert_as_on_one_device(sizes, family, remat, None, adapters)
 

@@ -10,14 +10,15 @@ import pytest
 import tiny_language
 from flax import nnx
 
-from easy_jax import files, metrics, train
+from easy_jax import pipeline as train
 from easy_jax.config import ConfigError, LanguageMethodConfig, StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.files import WriteError
-from easy_jax.fitting import fit
-from easy_jax.loss_table import LossTable
-from easy_jax.losses import squared_error
-from easy_jax.scoring import score
+from easy_jax.io import files, metrics_log
+from easy_jax.io.files import WriteError
+from easy_jax.train.fitting import fit
+from easy_jax.train.loss_table import LossTable
+from easy_jax.train.scoring import score
 
 
 def _regress(model, batch):
@@ -88,7 +89,7 @@ def test_a_log_that_cannot_be_written(name, tmp_path):
         (tmp_path / name).write_text("a file")
     with (
         pytest.raises(WriteError, match=rf"{name} cannot be written: (Is|Not) a directory"),
-        contextlib.closing(metrics.MetricsLog(tmp_path)) as log,
+        contextlib.closing(metrics_log.MetricsLog(tmp_path)) as log,
     ):
         log.write("fit", "train", 1, {"loss": 1.0})
 

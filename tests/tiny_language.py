@@ -34,18 +34,29 @@ def write_folder(folder, train=24, heads=2, kv_heads=1, words=WORDS):
     tokenizer.save(str(folder / "tokenizer.json"))
     embed, mlp, vocab, head_dim = 8, 16, len(vocabulary), 4
     config = {
-        "model_type": "llama", "vocab_size": vocab, "hidden_size": embed,
-        "intermediate_size": mlp, "num_hidden_layers": 2, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": head_dim, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": embed,
+        "intermediate_size": mlp,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "tie_word_embeddings": True,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     q, kv = heads * head_dim, kv_heads * head_dim
     shapes = {
-        "self_attn.q_proj": (q, embed), "self_attn.k_proj": (kv, embed),
-        "self_attn.v_proj": (kv, embed), "self_attn.o_proj": (embed, q),
-        "mlp.gate_proj": (mlp, embed), "mlp.up_proj": (mlp, embed), "mlp.down_proj": (embed, mlp),
-        "input_layernorm": (embed,), "post_attention_layernorm": (embed,),
-    }  # fmt: skip
+        "self_attn.q_proj": (q, embed),
+        "self_attn.k_proj": (kv, embed),
+        "self_attn.v_proj": (kv, embed),
+        "self_attn.o_proj": (embed, q),
+        "mlp.gate_proj": (mlp, embed),
+        "mlp.up_proj": (mlp, embed),
+        "mlp.down_proj": (embed, mlp),
+        "input_layernorm": (embed,),
+        "post_attention_layernorm": (embed,),
+    }
     rng = np.random.default_rng(0)
     tensors = {"model.embed_tokens.weight": (vocab, embed), "model.norm.weight": (embed,)}
     tensors |= {f"model.layers.{i}.{k}.weight": v for i in range(2) for k, v in shapes.items()}
@@ -76,15 +87,20 @@ def get_config(folder: str) -> LanguageConfig:
         train=data("train"),
         heldout=(data("heldout"),),
         text=TextConfig(
-            template="{instruction} ->", eos_token="<eos>",
-            max_length=17, row_length=16, max_segments=1,
+            template="{instruction} ->",
+            eos_token="<eos>",
+            max_length=17,
+            row_length=16,
+            max_segments=1,
         ),
         scoring=ScoringConfig(batch_size=8, rows_per_part=8),
         finetune=StageConfig(
-            epochs=1, batch_size=8, reduction="token_mean",
+            epochs=1,
+            batch_size=8,
+            reduction="token_mean",
             optimizer=OptimizerConfig(name="adamw", learning_rate=0.01),
         ),
         methods=(LanguageMethodConfig("flow", weighting="flow"),),
         save_every_steps=3,
         log_every_steps=1,
-    )  # fmt: skip
+    )

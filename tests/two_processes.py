@@ -18,13 +18,16 @@ import pytest
 from flax import nnx
 from jax._src import distributed as jax_distributed
 
-from easy_jax import checkpoint_reading, distributed, loss_parts, loss_table, main, scoring, train
-from easy_jax.checkpoint import Checkpointer, CheckpointWarning
+from easy_jax import pipeline as train
+from easy_jax.cli import main
 from easy_jax.config import OptimizerConfig, StageConfig
+from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
-from easy_jax.fitting import fit
-from easy_jax.losses import squared_error
-from easy_jax.peers.listening import parse_address
+from easy_jax.parallel import processes
+from easy_jax.parallel.listening import parse_address
+from easy_jax.train import checkpoint_reading, loss_parts, loss_table, scoring
+from easy_jax.train.checkpoint import Checkpointer, CheckpointWarning
+from easy_jax.train.fitting import fit
 
 _SIZE = 64
 
@@ -51,9 +54,13 @@ def _score(directory, source):
 def _fit(directory, save_every_steps=8):
     stage = StageConfig(epochs=1, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.1))
     return fit(
-        _model(), _source(), directory, stage=stage, loss_fn=_loss,
+        _model(),
+        _source(),
+        directory,
+        stage=stage,
+        loss_fn=_loss,
         save_every_steps=save_every_steps,
-    )  # fmt: skip
+    )
 
 
 # What is tried: `(config, folder, patch) -> what is written`. All share the folder.
@@ -83,7 +90,7 @@ def other_data(config, folder, patch):
 
 def other_rows(config, folder, patch):
     """Process 1 sees half of the rows of a complete table."""
-    if not distributed.leads():
+    if not processes.is_main_process():
         patch.setattr(loss_parts, "seen_ids", lambda *_: np.arange(_SIZE) < _SIZE // 2)
     _score(folder / "table", _source())
 
@@ -91,7 +98,7 @@ def other_rows(config, folder, patch):
 def other_checkpoint(config, folder, patch):
     """Process 1 does not see the checkpoint of a finished stage."""
     _fit(folder / "fit")
-    if not distributed.leads():
+    if not processes.is_main_process():
         patch.setattr(Checkpointer, "latest_step", lambda self: None)
     _fit(folder / "fit")
 
@@ -100,11 +107,12 @@ def one_cannot_read(config, folder, patch):
     """Process 1 cannot read the latest checkpoint: both go on from the one before."""
     _fit(folder / "unread", save_every_steps=4)
     read = checkpoint_reading.state_of
-    if not distributed.leads():
+    if not processes.is_main_process():
         patch.setattr(
-            checkpoint_reading, "state_of",
+            checkpoint_reading,
+            "state_of",
             lambda step, like: (None, "unread") if step.name == "8" else read(step, like),
-        )  # fmt: skip
+        )
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", CheckpointWarning)
         done = _fit(folder / "unread", save_every_steps=4)
@@ -119,7 +127,7 @@ def other_workdir(config, folder, patch):
 def compilation(config, folder, patch):
     """What the watch is told of one."""
     told = []
-    patch.setattr(distributed._peers, "compiles", told.append)
+    patch.setattr(processes._peers, "compiles", told.append)
     jax.jit(lambda x: 3 * x + 1)(np.float32(2)).block_until_ready()
     return told
 
@@ -132,26 +140,38 @@ def port(config, folder, patch):
 def strangers(config, folder, patch):
     """Process 0's port while the run is on: what others send there ends nothing."""
     address = parse_address(main._COORDINATOR.value)
-    if distributed.leads():
+    if processes.is_main_process():
         silent = [socket.create_connection(address) for _ in range(20)]
         for text in (
-            b'{"end": 3, "reason": "over"}\n', b'{"heartbeat": "step 1"}\n', b"[" * 60_000,
-            b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100),
-            b"\x16\x03\x01\x02\x00" + bytes(500), bytes(range(256)) * 100, b"",
-        ):  # fmt: skip
+            b'{"end": 3, "reason": "over"}\n',
+            b'{"heartbeat": "step 1"}\n',
+            b"[" * 60_000,
+            b"GET / HTTP/1.1\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(100),
+            b"\x16\x03\x01\x02\x00" + bytes(500),
+            bytes(range(256)) * 100,
+            b"",
+        ):
             with contextlib.suppress(OSError), socket.create_connection(address) as link:
                 link.sendall(text)
                 link.settimeout(0.2)
                 link.recv(1000)
         for link in silent:
             link.close()
-    return distributed.gather("after the strangers", jax.process_index())
+    return processes.gather("after the strangers", jax.process_index())
 
 
 CHECKS = (
-    parts_after_metadata, other_data, other_rows, other_checkpoint, one_cannot_read, other_workdir,
-    compilation, port, strangers,
-)  # fmt: skip
+    parts_after_metadata,
+    other_data,
+    other_rows,
+    other_checkpoint,
+    one_cannot_read,
+    other_workdir,
+    compilation,
+    port,
+    strangers,
+)
 
 
 def _then(go_on):

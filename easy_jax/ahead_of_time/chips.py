@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 
-from easy_jax.config import ConfigError
+from easy_jax.io.checks import ConfigError
 
 GIB = 2**30
 

@@ -13,12 +13,15 @@ from typing import Any
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from easy_jax import files, sharding
 from easy_jax.ahead_of_time import image_programs, language_programs
 from easy_jax.ahead_of_time.chips import Topology, parse_topology
 from easy_jax.ahead_of_time.measure import Measured, largest_batch, measure, table
 from easy_jax.ahead_of_time.programs import Lowering
-from easy_jax.config import ConfigError, ExperimentConfig, LanguageConfig
+from easy_jax.experiments.config import ExperimentConfig
+from easy_jax.experiments.language_config import LanguageConfig
+from easy_jax.io import files
+from easy_jax.io.checks import ConfigError
+from easy_jax.parallel import sharding
 
 _CHILD = "EASY_JAX_COMPILES_FOR"
 WHAT = ("all", "train", "score")
@@ -123,8 +126,9 @@ def run(
         print(json.dumps(content, indent=2))
     else:
         sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        print(f"{suite.model} on {topology.name} ({sizes}), {suite.row}\n\n"
-              f"{table(results, largest)}")  # fmt: skip
+        print(
+            f"{suite.model} on {topology.name} ({sizes}), {suite.row}\n\n{table(results, largest)}"
+        )
     return all(result.fits for result in results)
 
 

@@ -23,23 +23,37 @@ from collections import Counter
 from easy_jax.ahead_of_time.chips import Topology
 from easy_jax.ahead_of_time.hlo import Computation, HloError, Instruction, Program, Shape, parse
 from easy_jax.ahead_of_time.loops import trip_count
-from easy_jax.ahead_of_time.operations import (
-    SPLASH,
-    convolution_flops,
-    dot_flops,
-    splash_flops,
-)
+from easy_jax.ahead_of_time.operations import SPLASH, convolution_flops, dot_flops, splash_flops
 
 COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute",
-    "ragged-all-to-all", "collective-broadcast",
-)  # fmt: skip
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
 KERNEL_EFFICIENCY = 0.5  # share of the peak that a Pallas kernel is taken to reach
-_FREE = frozenset({
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "partition-id", "replica-id",
-    "after-all", "iota", "optimization-barrier", "copy-done", "slice-done",
-    "dynamic-slice-done", "async-update", "domain",
-})  # fmt: skip
+_FREE = frozenset(
+    {
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "tuple",
+        "bitcast",
+        "partition-id",
+        "replica-id",
+        "after-all",
+        "iota",
+        "optimization-barrier",
+        "copy-done",
+        "slice-done",
+        "dynamic-slice-done",
+        "async-update",
+        "domain",
+    }
+)
 
 
 @dataclasses.dataclass
@@ -247,9 +261,10 @@ class _Walk:
                 inner = self.program.inside(user)
                 number = str(user.operands.index(name))
                 parameter = next(
-                    i.name for i in inner.values()
+                    i.name
+                    for i in inner.values()
                     if i.opcode == "parameter" and i.literal == number
-                )  # fmt: skip
+                )
                 total += self._read(inner, parameter, size)
             else:
                 return size

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import losses, optim
 from easy_jax.ahead_of_time.programs import (
     STEPS,
     Lowering,
@@ -21,14 +20,19 @@ from easy_jax.ahead_of_time.programs import (
     train_state,
     tree_bytes,
 )
-from easy_jax.config import ConfigError, ExperimentConfig, GlyphDataConfig, ResNetConfig
+from easy_jax.core import losses, optim
+from easy_jax.core.step import make_train_step
+from easy_jax.data.config import GlyphDataConfig
 from easy_jax.data.glyphs import DIGITS, LETTERS
 from easy_jax.data.image_datasets import DATA_SETS
-from easy_jax.models import eval_view, resnet, train_view
-from easy_jax.plan import Stage, plan, shared_stages
-from easy_jax.scoring import make_score_step
-from easy_jax.step import make_train_step
-from easy_jax.vision import TRAINABLE
+from easy_jax.experiments.config import ExperimentConfig
+from easy_jax.experiments.plan import Stage, plan, shared_stages
+from easy_jax.experiments.vision import TRAINABLE
+from easy_jax.io.checks import ConfigError
+from easy_jax.models import resnet
+from easy_jax.models.config import ResNetConfig
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.train.scoring import make_score_step
 
 # Models that an experiment keeps: the pre-trained and the probed one, and, where the head is
 # trained alone at last, what was fine-tuned.
@@ -101,17 +105,25 @@ def train_program(
     state = train_state(states, optimizer, mesh)
     batch = _batch(config, mesh, rows, size)
     step: Any = make_train_step(
-        graphdef, losses.classification_loss, optimizer, reduction=settings.reduction,
-        micro_batches=settings.micro_batches, mesh=mesh,
-    )  # fmt: skip
+        graphdef,
+        losses.classification_loss,
+        optimizer,
+        reduction=settings.reduction,
+        micro_batches=settings.micro_batches,
+        mesh=mesh,
+    )
 
     def loss(params: Any, rest: Any, batch: Any) -> jax.Array:
         return losses.classification_loss(nnx.merge(graphdef, params, rest, copy=True), batch)[0]
 
     kept = activation_bytes(
-        loss, state, batch, settings.micro_batches, mesh,
+        loss,
+        state,
+        batch,
+        settings.micro_batches,
+        mesh,
         lambda shape, rows: len(shape) == 4 and shape[0] == rows,
-    )  # fmt: skip
+    )
     of_body, of_head = forward_flops(config.model, size, num_classes)
     body_passes, head_passes = _PASSES[stage.trainable]
     flops = rows * (body_passes * of_body + head_passes * of_head)
@@ -227,8 +239,10 @@ def _batch(
     is_drawn, channels = isinstance(config.data, GlyphDataConfig), config.model.in_channels
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((size, size, channels), jnp.float32 if is_drawn else jnp.uint8),
-        "label": ((), jnp.int32), "weight": ((), jnp.float32), "mask": ((), jnp.bool_),
-    }  # fmt: skip
+        "label": ((), jnp.int32),
+        "weight": ((), jnp.float32),
+        "mask": ((), jnp.bool_),
+    }
     if not is_drawn:
         fields |= dict.fromkeys(("image_mean", "image_std"), ((channels,), jnp.float32))
     return batch_of(rows, mesh, fields)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import losses, optim
 from easy_jax.ahead_of_time.programs import (
     STEPS,
     Lowering,
@@ -21,14 +20,16 @@ from easy_jax.ahead_of_time.programs import (
     train_state,
     tree_bytes,
 )
-from easy_jax.config import LanguageConfig, LanguageMethodConfig
-from easy_jax.language import add_adapters, stage_of, trainable_filter
-from easy_jax.models import eval_view, hugging_face
+from easy_jax.core import losses, optim
+from easy_jax.core.step import make_train_step
+from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
+from easy_jax.experiments.language_config import LanguageConfig, LanguageMethodConfig
+from easy_jax.models.modes import eval_view
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
-from easy_jax.models.weight_files import hub_name
-from easy_jax.scoring import make_score_step
-from easy_jax.step import make_train_step
+from easy_jax.pretrained import hugging_face
+from easy_jax.pretrained.weight_files import hub_name
+from easy_jax.train.scoring import make_score_step
 
 _SEGMENTS = 8  # of a row where the configuration sets no limit
 
@@ -40,10 +41,11 @@ def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
         lowerings += [
             Lowering(
                 functools.partial(train_program, config, method, mesh),
-                config.finetune.batch_size, config.finetune.micro_batches,
+                config.finetune.batch_size,
+                config.finetune.micro_batches,
             )
             for method in _distinct(config.selected_methods())
-        ]  # fmt: skip
+        ]
     if what != "train":
         score = functools.partial(score_program, config, mesh)
         lowerings.append(Lowering(score, config.scoring.batch_size))
@@ -72,9 +74,13 @@ def train_program(
     state = train_state(states, optimizer, mesh)
     batch = _batch(config, mesh, rows, token_weights=method.weighting == "flow_token")
     step: Any = make_train_step(
-        graphdef, losses.causal_lm_loss, optimizer, reduction=stage.reduction,
-        micro_batches=stage.micro_batches, mesh=mesh,
-    )  # fmt: skip
+        graphdef,
+        losses.causal_lm_loss,
+        optimizer,
+        reduction=stage.reduction,
+        micro_batches=stage.micro_batches,
+        mesh=mesh,
+    )
 
     def hidden(params: Any, rest: Any, batch: Any) -> jax.Array:
         model = nnx.merge(graphdef, params, rest, copy=True)
@@ -85,13 +91,22 @@ def train_program(
 
     length = config.text.row_length
     kept = activation_bytes(
-        hidden, state, batch, stage.micro_batches, mesh,
+        hidden,
+        state,
+        batch,
+        stage.micro_batches,
+        mesh,
         lambda shape, rows: (rows, length) in itertools.pairwise(shape),
-    )  # fmt: skip
+    )
     return Program(
-        f"train {method.name}", step.lower(state, batch), state, rows, kept,
-        model_flops(model.config, rows, length, _passes(method)), resident,
-    )  # fmt: skip
+        f"train {method.name}",
+        step.lower(state, batch),
+        state,
+        rows,
+        kept,
+        model_flops(model.config, rows, length, _passes(method)),
+        resident,
+    )
 
 
 def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
@@ -130,9 +145,11 @@ def _passes(method: LanguageMethodConfig) -> float:
 
 def _abstract_model(config: LanguageConfig) -> Transformer:
     return abstract(
-        model_config(config), dtype=jnp.dtype(config.model.dtype),
-        param_dtype=jnp.dtype(config.model.param_dtype), remat=config.model.remat,
-    )  # fmt: skip
+        model_config(config),
+        dtype=jnp.dtype(config.model.dtype),
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        remat=config.model.remat,
+    )
 
 
 def _with_adapters(config: LanguageConfig, model: Transformer) -> Transformer:

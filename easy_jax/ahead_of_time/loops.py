@@ -14,9 +14,13 @@ _ARITHMETIC: dict[str, Callable[[int, int], int]] = {
     "minimum": min,
 }
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
-    "LT": lambda a, b: a < b, "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b,
-    "GE": lambda a, b: a >= b, "NE": lambda a, b: a != b, "EQ": lambda a, b: a == b,
-}  # fmt: skip
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+    "NE": lambda a, b: a != b,
+    "EQ": lambda a, b: a == b,
+}
 _MOST = 100_000
 
 

@@ -13,7 +13,7 @@ import jax
 from easy_jax.ahead_of_time.chips import GIB, Topology
 from easy_jax.ahead_of_time.cost import Cost, cost_of
 from easy_jax.ahead_of_time.programs import Program, tree_bytes
-from easy_jax.step import TrainState
+from easy_jax.core.step import TrainState
 
 # "Used 17.2G of 15.75G hbm"; of temporaries alone "... (17.2G) exceeds available HBM (15.75G)".
 _NEEDS = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds)")
@@ -81,11 +81,13 @@ class Measured:
         values |= {"fits": self.fits, "memory": self.memory and dataclasses.asdict(self.memory)}
         if self.cost is not None:
             values["cost"] = {  # `asdict` cannot copy a Counter
-                **{name: dict(value) if isinstance(value, Counter) else value
-                   for name, value in vars(self.cost).items()},
+                **{
+                    name: dict(value) if isinstance(value, Counter) else value
+                    for name, value in vars(self.cost).items()
+                },
                 "seconds": self.cost.seconds,
                 "interconnect_bytes": self.cost.interconnect_bytes,
-            }  # fmt: skip
+            }
             values["utilisation"] = self.utilisation()
             values["utilisation_waiting"] = self.utilisation(waiting=True)
         return values

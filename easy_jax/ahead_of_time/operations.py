@@ -49,8 +49,10 @@ def convolution_flops(
 
 def splash_flops(part: str, instruction: Instruction, operands: list[Shape]) -> float:
     """Products over the blocks of queries and keys that the causal mask leaves."""
-    query = max((s for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")),
-                key=lambda shape: math.prod(shape.dims))  # fmt: skip
+    query = max(
+        (s for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")),
+        key=lambda shape: math.prod(shape.dims),
+    )
     length = query.dims[-2]
     block = instruction.number(r"block_q\W+(\d+)") or 512
     blocks = max(1, length // block)

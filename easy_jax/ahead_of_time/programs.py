@@ -11,8 +11,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax import sharding
-from easy_jax.step import TrainState
+from easy_jax.core.step import TrainState
+from easy_jax.parallel import sharding
 
 STEPS = 1000  # of the schedule: a constant in the program, of no weight
 
@@ -65,18 +65,21 @@ class Suite:
 
 def tree_bytes(tree: Any) -> float:
     """Bytes of a tree of abstract arrays on one chip."""
-    return float(sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    ))  # fmt: skip
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
     """Abstract arrays with the shardings that a state has on the mesh."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree, sharding.tree_shardings(tree, mesh),
-    )  # fmt: skip
+        tree,
+        sharding.tree_shardings(tree, mesh),
+    )
 
 
 def train_state(
@@ -123,8 +126,10 @@ def activation_bytes(
       mesh: over which activations are shared out like the batch.
       is_activation: by shape and the rows of the micro-batch; what else is kept are parameters.
     """
-    micro = {name: jax.ShapeDtypeStruct((x.shape[0] // micro_batches, *x.shape[1:]), x.dtype)
-             for name, x in batch.items()}  # fmt: skip
+    micro = {
+        name: jax.ShapeDtypeStruct((x.shape[0] // micro_batches, *x.shape[1:]), x.dtype)
+        for name, x in batch.items()
+    }
     (rows,) = {x.shape[0] for x in micro.values()}
 
     def backward(params: Any, rest: Any, batch: Any) -> Any:

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from easy_jax.data.sources import (
-    DataError,
-    DataWarning,
-    Record,
-    check_mapping,
-    check_numbers,
-)
+from easy_jax.data.sources import DataError, DataWarning, Record, check_mapping, check_numbers
 
 _RESERVED = ("example_id", "mask")
 

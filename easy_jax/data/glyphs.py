@@ -15,7 +15,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_digits
 
-from easy_jax.config import GlyphDataConfig
+from easy_jax.data.config import GlyphDataConfig
 from easy_jax.data.sources import ArraySource, Splits, Tasks
 
 LETTERS = string.ascii_uppercase
@@ -23,8 +23,16 @@ DIGITS = string.digits
 _CANVAS = 48  # pixels, before scaling down
 _FONT_SIZE = 34
 # Families with plain capitals; the rest of matplotlib's fonts are symbols and duplicates.
-_FONT_PATTERNS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf", "cmr10.ttf",
-                  "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf", "cmmi10.ttf")  # fmt: skip
+_FONT_PATTERNS = (
+    "DejaVuSans*.ttf",
+    "DejaVuSerif*.ttf",
+    "STIXGeneral*.ttf",
+    "cmr10.ttf",
+    "cmb10.ttf",
+    "cmss10.ttf",
+    "cmtt10.ttf",
+    "cmmi10.ttf",
+)
 
 
 def load(config: GlyphDataConfig, seed: int, label_noise: float) -> Tasks:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from easy_jax.config import ImageDataConfig, ImageDataName
+from easy_jax.data.config import ImageDataConfig, ImageDataName
 from easy_jax.data.image_folders import FolderImages, visible_folders, warn_of_order
 from easy_jax.data.image_source import ImageSource
 from easy_jax.data.image_splits import cut, told
@@ -199,9 +199,14 @@ def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
         share = 0.0 if "validation" in splits else data_set.validation_share
         positions = cut(store, split, share, config.test_share, config.path)
     return ImageSource(
-        store, views, mean=config.mean or data_set.mean, std=config.std or data_set.std,
-        positions=positions, max_pixels=config.max_pixels, reading=_reading(config),
-    )  # fmt: skip
+        store,
+        views,
+        mean=config.mean or data_set.mean,
+        std=config.std or data_set.std,
+        positions=positions,
+        max_pixels=config.max_pixels,
+        reading=_reading(config),
+    )
 
 
 def _open(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> ImageStore:
@@ -235,9 +240,11 @@ def _open_folder(config: ImageDataConfig, data_set: ImageDataSet, split: str) ->
         warn_of_order(store.classes, folder)
         return store
     return FolderImages(
-        folder, FolderImages.classes_of(train, path), root=path,
+        folder,
+        FolderImages.classes_of(train, path),
+        root=path,
         missing_classes=config.missing_classes == "allow",
-    )  # fmt: skip
+    )
 
 
 def _check_folders(

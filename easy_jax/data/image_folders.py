@@ -9,16 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from easy_jax import fingerprint as fingerprints
 from easy_jax.data import images
 from easy_jax.data.images import ImageError
 from easy_jax.data.sources import DataError, DataWarning, first_of
+from easy_jax.io import fingerprint as fingerprints
 
 Location = str | os.PathLike[str]
 _ENDINGS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
     *([".avif"] if "AVIF" in images.FORMATS else []),
-)  # fmt: skip
+)
 _HEIC_ENDINGS = (".heic", ".heif")  # photos, but none that is read
 # What operating systems and archives leave behind, beside names that begin with a dot; and the
 # file `tmp` of Caltech-101.

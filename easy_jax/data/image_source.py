@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from easy_jax import fingerprint as fingerprints
 from easy_jax.data import images
 from easy_jax.data.image_stores import ImageStore
 from easy_jax.data.images import ImageError, Views
 from easy_jax.data.loader import Batch
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, Record
+from easy_jax.io import fingerprint as fingerprints
 
 _EXAMINED_AT_ONCE = 16  # images read by a thread at a time
 
@@ -24,7 +24,7 @@ class ImageSource:
 
     A record is `{"image": uint8 [S, S, 3], "label": int32, "image_mean": float32 [3],
     "image_std": float32 [3]}`; the last two, in units of the largest value, are what
-    `easy_jax.losses` normalises with on the device.
+    `easy_jax.core.losses` normalises with on the device.
 
     Args:
       store: encoded images and labels.

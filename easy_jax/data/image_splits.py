@@ -43,8 +43,9 @@ def cut(
     order = np.argsort(np.random.Philox(_CUT).random_raw(size), kind="stable")
     part_N = np.full(size, "train", dtype="<U10")
     for part, share, turn in (
-        ("validation", validation_share, order), ("test", test_share, order[::-1]),
-    ):  # fmt: skip
+        ("validation", validation_share, order),
+        ("test", test_share, order[::-1]),
+    ):
         wanted = max(1, round(share * size)) if share else 0
         for position in turn:
             if wanted == 0:

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from easy_jax import fingerprint as fingerprints
 from easy_jax.data.sources import PREPARE_TFDS, DataError, first_of, open_tfds, tfds_identity
+from easy_jax.io import fingerprint as fingerprints
 
 Location = str | os.PathLike[str]
 
@@ -77,9 +77,13 @@ class ParquetImages:
         label_field: str = "label",
     ):
         self._again = functools.partial(
-            ParquetImages, folder, split, num_classes,
-            image_field=image_field, label_field=label_field,
-        )  # fmt: skip
+            ParquetImages,
+            folder,
+            split,
+            num_classes,
+            image_field=image_field,
+            label_field=label_field,
+        )
         folder = Path(folder)
         self.files = self.files_of(folder, split)
         if not self.files:
@@ -217,9 +221,13 @@ class TfdsImages:
         import tensorflow_datasets as tfds
 
         builder, self._data = open_tfds(
-            name, split, data_dir, (image_field, label_field),
-            decoders={image_field: tfds.decode.SkipDecoding()}, fix=fix,
-        )  # fmt: skip
+            name,
+            split,
+            data_dir,
+            (image_field, label_field),
+            decoders={image_field: tfds.decode.SkipDecoding()},
+            fix=fix,
+        )
         features = builder.info.features
         for field, kind in ((image_field, "Image"), (label_field, "ClassLabel")):
             if not isinstance(features[field], getattr(tfds.features, kind)):

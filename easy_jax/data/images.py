@@ -4,8 +4,8 @@ A view is a uint8 square. The scoring view of an image is always the same. A tra
 pure function of the image and a few uniform numbers, which are a pure function of (seed, epoch,
 example id): what a run sees does not depend on threads, processes or where it was resumed.
 
-Pixels stay uint8 up to the device, where `easy_jax.losses` normalises them: exact, a quarter of
-the bytes in read-ahead, between processes and over the host's link, and the two operations
+Pixels stay uint8 up to the device, where `easy_jax.core.losses` normalises them: exact, a quarter
+of the bytes in read-ahead, between processes and over the host's link, and the two operations
 vanish into the first convolution.
 """
 
@@ -27,8 +27,14 @@ MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
 NUM_UNIFORMS = 6  # crop (2), flip, brightness, contrast, saturation
 # Of Pillow's: those of pictures, without what runs other programs (EPS) or is hardly ever met.
 FORMATS = (
-    "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else []),
-)  # fmt: skip
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    *(["AVIF"] if features.check("avif") else []),
+)
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
 # Greys are repeated, palettes looked up, CMYK mixed, alpha dropped. Others (16-bit greys, floats)
@@ -138,10 +144,11 @@ def decode(
         raise _too_large(where, max_pixels)
     if image.mode not in _TO_RGB:
         raise ImageError(
-            where, "not 8-bit",
+            where,
+            "not 8-bit",
             f"has pixels of Pillow's mode {image.mode!r}, which are no 8-bit colours; convert the "
             "file to 8-bit RGB or grey",
-        )  # fmt: skip
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -168,10 +175,11 @@ def heic(where: str) -> ImageError:
 
 def _too_large(where: str, max_pixels: int) -> ImageError:
     return ImageError(
-        where, "too large",
+        where,
+        "too large",
         f"has more than {max_pixels:,} pixels: a decompression bomb, or a picture to make smaller "
         "first, or to allow with max_pixels",
-    )  # fmt: skip
+    )
 
 
 def uniforms(seed: int, epoch: int, example_id: int) -> np.ndarray:

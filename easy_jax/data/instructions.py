@@ -7,16 +7,29 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from easy_jax.config import InstructionsConfig, TextConfig
 from easy_jax.data import text
 from easy_jax.data.bad_examples import BadExamples
+from easy_jax.data.config import InstructionsConfig, TextConfig
 from easy_jax.data.packing import PackedSource
 from easy_jax.data.sources import DataError
 
 _MODULES = (
-    "argparse", "collections", "contextlib", "dataclasses", "datetime", "decimal", "difflib",
-    "fractions", "functools", "heapq", "random", "statistics", "string", "textwrap", "typing",
-)  # fmt: skip
+    "argparse",
+    "collections",
+    "contextlib",
+    "dataclasses",
+    "datetime",
+    "decimal",
+    "difflib",
+    "fractions",
+    "functools",
+    "heapq",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "typing",
+)
 _INSTALL = 'pip install ".[smollm2]"'
 
 
@@ -59,12 +72,19 @@ def load(
     columns = {name: values[config.start : stop] for name, values in columns.items()}
     bad.only(config.start, stop)
     examples = text.tokenize(
-        columns[config.instruction_field], columns[config.response_field], tokenizer,
-        eos_token=text_config.eos_token, template=text_config.template,
-        inputs=columns.get(config.input_field), input_template=text_config.input_template,
-        weights=columns.get(config.weight_field), max_length=text_config.max_length,
-        bos_token=text_config.bos_token or None, border=text_config.border, bad=bad,
-    )  # fmt: skip
+        columns[config.instruction_field],
+        columns[config.response_field],
+        tokenizer,
+        eos_token=text_config.eos_token,
+        template=text_config.template,
+        inputs=columns.get(config.input_field),
+        input_template=text_config.input_template,
+        weights=columns.get(config.weight_field),
+        max_length=text_config.max_length,
+        bos_token=text_config.bos_token or None,
+        border=text_config.border,
+        bad=bad,
+    )
     return PackedSource(examples, text_config.row_length, text_config.max_segments)
 
 
@@ -83,9 +103,11 @@ def general(
       DataError: a file that cannot be read.
     """
     source = text.plain_text(
-        [_general_text(name)[:characters]], tokenizer, length=text_config.row_length + 1,
+        [_general_text(name)[:characters]],
+        tokenizer,
+        length=text_config.row_length + 1,
         bos_token=text_config.bos_token or None,
-    )  # fmt: skip
+    )
     return PackedSource(source, text_config.row_length, 1)
 
 

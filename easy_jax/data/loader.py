@@ -22,11 +22,11 @@ import grain
 import jax
 import numpy as np
 
-from easy_jax import sharding
 from easy_jax.data.checks import check_batch, check_own_weight, checked_weights, stack
 from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
 from easy_jax.data.reading import Reading, iterate
 from easy_jax.data.sources import DataError, Source
+from easy_jax.parallel import sharding
 
 Batch = dict[str, np.ndarray]
 AnySource = Source | PackedSource

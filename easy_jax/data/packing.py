@@ -111,10 +111,13 @@ class PackedSource:
             .to_iter_dataset(grain.ReadOptions(num_threads=0))
         )
         packed = grain.experimental.FirstFitPackIterDataset(
-            dataset, length_struct={"row": self.row_length}, num_packing_bins=_BINS,
-            shuffle_bins=False, meta_features=["id"],
+            dataset,
+            length_struct={"row": self.row_length},
+            num_packing_bins=_BINS,
+            shuffle_bins=False,
+            meta_features=["id"],
             max_sequences_per_bin=self.max_segments or None,
-        )  # fmt: skip
+        )
         return [np.array(row["id"], np.int64) for row in packed]
 
 

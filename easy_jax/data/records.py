@@ -102,9 +102,10 @@ def _without(rows: _Rows, read: set[str], others: Counter[str]) -> _Rows:
     for row in rows:
         if isinstance(row, Mapping):
             others.update(
-                name for name, value in row.items()
+                name
+                for name, value in row.items()
                 if name not in read and value not in (None, "", [], {})
-            )  # fmt: skip
+            )
         yield row
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from easy_jax import fingerprint as fingerprints
+from easy_jax.io import fingerprint as fingerprints
 
 Record = Mapping[str, np.ndarray]
 EXAMPLE_RECORD = '{"image": array, "label": array}'
@@ -48,7 +48,7 @@ class Source(Protocol):
 
     Optional, of labelled data: `num_classes`, which all labels are below; `classes`, their names;
     `mean` and `std`, by channel, that images are normalised with. A model that was made for
-    others is refused or told (`easy_jax.compatibility`).
+    others is refused or told (`easy_jax.core.compatibility`).
     """
 
     def __len__(self) -> int: ...
@@ -94,7 +94,7 @@ class ArraySource:
     Args:
       fields: arrays with equal leading axes, for example `image` and `label`.
       num_classes: if given, `label` must be integers in [0, num_classes), and a classifier must
-        have as many outputs (`easy_jax.compatibility`).
+        have as many outputs (`easy_jax.core.compatibility`).
 
     Raises:
       DataError: no examples, unequal lengths, non-finite values, or labels out of range;
@@ -172,9 +172,10 @@ class TfdsSource:
         labels = [features[theirs] for theirs, ours in fields.items() if ours == "label"]
         self.num_classes: int | None = getattr(labels[0], "num_classes", None) if labels else None
         self._identity = {
-            **tfds_identity(builder, split), "fields": self._fields,
+            **tfds_identity(builder, split),
+            "fields": self._fields,
             "num_examples": len(self._data),
-        }  # fmt: skip
+        }
 
     def __len__(self) -> int:
         return len(self._data)

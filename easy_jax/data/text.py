@@ -11,18 +11,28 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from easy_jax.config import ALPACA, ALPACA_INPUT
 from easy_jax.data.bad_examples import BadExamples, tell
+from easy_jax.data.config import ALPACA, ALPACA_INPUT
 from easy_jax.data.records import not_text, read_jsonl, read_parquet, read_tfds
 from easy_jax.data.sources import DataError
 from easy_jax.data.token_source import BORDERS, TokenSource, check_vocabulary
 from easy_jax.data.tokenizer import bare, load_tokenizer, own_start, token_id, whole
 
 __all__ = [
-    "ALPACA", "ALPACA_INPUT", "BadExamples", "Border", "DataError", "TokenSource",
-    "check_vocabulary", "load_tokenizer", "plain_text", "read_jsonl", "read_parquet", "read_tfds",
+    "ALPACA",
+    "ALPACA_INPUT",
+    "BadExamples",
+    "Border",
+    "DataError",
+    "TokenSource",
+    "check_vocabulary",
+    "load_tokenizer",
+    "plain_text",
+    "read_jsonl",
+    "read_parquet",
+    "read_tfds",
     "tokenize",
-]  # fmt: skip
+]
 
 _INSTRUCTION, _INPUT = "{instruction}", "{input}"
 _SLICE = 4096  # texts at a time: encodings take far more memory than their ids
@@ -269,9 +279,10 @@ def _tell_control_tokens(
     found = {i: pattern.findall("\n".join(parts)) for i, parts in texts.items()}
     tokens = sorted(set(itertools.chain.from_iterable(found.values())))
     tell(
-        size, [i for i, some in found.items() if some],
+        size,
+        [i for i, some in found.items() if some],
         f"the text has {tokens[:5]}, which are read as control tokens, not as text",
-    )  # fmt: skip
+    )
 
 
 def _tell_bos(

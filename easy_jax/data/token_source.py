@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from easy_jax import fingerprint as fingerprints
 from easy_jax.data.sources import DataError, Record
+from easy_jax.io import fingerprint as fingerprints
 
 BORDERS = {
     "joined": "a target",

@@ -8,8 +8,8 @@ from typing import Any
 
 from tokenizers import Tokenizer, processors
 
-from easy_jax import files
 from easy_jax.data.sources import DataError
+from easy_jax.io import files
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -6,15 +6,14 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from easy_jax.config import ConfigError
-from easy_jax.config.base import require
+from easy_jax.io.checks import ConfigError, require
 
 M = TypeVar("M", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierInfo:
-    """What a classifier of images was made for; `easy_jax.compatibility` compares it with data.
+    """What a classifier of images was made for (`core.compatibility` compares it with data).
 
     Attributes:
       classes: names of the outputs, in order; empty: not known.
@@ -93,9 +92,11 @@ def new_head(model: M, num_classes: int, *, classes: Sequence[str] = (), seed: i
         )
     require(num_classes > 0, "num_classes", num_classes, "positive")
     require(
-        not classes or len(classes) == num_classes, "the number of class names", len(classes),
+        not classes or len(classes) == num_classes,
+        "the number of class names",
+        len(classes),
         f"that of the classes, {num_classes}",
-    )  # fmt: skip
+    )
     other: M = nnx.merge(*nnx.split(model))  # the same arrays, in a module of its own
     other.head = linear_head(  # type: ignore[attr-defined]
         head.in_features, num_classes, nnx.Rngs(params=seed), use_bias=head.use_bias

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, H height, W width, C channels, F features, K classes.
 
 Every parameter carries its logical axes in the metadata field `logical_axes`;
-`easy_jax.sharding` turns them into shardings. (NNX's own `out_sharding` is not
+`easy_jax.parallel.sharding` turns them into shardings. (NNX's own `out_sharding` is not
 used: it wants a mesh at construction time, and models are built abstractly first.)
 """
 
@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from easy_jax.config import ResNetConfig
+from easy_jax.kernels.convolution import convolve, max_pool
 from easy_jax.models.classifier import ClassifierInfo, linear_head
-from easy_jax.models.convolution import convolve, max_pool
+from easy_jax.models.config import ResNetConfig
 
 _KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from easy_jax import sharding
-from easy_jax.models.attention import rotate
+from easy_jax.kernels.attention import rotate
+from easy_jax.kernels.splash import KEPT, attend
 from easy_jax.models.embedding import look_up
-from easy_jax.models.splash import KEPT, attend
 from easy_jax.models.transformer_config import TransformerConfig
+from easy_jax.parallel import sharding
 
 Remat = Literal["none", "full", "dots", "outputs"]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines
@@ -142,9 +142,11 @@ class Block(nnx.Module):
             checkpoint_name(rotate(self.q(x_BTD), *rope), "q"),
             checkpoint_name(rotate(self.k(x_BTD), *rope), "k"),
             checkpoint_name(self.v(x_BTD), "v"),
-            segment_ids_BT, scale=self.config.query_scale, window=window,
+            segment_ids_BT,
+            scale=self.config.query_scale,
+            window=window,
             cap=self.config.attention_cap,
-        )  # fmt: skip
+        )
         return checkpoint_name(self.o(y_BTNH), "o")
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:

@@ -5,45 +5,111 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from easy_jax.config import ConfigError
+from easy_jax.io.checks import ConfigError
 
 # Fields that do not change what the model computes when it is trained or scored: what the file
 # is about, and how text is generated. Older versions of transformers write all of them.
 _IGNORED = {
-    "architectures", "auto_map", "bad_words_ids", "begin_suppress_tokens",
-    "cache_implementation", "chunk_size_feed_forward", "diversity_penalty", "do_sample", "dtype",
-    "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
-    "finetuning_task", "id2label", "initializer_range", "is_decoder", "is_encoder_decoder",
-    "is_llama_config", "label2id", "length_penalty", "max_length", "max_position_embeddings",
-    "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_scores", "prefix", "pretraining_tp",
-    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
-    "return_dict_in_generate", "rope_interleaved", "suppress_tokens", "task_specific_params",
-    "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k", "top_p",
-    "torch_dtype", "torchscript", "transformers.js_config", "transformers_version", "typical_p",
-    "use_bfloat16", "use_cache",
-}  # fmt: skip
+    "architectures",
+    "auto_map",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "diversity_penalty",
+    "do_sample",
+    "dtype",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "length_penalty",
+    "max_length",
+    "max_position_embeddings",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "prefix",
+    "pretraining_tp",
+    "problem_type",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "rope_interleaved",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "typical_p",
+    "use_bfloat16",
+    "use_cache",
+}
 # The notes of tools (the code that `auto_map` names is never run), and ids of tokens.
 _IGNORED_STARTS, _IGNORED_ENDS = ("_", "unsloth_"), ("_token_id",)
 # Parts that a file may say it does not have.
 _OFF = {"add_cross_attention", "pruned_heads", "use_sliding_window"}
 _USED = {
-    "attention_bias", "attention_dropout", "attn_logit_softcapping", "final_logit_softcapping",
-    "head_dim", "hidden_act", "hidden_activation", "hidden_size", "intermediate_size",
-    "layer_types", "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers",
-    "num_key_value_heads", "query_pre_attn_scalar", "rms_norm_eps", "rope_parameters",
-    "rope_scaling", "rope_theta", "sliding_window", "tie_word_embeddings",
-    "use_bidirectional_attention", "vocab_size",
-}  # fmt: skip
+    "attention_bias",
+    "attention_dropout",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "hidden_size",
+    "intermediate_size",
+    "layer_types",
+    "mlp_bias",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "query_pre_attn_scalar",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_bidirectional_attention",
+    "vocab_size",
+}
 _REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 _SIZES = (*_REQUIRED, "num_key_value_heads", "head_dim")
 _LARGEST = {"num_hidden_layers": 10_000}  # each has names of its own, which are all listed
 _TYPES = {
-    "tie_word_embeddings": bool, "sliding_window": int, "layer_types": list, "rope_scaling": dict,
+    "tie_word_embeddings": bool,
+    "sliding_window": int,
+    "layer_types": list,
+    "rope_scaling": dict,
     "rope_parameters": dict,
-}  # fmt: skip
+}
 _ACTIVATIONS = {"llama": ("silu",), "gemma2": ("gelu_pytorch_tanh", "gelu_tanh")}
 
 
@@ -93,16 +159,34 @@ class TransformerConfig:
 # By their names on the Hugging Face hub: what their `config.json` says.
 KNOWN = {
     "google/gemma-2-2b": TransformerConfig(
-        "gemma2", vocab=256_000, embed=2304, mlp=9216, layers=26, heads=8, kv_heads=4,
-        head_dim=256, query_scale=256**-0.5, attention_cap=50.0, final_cap=30.0,
+        "gemma2",
+        vocab=256_000,
+        embed=2304,
+        mlp=9216,
+        layers=26,
+        heads=8,
+        kv_heads=4,
+        head_dim=256,
+        query_scale=256**-0.5,
+        attention_cap=50.0,
+        final_cap=30.0,
         windows=(4096, None),
     ),
     "meta-llama/Llama-3.2-3B": TransformerConfig(
-        "llama", vocab=128_256, embed=3072, mlp=8192, layers=28, heads=24, kv_heads=8,
-        head_dim=128, norm_eps=1e-5, rope_theta=500_000.0, rope_scaling=Llama3Rope(32, 1, 4, 8192),
+        "llama",
+        vocab=128_256,
+        embed=3072,
+        mlp=8192,
+        layers=28,
+        heads=24,
+        kv_heads=8,
+        head_dim=128,
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        rope_scaling=Llama3Rope(32, 1, 4, 8192),
         query_scale=128**-0.5,
     ),
-}  # fmt: skip
+}
 
 
 def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
@@ -167,17 +251,21 @@ def from_hugging_face(config: Mapping[str, Any]) -> TransformerConfig:
         for name in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"):
             _honour(name, config.get(name), None)
         return TransformerConfig(
-            "llama", **shared, query_scale=head_dim**-0.5,
+            "llama",
+            **shared,
+            query_scale=head_dim**-0.5,
             tied=config.get("tie_word_embeddings", False),
-        )  # fmt: skip
+        )
     return TransformerConfig(
-        "gemma2", **shared,
+        "gemma2",
+        **shared,
         query_scale=_positive("query_pre_attn_scalar", config.get("query_pre_attn_scalar", 256))
         ** -0.5,
         attention_cap=_cap("attn_logit_softcapping", config, 50.0),
         final_cap=_cap("final_logit_softcapping", config, 30.0),
-        windows=_windows(config), tied=config.get("tie_word_embeddings", True),
-    )  # fmt: skip
+        windows=_windows(config),
+        tied=config.get("tie_word_embeddings", True),
+    )
 
 
 def _without_effect(name: str, config: Mapping[str, Any]) -> bool:
@@ -255,8 +343,11 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"rope_theta": theta}
     _honour("rope_scaling.rope_type", kind, "llama3")
     names = (
-        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
-    )  # fmt: skip
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    )
     if rope.keys() != set(names):
         raise ConfigError(
             f"config.json: rope_scaling has the fields {sorted(rope)}; llama3 has {sorted(names)}"

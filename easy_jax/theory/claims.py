@@ -142,17 +142,32 @@ def _closed_forms(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         return left - problem.rho ** (2 * STEPS)
 
     for source, statement, compared, function, bound in (
-        ("(6), (10)", "gradient descent: theta_K", "matrix_power of I - 2 eta Sigma",
-         vanilla, 1e-9),
+        (
+            "(6), (10)",
+            "gradient descent: theta_K",
+            "matrix_power of I - 2 eta Sigma",
+            vanilla,
+            1e-9,
+        ),
         ("(12)", "eta = 1/2: even and odd K", "the closed form, K = 7 and 8", even_and_odd, 1e-9),
-        ("Thm 7.2, (9), Lemma F.1", "Sigma' = mu (I - Q)", "inv and det of the tilted Gaussian",
-         covariance, 1e-9),
+        (
+            "Thm 7.2, (9), Lemma F.1",
+            "Sigma' = mu (I - Q)",
+            "inv and det of the tilted Gaussian",
+            covariance,
+            1e-9,
+        ),
         ("(8)", "FLOW: theta_K for any eta", "matrix_power of I - 2 eta Sigma'", descent, 1e-9),
         ("Lemma F.3", "eigenvalues and eigenvectors of Q", "eigvalsh, Q v", spectrum, 1e-9),
         ("(11), (14)", "FLOW with eta = 1 / (2 mu)", "matrix_power of Q", by_spectrum, 1e-9),
-        ("(15)", "the rest beside the stalled part is below rho^(2K)", "(14), K = 7",
-         stalled, 1e-9),
-    ):  # fmt: skip
+        (
+            "(15)",
+            "the rest beside the stalled part is below rho^(2K)",
+            "(14), K = 7",
+            stalled,
+            1e-9,
+        ),
+    ):
         yield Claim(source, statement, compared, _worst(function, problem_P, beta_P), bound)
 
 
@@ -176,13 +191,19 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
         return value - better
 
     yield Claim(
-        "(16), (17), Lemma F.4", "the best omega and its error", "Newton's step by autodiff",
-        _worst(lemma_f4, problem_P), 1e-9,
-    )  # fmt: skip
+        "(16), (17), Lemma F.4",
+        "the best omega and its error",
+        "Newton's step by autodiff",
+        _worst(lemma_f4, problem_P),
+        1e-9,
+    )
     yield Claim(
-        "(13), (18)", "the best average minus the better of theta_pre and theta_ft is below 0",
-        "errors by definition", _worst(ends, problem_P), 0.0,
-    )  # fmt: skip
+        "(13), (18)",
+        "the best average minus the better of theta_pre and theta_ft is below 0",
+        "errors by definition",
+        _worst(ends, problem_P),
+        0.0,
+    )
 
     betas = jnp.geomspace(1e-3, 1.0, 100)
 
@@ -194,14 +215,20 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
     advantage_P = jax.vmap(beyond.flow_advantage)(problem_P)
     better = ratio_P < 1 - 1e-9
     yield Claim(
-        "section 7", "best FLOW / best average - 1: never worse, up to the grid",
-        f"{betas.size} betas, K up to {MAX_STEPS}", float(jnp.max(ratio_P) - 1), 2e-3,
-    )  # fmt: skip
+        "section 7",
+        "best FLOW / best average - 1: never worse, up to the grid",
+        f"{betas.size} betas, K up to {MAX_STEPS}",
+        float(jnp.max(ratio_P) - 1),
+        2e-3,
+    )
     yield Claim(
-        "docs/theory.md", f"strictly better ({float(better.mean()):.1%} of the problems) if and "
-        "only if rho > 0 and rho a > c: share where this fails", "the same grid",
-        float(jnp.mean(better != (advantage_P > 0))), 0.0,
-    )  # fmt: skip
+        "docs/theory.md",
+        f"strictly better ({float(better.mean()):.1%} of the problems) if and "
+        "only if rho > 0 and rho a > c: share where this fails",
+        "the same grid",
+        float(jnp.mean(better != (advantage_P > 0))),
+        0.0,
+    )
 
     def is_averaging(problem: Problem) -> jax.Array:
         uncorrelated = problem.replace(rho=0.0)  # type: ignore[attr-defined]
@@ -209,9 +236,12 @@ def _against_averaging(problem_P: Problem) -> Iterator[Claim]:
         return _error(ours, closed_form.averaging(uncorrelated, 1.3**-STEPS))
 
     yield Claim(
-        "section 7", "rho = 0: FLOW is model averaging, omega = (1 + beta)^-K", "(16)",
-        _worst(is_averaging, problem_P), 1e-12,
-    )  # fmt: skip
+        "section 7",
+        "rho = 0: FLOW is model averaging, omega = (1 + beta)^-K",
+        "(16)",
+        _worst(is_averaging, problem_P),
+        1e-12,
+    )
 
 
 def _by_sampling(key: jax.Array, weight_fn: simulation.WeightFn) -> Iterator[Claim]:
@@ -230,30 +260,41 @@ def _by_sampling(key: jax.Array, weight_fn: simulation.WeightFn) -> Iterator[Cla
     x_ND, _, weight_N = weighted_sample(keys[1], 0.0)
     expected = closed_form.weighted_covariance(problem, tau)
     yield Claim(
-        "Thm 7.2", "E[w x x^T] by sampling, in standard errors", f"{NUM_SAMPLES:,} examples",
-        float(standard_errors(x_ND, weight_N, expected)), 4.0,
-    )  # fmt: skip
+        "Thm 7.2",
+        "E[w x x^T] by sampling, in standard errors",
+        f"{NUM_SAMPLES:,} examples",
+        float(standard_errors(x_ND, weight_N, expected)),
+        4.0,
+    )
     x_ND, y_N, weight_N = weighted_sample(keys[2], 0.7)
     expected = beyond.noisy_weighted_covariance(problem.sigma, problem.e, tau, 0.7)
     yield Claim(
-        "docs/theory.md", "label noise: E[w x x^T] by sampling, in standard errors",
+        "docs/theory.md",
+        "label noise: E[w x x^T] by sampling, in standard errors",
         f"{NUM_SAMPLES:,} examples, s = 0.7",
-        float(standard_errors(x_ND, weight_N, expected)), 4.0,
-    )  # fmt: skip
+        float(standard_errors(x_ND, weight_N, expected)),
+        4.0,
+    )
     # The gradient of the weighted loss vanishes at the minimiser.
     residual_N = weight_N * (y_N - x_ND @ beyond.noisy_minimiser(problem, tau, 0.7))
     yield Claim(
-        "docs/theory.md", "label noise: the minimiser is theta_ft + kappa e, in standard errors",
-        "the gradient there", float(_z(residual_N[:, None] * x_ND, jnp.zeros(4))), 4.0,
-    )  # fmt: skip
+        "docs/theory.md",
+        "label noise: the minimiser is theta_ft + kappa e, in standard errors",
+        "the gradient there",
+        float(_z(residual_N[:, None] * x_ND, jnp.zeros(4))),
+        4.0,
+    )
 
 
 def _rate(convergence: simulation.Convergence) -> Claim:
     sizes, slope = convergence.sizes, convergence.slope
     return Claim(
-        "(8)", f"FLOW on N examples, optax: distance to (8) ~ N^{slope:.3f}; |slope + 1/2|",
-        f"N = {sizes[0]} to {sizes[-1]}", abs(slope + 0.5), 0.05,
-    )  # fmt: skip
+        "(8)",
+        f"FLOW on N examples, optax: distance to (8) ~ N^{slope:.3f}; |slope + 1/2|",
+        f"N = {sizes[0]} to {sizes[-1]}",
+        abs(slope + 0.5),
+        0.05,
+    )
 
 
 def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
@@ -299,23 +340,35 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         return jnp.maximum(speeds[0] - speeds[1], speeds[1] - speeds[2])
 
     yield Claim(
-        "docs/theory.md", "tau = median: m (|e|^2 + s^2), and mu and beta from it",
-        "erf, quadrature, eigvalsh", _worst(median, problem_P, beta_P), 1e-9,
-    )  # fmt: skip
+        "docs/theory.md",
+        "tau = median: m (|e|^2 + s^2), and mu and beta from it",
+        "erf, quadrature, eigvalsh",
+        _worst(median, problem_P, beta_P),
+        1e-9,
+    )
     yield Claim(
-        "docs/theory.md", "KL-DRO: its covariance for tau > 2 |e|^2", "inv",
-        _worst(kl_dro, problem_P, beta_P), 1e-9,
-    )  # fmt: skip
+        "docs/theory.md",
+        "KL-DRO: its covariance for tau > 2 |e|^2",
+        "inv",
+        _worst(kl_dro, problem_P, beta_P),
+        1e-9,
+    )
     yield Claim(
-        "docs/theory.md", "KL-DRO: the precision is positive definite just above tau = 2 |e|^2, "
-        "and not just below; largest eigenvalue of the wrong sign", "eigvalsh",
-        _worst(existence, problem_P), 0.0,
-    )  # fmt: skip
+        "docs/theory.md",
+        "KL-DRO: the precision is positive definite just above tau = 2 |e|^2, "
+        "and not just below; largest eigenvalue of the wrong sign",
+        "eigvalsh",
+        _worst(existence, problem_P),
+        0.0,
+    )
     yield Claim(
-        "docs/theory.md", "one step: FLOW learns its stalled direction slowest, KL-DRO fastest; "
-        "largest gap the wrong way round", "Rayleigh quotients",
-        _worst(rates, problem_P, beta_P), 0.0,
-    )  # fmt: skip
+        "docs/theory.md",
+        "one step: FLOW learns its stalled direction slowest, KL-DRO fastest; "
+        "largest gap the wrong way round",
+        "Rayleigh quotients",
+        _worst(rates, problem_P, beta_P),
+        0.0,
+    )
 
     def mirror(problem: Problem, beta: jax.Array) -> jax.Array:
         errors = []
@@ -326,10 +379,13 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
         return jnp.maximum(errors[0] / errors[1], errors[1] / errors[2]) - 1
 
     yield Claim(
-        "docs/theory.md", "err1 after K steps: FLOW < vanilla < KL-DRO, weights of mean one; "
-        "largest ratio of neighbours - 1", "tau = 4 |e|^2, K = 7, eta = 0.1",
-        _worst(mirror, problem_P, beta_P), 0.0,
-    )  # fmt: skip
+        "docs/theory.md",
+        "err1 after K steps: FLOW < vanilla < KL-DRO, weights of mean one; "
+        "largest ratio of neighbours - 1",
+        "tau = 4 |e|^2, K = 7, eta = 0.1",
+        _worst(mirror, problem_P, beta_P),
+        0.0,
+    )
 
     def forgetting(problem: Problem, beta: jax.Array) -> jax.Array:
         tau = beyond.median_temperature(problem.e_norm)
@@ -346,11 +402,14 @@ def _beyond(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
     share = jnp.mean(errors_PM[:, 1:] / errors_PM[:, 3:], axis=0)
     paper = float(jnp.mean(errors_PM[:, 0] / errors_PM[:, 3]))
     yield Claim(
-        "docs/theory.md", f"forgetting (err1) at equal eta and K, vanilla = 1: FLOW {paper:.2f}, "
+        "docs/theory.md",
+        f"forgetting (err1) at equal eta and K, vanilla = 1: FLOW {paper:.2f}, "
         f"FLOW with weights of mean one {float(share[0]):.2f}, uniform weights of FLOW's mean "
-        f"{float(share[1]):.2f}; FLOW / each of them - 1", "(8) and (6), K = 7, eta = 1/4",
-        float(jnp.max(errors_PM[:, 0] / jnp.min(errors_PM[:, 1:], axis=1) - 1)), 0.0,
-    )  # fmt: skip
+        f"{float(share[1]):.2f}; FLOW / each of them - 1",
+        "(8) and (6), K = 7, eta = 1/4",
+        float(jnp.max(errors_PM[:, 0] / jnp.min(errors_PM[:, 1:], axis=1) - 1)),
+        0.0,
+    )
 
 
 def _worst(function: Callable[..., jax.Array], *arguments: Any) -> float:

@@ -17,8 +17,14 @@ from easy_jax.theory.problem import Problem, fine_tuning_error, pretraining_erro
 from easy_jax.theory.simulation import Convergence
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 _BETAS = ((0.1, RED, "o"), (0.3, ORANGE, "s"), (1.0, PINK, "^"))
 
 
@@ -56,8 +62,9 @@ def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
     x, y = np.meshgrid(np.linspace(-0.15, 1.1, 201), np.linspace(-0.72, 0.25, 201))
     points = jnp.stack([jnp.asarray(x.ravel()), jnp.asarray(y.ravel())], axis=1)
     errors = _map(lambda point: total_error(problem, _at(problem, point)))(points)
-    contours = axis.contour(x, y, np.asarray(errors).reshape(x.shape), 14, colors="#bbbbbb",
-                            linewidths=0.7)  # fmt: skip
+    contours = axis.contour(
+        x, y, np.asarray(errors).reshape(x.shape), 14, colors="#bbbbbb", linewidths=0.7
+    )
     axis.clabel(contours, fontsize=7, fmt="%.2g")
     steps = jnp.arange(max_steps + 1)
     vanilla = _plane(problem, _map(lambda k: closed_form.vanilla_iterate(problem, k))(steps))
@@ -66,16 +73,35 @@ def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
     )
     for beta, colour, marker in _BETAS:
         path = _map(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
-        axis.plot(*_plane(problem, path), color=colour, marker=marker, markersize=4, linewidth=1,
-                  label=f"FLOW, β = {beta:g}")  # fmt: skip
+        axis.plot(
+            *_plane(problem, path),
+            color=colour,
+            marker=marker,
+            markersize=4,
+            linewidth=1,
+            label=f"FLOW, β = {beta:g}",
+        )
     axis.plot([0, 1], [0, 0], color=BLUE, linestyle="--", label="model averaging")
     omega, error = closed_form.optimal_averaging(problem)
-    axis.plot(float(omega), 0, color=BLUE, marker="D", markersize=9, linestyle="",
-              label=f"best average, error {float(error):.3f}")  # fmt: skip
+    axis.plot(
+        float(omega),
+        0,
+        color=BLUE,
+        marker="D",
+        markersize=9,
+        linestyle="",
+        label=f"best average, error {float(error):.3f}",
+    )
     beta, step, error = closed_form.optimal_flow(problem, jnp.geomspace(1e-2, 1, 200), 200)
     best = _plane(problem, closed_form.flow_iterate(problem, beta, step)[None, :])
-    axis.plot(*best, color=GREEN, marker="*", markersize=15, linestyle="",
-              label=f"best FLOW, error {float(error):.3f}")  # fmt: skip
+    axis.plot(
+        *best,
+        color=GREEN,
+        marker="*",
+        markersize=15,
+        linestyle="",
+        label=f"best FLOW, error {float(error):.3f}",
+    )
     for name, where, offset in (("θ_ft", (0, 0), (-26, 6)), ("θ_pre", (1, 0), (4, 8))):
         axis.annotate(name, where, xytext=offset, textcoords="offset points", fontsize=12)
     axis.set_xlabel("along ē, in units of ‖e‖")
@@ -105,8 +131,9 @@ def errors_by_step(problem: Problem, max_steps: int = 60) -> Figure:
             path = _map(lambda k, beta=beta: closed_form.flow_iterate(problem, beta, k))(steps)
             values = _map(lambda theta, error=error: error(problem, theta))(path)
             axis.plot(steps, values, color=colour, label=f"FLOW, β = {beta:g}")
-        axis.axhline(float(error(problem, average)), color=BLUE, linestyle="--",
-                     label="best average")  # fmt: skip
+        axis.axhline(
+            float(error(problem, average)), color=BLUE, linestyle="--", label="best average"
+        )
         axis.set_title(title)
         axis.set_xlabel("step K")
         axis.grid(alpha=0.3)
@@ -122,8 +149,14 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
         stable = (1 + rho**2) / (2 * rho**2)  # beyond, lambda2 < -1
         for low, high, width in ((0.01, stable, 1.8), (stable, 1 / rho**2, 0.6)):
             betas = jnp.geomspace(low, high, 300)
-            left.plot(betas, closed_form.spectrum(betas, rho)[0], color=colour, linestyle=line,
-                      linewidth=width, label=f"ρ = {rho:g}" if low == 0.01 else None)  # fmt: skip
+            left.plot(
+                betas,
+                closed_form.spectrum(betas, rho)[0],
+                color=colour,
+                linestyle=line,
+                linewidth=width,
+                label=f"ρ = {rho:g}" if low == 0.01 else None,
+            )
         left.plot(1 / rho, rho, color=colour, marker="o", linestyle="")
     left.axvspan(0.01, 1, color="#dddddd", alpha=0.5, linewidth=0)
     left.text(0.012, 0.06, "FLOW with τ ≤ 2‖e‖²\n(Lemma F.3)", fontsize=9)
@@ -160,8 +193,15 @@ def phases(
     betas = jnp.geomspace(1e-3, 1, 60)
     for axis, strength in zip(axes, strengths, strict=True):
         ratio, advantage = beyond.phase_diagram(rhos, angles, strength, 1.0, betas, max_steps)
-        image = axis.pcolormesh(np.degrees(angles), rhos, np.minimum(ratio, 1.0), cmap="cividis",
-                                vmin=0.4, vmax=1.0, rasterized=True)  # fmt: skip
+        image = axis.pcolormesh(
+            np.degrees(angles),
+            rhos,
+            np.minimum(ratio, 1.0),
+            cmap="cividis",
+            vmin=0.4,
+            vmax=1.0,
+            rasterized=True,
+        )
         axis.contour(np.degrees(angles), rhos, advantage, levels=[0.0], colors=RED, linewidths=2)
         axis.set_title(f"Σ_pre = I + {strength:g} u uᵀ")
         axis.set_xlabel("angle of u to ē (degrees)")
@@ -210,10 +250,12 @@ def convergence_rate(convergence: Convergence) -> Figure:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
     sizes, rms = np.array(convergence.sizes), np.array(convergence.rms)
-    axis.loglog(sizes, rms, color=BLUE, marker="o",
-                label=f"simulated, slope {convergence.slope:.3f}")  # fmt: skip
-    axis.loglog(sizes, rms[0] * np.sqrt(sizes[0] / sizes), color=BLACK, linestyle="--",
-                label="slope −1/2")  # fmt: skip
+    axis.loglog(
+        sizes, rms, color=BLUE, marker="o", label=f"simulated, slope {convergence.slope:.3f}"
+    )
+    axis.loglog(
+        sizes, rms[0] * np.sqrt(sizes[0] / sizes), color=BLACK, linestyle="--", label="slope −1/2"
+    )
     axis.set_xlabel("examples N")
     axis.set_ylabel("root mean square of ‖θ_K − closed form‖")
     axis.legend()

@@ -46,9 +46,13 @@ class Problem:
 
     # Not __post_init__, which chex also calls for gradients and batches of problems.
     def __init__(
-        self, theta_pre: chex.Array, theta_ft: chex.Array, e_perp: chex.Array,
-        rho: chex.Numeric, sigma_pre: chex.Array,
-    ):  # fmt: skip
+        self,
+        theta_pre: chex.Array,
+        theta_ft: chex.Array,
+        e_perp: chex.Array,
+        rho: chex.Numeric,
+        sigma_pre: chex.Array,
+    ):
         fields = (theta_pre, theta_ft, e_perp, rho, sigma_pre)
         dtype = jnp.result_type(float, *fields)
         for field, value in zip(dataclasses.fields(self), fields, strict=True):  # type: ignore[arg-type]
@@ -78,9 +82,13 @@ class Problem:
 
 
 def random_problem(
-    key: jax.Array, dim: int, rho: chex.Numeric, *, e_norm: chex.Numeric = 1.0,
+    key: jax.Array,
+    dim: int,
+    rho: chex.Numeric,
+    *,
+    e_norm: chex.Numeric = 1.0,
     sigma_scale: chex.Numeric = 4.0,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """A random problem: directions uniform, `sigma_pre = I + A A^T` scaled.
 
     Args:

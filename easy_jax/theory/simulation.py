@@ -128,10 +128,15 @@ def convergence(
         keys = jax.random.split(jax.random.fold_in(key, index), repeats)
         theta_RD = jax.vmap(
             lambda one, size=size: simulate_flow(
-                problem, one, num_examples=size, temperature=temperature, steps=steps,
-                learning_rate=learning_rate, weight_fn=weight_fn,
+                problem,
+                one,
+                num_examples=size,
+                temperature=temperature,
+                steps=steps,
+                learning_rate=learning_rate,
+                weight_fn=weight_fn,
             )
-        )(keys)  # fmt: skip
+        )(keys)
         squared_R = jnp.sum(jnp.square(theta_RD - exact[None, :]), axis=1)
         rms.append(jnp.sqrt(jnp.mean(squared_R)))
     log_rms = np.log(np.array(jax.device_get(rms)))

@@ -12,16 +12,27 @@ import pytest
 
 SMALL = {
     "gemma2": {
-        "model_type": "gemma2", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
-        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 128, "sliding_window": 128,
+        "model_type": "gemma2",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "sliding_window": 128,
     },
     "llama": {
-        "model_type": "llama", "vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512,
-        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "tie_word_embeddings": True,
     },
-}  # fmt: skip
+}
 ROWS, LENGTH = 32, 256
 
 
@@ -32,19 +43,26 @@ def _compile(
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**SMALL[family], **fields}))
     return _run(
-        f"--config=configs/{config}", "--topology=v5e:4x4", f"--config.model.path={folder}",
-        f"--config.text.max_length={LENGTH}", f"--config.text.row_length={LENGTH}",
-        f"--config.scoring.batch_size={ROWS}", f"--config.finetune.batch_size={ROWS}",
-        "--config.finetune.micro_batches=1", *arguments,
-    )  # fmt: skip
+        f"--config=configs/{config}",
+        "--topology=v5e:4x4",
+        f"--config.model.path={folder}",
+        f"--config.text.max_length={LENGTH}",
+        f"--config.text.row_length={LENGTH}",
+        f"--config.scoring.batch_size={ROWS}",
+        f"--config.finetune.batch_size={ROWS}",
+        "--config.finetune.micro_batches=1",
+        *arguments,
+    )
 
 
 def _run(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "easy_jax.main", "compile", *arguments],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -81,9 +99,9 @@ def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
     assert kernels["splash_mha_dkv"] == layers
     assert score["cost"]["kernels"] == {"splash_mha_fwd": layers}
     # Gathered in bfloat16, layer by layer: no collective carries all parameters at once.
-    gathered = train["cost"]["collective_bytes"]["all-gather"] / train["cost"]["collectives"][
-        "all-gather"
-    ]  # fmt: skip
+    gathered = (
+        train["cost"]["collective_bytes"]["all-gather"] / train["cost"]["collectives"]["all-gather"]
+    )
     assert gathered < 2 * weights / 4
 
 
@@ -92,9 +110,13 @@ def test_adapters_alone(tmp_path):
     results = {}
     for method in ("standard", "lora"):
         code, out, err = _compile(
-            tmp_path, "--json", "--program=train", "--config.model.lora_rank=4", family="llama",
+            tmp_path,
+            "--json",
+            "--program=train",
+            "--config.model.lora_rank=4",
+            family="llama",
             config=f"llama32_3b_metamath.py:{method}",
-        )  # fmt: skip
+        )
         assert code == 0, err
         (results[method],) = json.loads(out)["programs"]
     all_of_it, lora = results["standard"], results["lora"]
@@ -110,9 +132,13 @@ def test_adapters_alone(tmp_path):
 
 def test_what_does_not_fit_is_a_result(tmp_path):
     code, out, err = _compile(
-        tmp_path, "--program=train", "--config.model.remat=none",
-        "--config.finetune.batch_size=4096", num_hidden_layers=32, intermediate_size=8192,
-    )  # fmt: skip
+        tmp_path,
+        "--program=train",
+        "--config.model.remat=none",
+        "--config.finetune.batch_size=4096",
+        num_hidden_layers=32,
+        intermediate_size=8192,
+    )
     assert code == 1, err
     assert "no: needs" in out and "of 15.75 GiB" in out
     assert "Traceback" not in err
@@ -127,9 +153,12 @@ def test_a_topology_that_is_not_there_is_one_line(tmp_path):
 IMAGES = (
     "--config=configs/resnet_transfer.py:resnet18,cars196",
     "--config.only=linear_probe,standard,l2",
-    "--config.model.width=8", "--config.data.target.image_size=32", "--config.probe.batch_size=16",
-    "--config.finetune.batch_size=16", "--config.scoring.batch_size=16",
-)  # fmt: skip
+    "--config.model.width=8",
+    "--config.data.target.image_size=32",
+    "--config.probe.batch_size=16",
+    "--config.finetune.batch_size=16",
+    "--config.scoring.batch_size=16",
+)
 
 
 def test_images_on_one_chip_need_neither_data_nor_weights():
@@ -158,8 +187,10 @@ def test_images_on_one_chip_need_neither_data_nor_weights():
 
 def test_letters_on_four_chips_print_a_table():
     arguments = (
-        "--config=configs/quickstart.py:tiny", "--config.only=standard", "--topology=v5e:2x2",
-    )  # fmt: skip
+        "--config=configs/quickstart.py:tiny",
+        "--config.only=standard",
+        "--topology=v5e:2x2",
+    )
     code, out, err = _run(*arguments)
     assert code == 0, err
     assert "ResNet on v5e:2x2 (data 4, fsdp 1, tensor 1), an image of 8 x 8 a row" in out

@@ -25,12 +25,12 @@ import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import tiny_language  # noqa: E402
 
-from easy_jax import errors  # noqa: E402
-from easy_jax.loss_table import LossTable  # noqa: E402
+from easy_jax.cli import errors  # noqa: E402
+from easy_jax.train.loss_table import LossTable  # noqa: E402
 
 LANGUAGE, VISION = "language", "vision"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["easy_jax.main", "easy_jax.train", "easy_jax.report"])
+FORKS.set_forkserver_preload(["easy_jax.main", "easy_jax.pipeline", "easy_jax.report.images"])
 
 
 def arguments(description, count, argv=None):
@@ -144,7 +144,7 @@ def _command(arguments, out, err, environment):
     os.environ.update(environment)
     sys.argv = ["easy-jax", *arguments]
     os.chdir(ROOT)
-    from easy_jax import main
+    from easy_jax.cli import main
 
     main.cli()
 

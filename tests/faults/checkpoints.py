@@ -71,10 +71,17 @@ class Stage:
                 raise _Interruption
 
         return ej.fit(
-            Network(), self._source, place, stage=self._stage, loss_fn=ej.classification_loss,
-            weight_N=np.linspace(0.1, 1, 48, dtype=np.float32), mesh=self._mesh,
-            save_every_steps=3, keep=9, progress=stop,
-        )  # fmt: skip
+            Network(),
+            self._source,
+            place,
+            stage=self._stage,
+            loss_fn=ej.classification_loss,
+            weight_N=np.linspace(0.1, 1, 48, dtype=np.float32),
+            mesh=self._mesh,
+            save_every_steps=3,
+            keep=9,
+            progress=stop,
+        )
 
     @staticmethod
     def _parameters(done):
@@ -357,11 +364,34 @@ def all_damaged(stage, draw):
 
 
 KINDS = (
-    truncate, truncate_arrays, empty, delete, garble, garble_arrays, swap_files, swap_items,
-    swap_steps, rename_latest, copy_first, file_to_folder, file_to_link, item_to_file, item_away,
-    empty_step, half_a_step, step_is_file, wrong_json, wrong_values, no_permission, leftovers,
-    unfinished_item, all_damaged, garble_arrays, wrong_values, wrong_json,
-)  # fmt: skip
+    truncate,
+    truncate_arrays,
+    empty,
+    delete,
+    garble,
+    garble_arrays,
+    swap_files,
+    swap_items,
+    swap_steps,
+    rename_latest,
+    copy_first,
+    file_to_folder,
+    file_to_link,
+    item_to_file,
+    item_away,
+    empty_step,
+    half_a_step,
+    step_is_file,
+    wrong_json,
+    wrong_values,
+    no_permission,
+    leftovers,
+    unfinished_item,
+    all_damaged,
+    garble_arrays,
+    wrong_values,
+    wrong_json,
+)
 
 
 def attack(count, seed, folder, tally, with_command_line=True):

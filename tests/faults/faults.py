@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import processes  # noqa: E402
 import tiny_language  # noqa: E402
 
-from easy_jax.distributed import EXIT_STOPPED  # noqa: E402
-from easy_jax.loss_table import LossTable  # noqa: E402
-from easy_jax.peers import EXIT_PEERS  # noqa: E402
+from easy_jax.parallel.processes import EXIT_STOPPED  # noqa: E402
+from easy_jax.parallel.rendezvous import EXIT_PEERS  # noqa: E402
+from easy_jax.train.loss_table import LossTable  # noqa: E402
 
 BATCHES = 30  # of 8 examples to score; as many steps to train, saved every 3
 # In blocks of 1,024 bytes. By a shell: Python would have to fork, which JAX does not bear.
@@ -181,9 +181,15 @@ class Faults:
         # Saved at every step: a tiny step alone is over before the processes can agree to stop.
         options = {"extra": ["--config.save_every_steps=1"], "late": 0.3}
         codes, complaints = self.interrupt(
-            workdir, "saving", signal.SIGKILL, which=lost, count=4, devices=8, timeout=timeout,
+            workdir,
+            "saving",
+            signal.SIGKILL,
+            which=lost,
+            count=4,
+            devices=8,
+            timeout=timeout,
             **options,
-        )  # fmt: skip
+        )
         assert time.monotonic() - self._hit < timeout
         for index, code in enumerate(codes):
             if index == lost:
@@ -226,8 +232,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(folder, args.seed)
         for name, act, times in (
-            ("kill -9", faults.kill, args.kills), ("SIGTERM", faults.stop, args.stops),
-        ):  # fmt: skip
+            ("kill -9", faults.kill, args.kills),
+            ("SIGTERM", faults.stop, args.stops),
+        ):
             for number in range(times):
                 phase = PHASES[number % len(PHASES)]
                 print(f"{name} {number + 1} while {phase}: {act(phase)}", flush=True)

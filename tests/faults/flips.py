@@ -72,9 +72,11 @@ class Workdir:
         self.restore()
         self._table, self._all = self.table(), self.everything()
         self.arguments = [
-            "evaluate", f"--config=tests/tiny_language.py:{model}", f"--workdir={self.path}",
+            "evaluate",
+            f"--config=tests/tiny_language.py:{model}",
+            f"--workdir={self.path}",
             "--config.scoring.rows_per_part=16",
-        ]  # fmt: skip
+        ]
 
     def restore(self):
         shutil.rmtree(self.path, ignore_errors=True)
@@ -88,11 +90,12 @@ class Workdir:
         """What the loss table says."""
         table = ej.LossTable.open(self.path / "loss_table")
         return {
-            "losses": table.loss_N(), "weights": table.flow_weights(),
+            "losses": table.loss_N(),
+            "weights": table.flow_weights(),
             "token weights": table.flow_token_weights().values,
             "temperatures": [table.temperature, table.token_temperature],
             **{name: table.metadata.get(name) for name in SUMMARY},
-        }  # fmt: skip
+        }
 
     def everything(self):
         """What the run returns and leaves."""

@@ -127,9 +127,11 @@ class Killer:
         """Of a Python that has imported nothing yet."""
         given = self.bench.arguments(workdir)
         run = subprocess.Popen(
-            [sys.executable, "-m", "easy_jax.main", *given], cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-m", "easy_jax.main", *given],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         time.sleep(late * self.draw.random())
         run.kill()
         return run.wait() < 0

@@ -38,29 +38,34 @@ def work(arguments):
     """One process: joins the others, and goes on until it is ended."""
     import jax
 
-    from easy_jax import distributed
-    from easy_jax.peers import EXIT_PEERS, PeersError
+    from easy_jax.parallel import processes
+    from easy_jax.parallel.rendezvous import EXIT_PEERS, PeersError
 
     address, count, index = (
-        arguments.coordinator_address, arguments.num_processes, arguments.process_id,
-    )  # fmt: skip
+        arguments.coordinator_address,
+        arguments.num_processes,
+        arguments.process_id,
+    )
     print(HERE, flush=True)
     if arguments.by == "jax":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            address, count, index, initialization_timeout=int(arguments.peer_timeout),
+            address,
+            count,
+            index,
+            initialization_timeout=int(arguments.peer_timeout),
             heartbeat_timeout_seconds=int(arguments.peer_timeout),
-        )  # fmt: skip
+        )
         _go_on(arguments.exchanges)
         return
     try:  # as the command line does
-        distributed.initialize(address, count, index, timeout=arguments.peer_timeout)
+        processes.initialize(address, count, index, timeout=arguments.peer_timeout)
         _go_on(arguments.exchanges)
     except PeersError as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         sys.exit(EXIT_PEERS)
     except Exception as error:
-        distributed.abort(1, f"{type(error).__name__}: {error}")
+        processes.abort(1, f"{type(error).__name__}: {error}")
 
 
 def _go_on(exchanges):
@@ -78,9 +83,13 @@ def measure(by, count, fault, lost, exchanges, timeout):
     """What becomes of the others: `(seconds of the last, exit codes, how many name it, words)`."""
     only = [index for index in range(count) if fault != "missing" or index != lost]
     with processes.Processes(
-        ROOT, ["--by", by, *(["--exchanges"] if exchanges else [])], count, timeout=timeout,
-        only=only, program=[__file__, "--work"],
-    ) as run:  # fmt: skip
+        ROOT,
+        ["--by", by, *(["--exchanges"] if exchanges else [])],
+        count,
+        timeout=timeout,
+        only=only,
+        program=[__file__, "--work"],
+    ) as run:
         others = dict(zip(only, run.all, strict=True))
         for process in run.all:
             while (READY if fault != "missing" else HERE) not in process.stdout.readline():
@@ -123,9 +132,11 @@ def main():
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--exchanges", action="store_true", help=argparse.SUPPRESS)
     for name, kind in (
-        ("coordinator_address", str), ("num_processes", int), ("process_id", int),
+        ("coordinator_address", str),
+        ("num_processes", int),
+        ("process_id", int),
         ("peer_timeout", float),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:

@@ -28,7 +28,7 @@ from helpers import devices_mesh
 from safetensors.numpy import load_file, save_file
 
 import easy_jax as ej
-from easy_jax import errors
+from easy_jax.cli import errors
 
 NAN, INF, HUGE, TINY, SUBNORMAL = np.nan, np.inf, 3e38, 1e-39, 1e-45
 BFLOAT16 = ml_dtypes.bfloat16
@@ -269,13 +269,18 @@ def step(x, y, weight, reduction="example_mean", mask=None, micro_batches=1, dty
     batch = {
         "x": jnp.asarray(np.asarray(x)[:, None].astype(dtype)),
         "y": jnp.asarray(np.asarray(y)[:, None].astype(dtype)),
-        "weight": jnp.asarray(weight, jnp.float32), "mask": jnp.asarray(mask),
-    }  # fmt: skip
+        "weight": jnp.asarray(weight, jnp.float32),
+        "mask": jnp.asarray(mask),
+    }
     model, optimizer, mesh = line(), optax.sgd(RATE), devices_mesh(1)
     take = ej.make_train_step(
-        nnx.graphdef(model), squared, optimizer, reduction=reduction,
-        micro_batches=micro_batches, mesh=mesh,
-    )  # fmt: skip
+        nnx.graphdef(model),
+        squared,
+        optimizer,
+        reduction=reduction,
+        micro_batches=micro_batches,
+        mesh=mesh,
+    )
     state, metrics = take(ej.init_train_state(model, optimizer, mesh=mesh), batch)
     if not np.isfinite(float(metrics["loss"])):
         return float(metrics["loss"])
@@ -298,10 +303,15 @@ def steps():
     yield case("one example", x=x[:1], y=y[:1], w=w[:1])
     yield case("weights of zero", w=np.zeros(4))
     for reduction in ("token_mean", "example_mean", "weight_mean"):
-        yield case(f"an infinite loss of weight 0, {reduction}", x=np.float32([1, 2, 1e30, 4]),
-                   w=np.float32([1, 0.5, 0, 2]), reduction=reduction)  # fmt: skip
-    yield case("weights of 1e-30 and 1e30", w=np.float32([1e-30, 1e30, 1, 1]),
-               reduction="weight_mean")  # fmt: skip
+        yield case(
+            f"an infinite loss of weight 0, {reduction}",
+            x=np.float32([1, 2, 1e30, 4]),
+            w=np.float32([1, 0.5, 0, 2]),
+            reduction=reduction,
+        )
+    yield case(
+        "weights of 1e-30 and 1e30", w=np.float32([1e-30, 1e30, 1, 1]), reduction="weight_mean"
+    )
 
 
 def stage(batch_size, reduction):
@@ -314,9 +324,14 @@ def fitted(fields, weight_N=None, loss_fn=squared, batch_size=None, reduction="e
     source = ej.ArraySource({name: np.asarray(value) for name, value in fields.items()})
     with tempfile.TemporaryDirectory() as folder:
         fit = ej.fit(
-            line(), source, folder, stage=stage(batch_size or len(source), reduction),
-            loss_fn=loss_fn, weight_N=weight_N, mesh=devices_mesh(1),
-        )  # fmt: skip
+            line(),
+            source,
+            folder,
+            stage=stage(batch_size or len(source), reduction),
+            loss_fn=loss_fn,
+            weight_N=weight_N,
+            mesh=devices_mesh(1),
+        )
         return jax.tree.leaves(jax.device_get(fit.model_state))[0][0, 0]
 
 
@@ -336,15 +351,17 @@ def stages():
     yield case("weights of NaN", np.full(4, NAN), None, ("weight",))
     yield case("three weights", np.ones(3), None, ("weight",))
     small = np.full(4, 1e-40)
-    yield case("weights of 1e-40", small, descent(x, y, np.ones(4)), ("weight",),
-               reduction="weight_mean")  # fmt: skip
+    yield case(
+        "weights of 1e-40", small, descent(x, y, np.ones(4)), ("weight",), reduction="weight_mean"
+    )
     yield case("weights of 3e38", np.full(4, HUGE), None, ("step 1", "ids", "2"))
     far = {"x": np.float32([[1], [2], [1e30], [4]]), "y": fields["y"]}
     zero = np.float32([1, 0.5, 0, 2])
     yield case("an infinite loss of weight 0", zero, descent(x, y, zero), (), far)
     nothing = {"x": np.float32([[1], [2], [0], [4]])}
-    yield case("a NaN gradient of weight 0", zero, descent(x, None, zero), (), nothing,
-               loss_fn=surprise)  # fmt: skip
+    yield case(
+        "a NaN gradient of weight 0", zero, descent(x, None, zero), (), nothing, loss_fn=surprise
+    )
     own = {**fields, "weight": np.float32([1, 1, -1, 1])}
     yield case("a negative weight of its own", None, None, ("weight", "2"), own)
     many = np.ones((6, 1), np.float32)
@@ -378,16 +395,24 @@ def labels():
     def scored(bad):
         with tempfile.TemporaryDirectory() as folder:
             return ej.score(
-                Classifier(), source(bad), folder, loss_fn=ej.classification_loss, batch_size=4,
+                Classifier(),
+                source(bad),
+                folder,
+                loss_fn=ej.classification_loss,
+                batch_size=4,
                 mesh=devices_mesh(1),
-            ).loss_N()  # fmt: skip
+            ).loss_N()
 
     def trained(bad):
         with tempfile.TemporaryDirectory() as folder:
             return ej.fit(
-                Classifier(), source(bad), folder, stage=stage(2, "example_mean"),
-                loss_fn=ej.classification_loss, mesh=devices_mesh(1),
-            ).steps  # fmt: skip
+                Classifier(),
+                source(bad),
+                folder,
+                stage=stage(2, "example_mean"),
+                loss_fn=ej.classification_loss,
+                mesh=devices_mesh(1),
+            ).steps
 
     for bad in (7, -1):
         yield Case(f"score with label {bad} of 3", lambda bad=bad: scored(bad), None, ("3",))
@@ -405,9 +430,13 @@ def texts(folder):
         model = ej.hugging_face.load(folder, mesh=mesh)
         with tempfile.TemporaryDirectory() as where:
             return ej.score(
-                model, ej.PackedSource(examples, row_length=4), where, mesh=mesh, batch_size=2,
+                model,
+                ej.PackedSource(examples, row_length=4),
+                where,
+                mesh=mesh,
+                batch_size=2,
                 loss_fn=ej.causal_lm_loss,
-            ).loss_N()  # fmt: skip
+            ).loss_N()
 
     yield Case("token 99 of 14", lambda: scored(99), None, ("99",))
     yield Case("token -5", lambda: scored(-5), None, ("-5",))
@@ -421,8 +450,10 @@ def texts(folder):
         tensors[name] = tensors[name].copy()
         tensors[name][2, 1] = bad
         save_file(tensors, damaged / "model.safetensors")
-        load = lambda where=damaged: len(jax.tree.leaves(  # noqa: E731
-            nnx.state(ej.hugging_face.load(where, mesh=mesh))))  # fmt: skip
+
+        def load(where: Path = damaged) -> int:
+            return len(jax.tree.leaves(nnx.state(ej.hugging_face.load(where, mesh=mesh))))
+
         yield Case(f"a transformer's tensor with {bad}", load, None, (name,))
     config = ej.ResNetConfig(in_channels=1, width=4, depths=(1,), stem="imagenet")
     where = folder.parent / "network"

@@ -2,8 +2,8 @@
 
   python tests/faults/strangers.py [--count 13] [--seed 0]
 
-Two processes join with `easy_jax.distributed.initialize` and exchange a value; before the second
-one starts, and until both are done, a stranger does what it can. Loopback only, and bounded.
+Two processes join with `easy_jax.parallel.processes.initialize` and exchange a value; before the
+second one starts, and until both are done, a stranger does what it can. Loopback only, and bounded.
 """
 
 import contextlib
@@ -35,16 +35,17 @@ def member(address, index, max_files, out, err):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (max_files, hard))
     sys.argv = ["easy-jax", *COMMAND, f"--process_id={index}"]
-    from easy_jax import distributed, errors
-    from easy_jax.peers import PeersError
+    from easy_jax.cli import errors
+    from easy_jax.parallel import processes
+    from easy_jax.parallel.rendezvous import PeersError
 
     try:
-        distributed.initialize(address, 2, index, timeout=TIMEOUT)
+        processes.initialize(address, 2, index, timeout=TIMEOUT)
     except (PeersError, *errors.USER_ERRORS) as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         sys.exit(76)
-    found = distributed.gather("the attack's value", index)
-    distributed.shutdown()
+    found = processes.gather("the attack's value", index)
+    processes.shutdown()
     print(f"gathered {found}")
 
 
@@ -218,9 +219,20 @@ def replay(stranger):
 
 
 STRANGERS = (
-    raw, http, deep, huge, slow, many, imposter, count, other_run, messages, half_closed, flood,
+    raw,
+    http,
+    deep,
+    huge,
+    slow,
+    many,
+    imposter,
+    count,
+    other_run,
+    messages,
+    half_closed,
+    flood,
     replay,
-)  # fmt: skip
+)
 
 
 def attack(stranger_act, seed, folder):

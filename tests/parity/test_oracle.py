@@ -16,11 +16,12 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax import losses, scoring
+from easy_jax.core import losses
+from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import DataWarning, PackedSource, Ragged, text, training_loader
-from easy_jax.models import hugging_face
-from easy_jax.sharding import shard_batch
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.parallel.sharding import shard_batch
+from easy_jax.pretrained import hugging_face
+from easy_jax.train import scoring
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 ROW_LENGTH = 384
@@ -124,10 +125,13 @@ def test_the_weighted_step(kind, max_segments, oracle, model, examples, mesh):
     )
     token_weight = Ragged(oracle["token_weights_flat_tau_token"][: offsets[-1]], offsets)
     (batch,) = training_loader(
-        PackedSource(first8, ROW_LENGTH, max_segments), 8, epochs=1, seed=0,
+        PackedSource(first8, ROW_LENGTH, max_segments),
+        8,
+        epochs=1,
+        seed=0,
         weight_N=oracle["sequence_weights"][:8] if kind == "sequence" else None,
         token_weight=token_weight if kind == "token" else None,
-    )  # fmt: skip
+    )
     batch.pop("example_id")
     optimizer = _sgd_that_keeps_the_gradient(0.01)
     step = make_train_step(

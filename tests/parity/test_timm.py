@@ -14,13 +14,16 @@ from helpers import devices_mesh
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from easy_jax import optim, scoring
 from easy_jax.config import RESNETS, OptimizerConfig, ResNetConfig
+from easy_jax.core import optim
+from easy_jax.core.losses import classification_loss
+from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource
-from easy_jax.losses import classification_loss
-from easy_jax.models import eval_view, resnet, timm_weights, train_view
-from easy_jax.sharding import shard_batch
-from easy_jax.step import init_train_state, make_train_step
+from easy_jax.models import resnet
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.parallel.sharding import shard_batch
+from easy_jax.pretrained import timm_weights
+from easy_jax.train import scoring
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's and timm's own are theirs
 
@@ -213,9 +216,13 @@ def test_a_step_of_the_authors_objective(name, make, trainer, tmp_path):
 
     ours = trainer(name)
     table = scoring.score(
-        ours.model, ArraySource(batch), tmp_path / "table", loss_fn=classification_loss,
-        batch_size=BATCH_SIZE, mesh=devices_mesh(1),
-    )  # fmt: skip
+        ours.model,
+        ArraySource(batch),
+        tmp_path / "table",
+        loss_fn=classification_loss,
+        batch_size=BATCH_SIZE,
+        mesh=devices_mesh(1),
+    )
     _assert_close(table.flow_weights(), weight_B.numpy())
     batch["weight"] = table.flow_weights()
     # A last example that is padding, which neither the loss nor BatchNorm may see.

@@ -17,11 +17,11 @@ from flax import nnx
 from helpers import devices_mesh
 from safetensors.numpy import load_file
 
-from easy_jax import sharding
 from easy_jax.config import MeshConfig
-from easy_jax.lm_head import NO_TARGET, linear_cross_entropy
-from easy_jax.models import hugging_face
+from easy_jax.kernels.linear_cross_entropy import NO_TARGET, linear_cross_entropy
 from easy_jax.models.lora import TARGETS, add_adapters
+from easy_jax.parallel import sharding
+from easy_jax.pretrained import hugging_face
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,9 +30,13 @@ pytestmark = pytest.mark.filterwarnings("default")  # torch's and transformers' 
 
 SHARED = {"vocab_size": 98, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-}  # fmt: skip
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +59,37 @@ CASES = {
     ),
     "llama_rope": Case(
         "Llama",
-        {"num_hidden_layers": 2, "num_key_value_heads": 4, "tie_word_embeddings": False,
-         "rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 128},
-        length=40, shard_size="20KB",
+        {
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "rope_parameters": LLAMA3_ROPE,
+            "max_position_embeddings": 128,
+        },
+        length=40,
+        shard_size="20KB",
     ),
     "gemma2": Case(
         "Gemma2",
-        {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 10,
-         "query_pre_attn_scalar": 7, "sliding_window": 5, "attn_logit_softcapping": 2.0,
-         "final_logit_softcapping": 3.0},
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 10,
+            "query_pre_attn_scalar": 7,
+            "sliding_window": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
         length=24,
     ),
     "llama_bfloat16": Case(
         "Llama",
         {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
-        length=12, shard_size="20KB", dtype=torch.bfloat16,
+        length=12,
+        shard_size="20KB",
+        dtype=torch.bfloat16,
     ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +122,12 @@ def family(request, make):
 
 def _make(case, folder):
     config = getattr(transformers, f"{case.family}Config")(
-        **SHARED, **case.config, bos_token_id=1, eos_token_id=2,
+        **SHARED,
+        **case.config,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=None,  # PyTorch gives the embedding of that token no gradient
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = getattr(transformers, f"{case.family}ForCausalLM")(config)
     with torch.no_grad():
@@ -165,9 +186,13 @@ def _logits(model, *tokens_positions_segments):
 @nnx.jit
 def _nll(model, tokens, targets):
     return linear_cross_entropy(
-        model.hidden_states(tokens), model.head_VD(), targets,
-        soft_cap=model.config.final_cap, vocab_block=32, token_chunk=21,
-    )  # fmt: skip
+        model.hidden_states(tokens),
+        model.head_VD(),
+        targets,
+        soft_cap=model.config.final_cap,
+        vocab_block=32,
+        token_chunk=21,
+    )
 
 
 def _weighted_gradient(model, checkpoint):
@@ -247,8 +272,10 @@ def test_configurations(checkpoint):
     theirs = checkpoint.torch_model.config
     assert config.family == checkpoint.case.family.lower()
     assert (config.layers, config.kv_heads, config.head_dim) == (
-        theirs.num_hidden_layers, theirs.num_key_value_heads, theirs.head_dim,
-    )  # fmt: skip
+        theirs.num_hidden_layers,
+        theirs.num_key_value_heads,
+        theirs.head_dim,
+    )
     assert config.tied == theirs.tie_word_embeddings
     if config.family == "gemma2":
         assert config.windows == (5, None)

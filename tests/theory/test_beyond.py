@@ -82,9 +82,15 @@ def test_median_temperature_is_the_median():
 def test_simulated_label_noise_has_the_closed_form(problem):
     tau = theory.median_temperature(problem.e_norm, 0.5)
     simulated = theory.simulate_flow(
-        problem, jax.random.key(1), num_examples=NUM, temperature=tau, steps=8,
-        learning_rate=0.4, weight_fn=ej.flow_weights, noise_std=0.5,
-    )  # fmt: skip
+        problem,
+        jax.random.key(1),
+        num_examples=NUM,
+        temperature=tau,
+        steps=8,
+        learning_rate=0.4,
+        weight_fn=ej.flow_weights,
+        noise_std=0.5,
+    )
     noisy = theory.noisy_flow_iterate_gd(problem, tau, 0.5, 8, 0.4)
     np.testing.assert_allclose(simulated, noisy, atol=0.01)
     assert np.abs(noisy - theory.flow_iterate_gd(problem, tau, 8, 0.4)).max() > 0.05
@@ -147,9 +153,15 @@ def test_phase_diagram():
 def test_simulation_converges_like_one_over_root_n(problem):
     tau = theory.median_temperature(problem.e_norm)
     convergence = theory.convergence(
-        problem, jax.random.key(0), (256, 1024, 4096), repeats=64, temperature=tau, steps=10,
-        learning_rate=0.4, weight_fn=ej.flow_weights,
-    )  # fmt: skip
+        problem,
+        jax.random.key(0),
+        (256, 1024, 4096),
+        repeats=64,
+        temperature=tau,
+        steps=10,
+        learning_rate=0.4,
+        weight_fn=ej.flow_weights,
+    )
     assert abs(convergence.slope + 0.5) < 0.1
     assert convergence.rms[0] < 0.2
     # Another closed form is not what it converges to.

@@ -23,9 +23,12 @@ def problem_of(dim, seed, rho):
 def centred(problem):
     """The same problem with theta_ft at 0, so that what is left of e is not drowned in it."""
     return theory.Problem(
-        theta_pre=problem.e, theta_ft=jnp.zeros_like(problem.e), e_perp=problem.e_perp,
-        rho=problem.rho, sigma_pre=problem.sigma_pre,
-    )  # fmt: skip
+        theta_pre=problem.e,
+        theta_ft=jnp.zeros_like(problem.e),
+        e_perp=problem.e_perp,
+        rho=problem.rho,
+        sigma_pre=problem.sigma_pre,
+    )
 
 
 @jax.jit

@@ -1,0 +1,192 @@
+"""`--config=FILE.py:ARG` and `--config.field=value`: read, with every mistake told in one line."""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from absl import flags
+from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
+
+from easy_jax.cli.usage import nearest
+from easy_jax.experiments.config import ExperimentConfig
+from easy_jax.experiments.language_config import LanguageConfig
+from easy_jax.io.checks import ConfigError
+
+_OVERRIDE = re.compile(r"--?(?:no)?(config[.\[][^=]*)")
+
+
+class ConfigFile(flags.ArgumentParser):
+    """Reads a configuration file for the flag `--config`, and checks what is to be overridden."""
+
+    def parse(self, location: str) -> ExperimentConfig | LanguageConfig:
+        """The configuration that `FILE.py` or `FILE.py:ARG` gives.
+
+        Raises:
+          ConfigError: there is no such file, it fails, or an override of `sys.argv` does not fit.
+        """
+        config = read(location)
+        for name in _overridden(sys.argv[1:]):
+            check_override(config, name)
+        return config
+
+
+class Entries(tuple_parser.TupleParser):
+    """Reads `a,b`, `0.1,0.2` and Python's `("a", "b")` for a field that is a tuple.
+
+    Example:
+      >>> Entries().parse("standard,wise_ft_0.5"), Entries().parse("0.1,1"), Entries().parse("")
+      (('standard', 'wise_ft_0.5'), (0.1, 1), ())
+    """
+
+    def parse(self, argument: Any) -> tuple[Any, ...]:
+        if not isinstance(argument, str):
+            return super().parse(argument)
+        if argument.startswith(("(", "[")):
+            value = _literal(argument)
+            return tuple(value) if isinstance(value, tuple | list) else (value,)
+        words = [word.strip() for word in argument.split(",")]
+        return tuple(_literal(word) for word in (words if words[-1] else words[:-1]))
+
+
+def define(name: str, text: str) -> flags.FlagHolder:
+    """Defines the flag of a configuration file, with the overrides of its fields."""
+    # Fields with a choice of words are given as text; `validate()` names the options.
+    config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
+    config_flags.register_flag_parser_for_type(tuple, Entries())
+    holder = config_flags.DEFINE_config_file(name, None, text)
+    flags.FLAGS[name].parser = ConfigFile()
+    return holder
+
+
+def read(location: str) -> ExperimentConfig | LanguageConfig:
+    """The configuration that a file gives.
+
+    Args:
+      location: `FILE.py`, or `FILE.py:ARG`, whose `get_config` is called with `ARG`.
+
+    Raises:
+      ConfigError: names the file and, where it fails, the line.
+
+    Example:
+      >>> read("nope.py")
+      Traceback (most recent call last):
+      easy_jax.io.checks.ConfigError: there is no file nope.py
+    """
+    name, colon, argument = location.partition(":")
+    path = Path(name)
+    if not name or path.is_dir():
+        raise ConfigError(f"--config={location} is no file; write --config=FILE.py or FILE.py:ARG")
+    if not path.exists():
+        others = [str(other) for other in sorted(path.parent.glob("*.py"))]
+        raise ConfigError(f"there is no file {name}{nearest(name, others) if others else ''}")
+    try:
+        make = getattr(_module(path), "get_config", None)
+        if make is None:
+            raise ConfigError(f"{name} has no function get_config, which makes the configuration")
+        config = make(argument) if colon else make()
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        where = f"{error.filename or name}, line {error.lineno}"
+        raise ConfigError(f"{where}: this is not Python: {error.msg}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"{_place(error, path)}: {reason}") from error
+    if not isinstance(config, ExperimentConfig | LanguageConfig):
+        raise ConfigError(
+            f"get_config of {name} returns {type(config).__name__}; it must be an ExperimentConfig "
+            "or a LanguageConfig"
+        )
+    return config
+
+
+def check_override(config: Any, name: str) -> None:
+    """Refuses a field that cannot be set from the command line.
+
+    Args:
+      config: a configuration.
+      name: of a field, such as `config.heldout[0].path`.
+
+    Raises:
+      ConfigError: there is no such field, or it is not one value; the nearest field is named.
+    """
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", name)
+    if "config" + "".join(f".{field}" if field else f"[{i}]" for field, i in steps) != name:
+        raise ConfigError(f"--{name} is no field; write such as --config.heldout[0].path=FILE")
+    value, where = config, "config"
+    for field, index in steps:
+        if field:
+            value, where = _field(value, where, field), f"{where}.{field}"
+        else:
+            value, where = _entry(value, where, int(index)), f"{where}[{index}]"
+    if dataclasses.is_dataclass(value):
+        first = dataclasses.fields(value)[0].name
+        raise ConfigError(f"--{where} has fields; set one of them, such as --{where}.{first}")
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        raise ConfigError(f"--{where} is made in the file; set fields of an entry: --{where}[0]")
+    if steps and steps[-1][1]:
+        whole = where.rpartition("[")[0]
+        raise ConfigError(f"--{where} cannot be set alone; give all of them: --{whole}=A,B")
+
+
+def _field(value: Any, where: str, field: str) -> Any:
+    if not dataclasses.is_dataclass(value):
+        raise ConfigError(f"{where} is {value!r}; it has no field {field}")
+    names = [each.name for each in dataclasses.fields(value)]
+    if field not in names:
+        kind = type(value).__name__
+        raise ConfigError(f"{where} ({kind}) has no field {field}{nearest(field, names)}")
+    return getattr(value, field)
+
+
+def _entry(value: Any, where: str, index: int) -> Any:
+    if not isinstance(value, tuple):
+        raise ConfigError(f"{where} is {value!r}, not a list: {where}[{index}] does not exist")
+    if index >= len(value):
+        there = f"ends with [{len(value) - 1}]" if value else "is empty in the file"
+        raise ConfigError(f"{where}[{index}] does not exist: {where} {there}")
+    return value[index]
+
+
+def _overridden(arguments: list[str]) -> Iterator[str]:
+    """The fields that a command line overrides, as `config.field`."""
+    for argument in arguments:
+        if argument == "--":
+            return
+        found = _OVERRIDE.match(argument)
+        if found:
+            yield found[1]
+
+
+def _literal(text: str) -> Any:
+    """A number, or whatever else Python's literals are; text, where it is none."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _module(path: Path) -> ModuleType:
+    name = "easy_jax_configuration"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def _place(error: Exception, path: Path) -> str:
+    """The file, and its last line that was on the way to an error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    return f"{path}, line {lines[-1]}" if lines else str(path)

@@ -1,0 +1,288 @@
+"""Per-example losses: unreduced `(nll_sum_B, count_B)`, written once for every use.
+
+Scoring, training and evaluation all call these; nothing here averages over the batch.
+The score of an example is `nll_sum / count`. Reductions live in `easy_jax.core.step`.
+"""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from easy_jax.kernels.linear_cross_entropy import (
+    NO_TARGET,
+    linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
+
+PerExampleLoss = tuple[jax.Array, jax.Array]
+LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]
+
+
+_outputs: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("outputs", default=None)
+
+
+@contextlib.contextmanager
+def recorded_outputs() -> Iterator[list[int]]:
+    """Collects how many classes every call of `softmax_cross_entropy` inside distinguishes.
+
+    So `easy_jax.core.compatibility` learns, from an abstract trace, what any loss function that is
+    built on it expects of the data.
+
+    Example:
+      >>> with recorded_outputs() as outputs:
+      ...   _ = softmax_cross_entropy(jnp.zeros((2, 5)), jnp.zeros(2, int))
+      >>> outputs
+      [5]
+    """
+    found: list[int] = []
+    token = _outputs.set(found)
+    try:
+        yield found
+    finally:
+        _outputs.reset(token)
+
+
+class ContractError(ValueError):
+    """A model or a loss function is not as easy_jax calls it; the message says what to do."""
+
+
+@runtime_checkable
+class WeightedSumLoss(Protocol):
+    """A per-example loss that can also give its weighted sum, with a cheaper gradient.
+
+    `weighted_sum(model, batch, coefficients) -> (total, size)`: the sum over the examples of
+    coefficient * nll_sum, and what `coefficients(count) -> (coefficient, size)` returned.
+    """
+
+    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss: ...
+
+    def weighted_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]: ...
+
+
+def softmax_cross_entropy(
+    logits_BK: Float[Array, "B K"], label_B: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Negative log-likelihood of one label per example, in nats.
+
+    Args:
+      logits_BK: unnormalised log-probabilities; computed in float32.
+      label_B: the class, in [0, K). A label outside gives NaN, which scoring and
+        training report with the example's id; it is never clipped into range.
+
+    Returns:
+      `(nll_sum_B, count_B)`, float32; the count is 1.
+
+    Example:
+      >>> nll, count = softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
+      >>> round(float(nll[0]), 4), float(count[0])  # log(4)
+      (1.3863, 1.0)
+    """
+    logits_BK = logits_BK.astype(jnp.float32)
+    num_classes = logits_BK.shape[1]
+    if (outputs := _outputs.get()) is not None:
+        outputs.append(num_classes)
+    # A masked sum, not a gather: it fuses, and its gradient needs no scatter.
+    is_label_BK = jnp.arange(num_classes)[None, :] == label_B[:, None]
+    chosen_B = jnp.sum(jnp.where(is_label_BK, logits_BK, 0.0), axis=1)
+    chosen_B = jnp.where((label_B >= 0) & (label_B < num_classes), chosen_B, jnp.nan)
+    nll_B = jax.nn.logsumexp(logits_BK, axis=1) - chosen_B
+    # Rounding can leave -1e-9 where the model is certain; the loss is non-negative.
+    nll_B = jnp.where(nll_B < 0, 0.0, nll_B)
+    return nll_B, jnp.ones_like(nll_B)
+
+
+def squared_error(
+    prediction_BD: Float[Array, "B D"], target_BD: Float[Array, "B D"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Squared Euclidean distance per example (the loss of the theory, section 7).
+
+    Args:
+      prediction_BD, target_BD: float arrays of equal shape.
+
+    Returns:
+      `(sum_B, count_B)`: the sum of squares over D and the count 1, in the inputs' dtype.
+
+    Example:
+      >>> loss, count = squared_error(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 0.0]]))
+      >>> float(loss[0])
+      5.0
+    """
+    sum_B = jnp.sum(jnp.square(prediction_BD - target_BD), axis=1)
+    return sum_B, jnp.ones_like(sum_B)
+
+
+def normalised_images(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """The images of a batch as a model takes them, [B, H, W, C].
+
+    uint8 pixels x become (x / 255 - image_mean) / image_std, float32, with the batch's fields of
+    these names, [B, C]; floats stay as they are.
+
+    Raises:
+      ValueError: uint8 images without these fields.
+
+    Example:
+      >>> white = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
+      >>> half = jnp.full((1, 3), 0.5)
+      >>> batch = {"image": white, "image_mean": half, "image_std": half}
+      >>> normalised_images(batch).tolist()
+      [[[[1.0, 1.0, 1.0]]]]
+    """
+    image_BHWC = batch["image"]
+    if image_BHWC.dtype != jnp.uint8:
+        return image_BHWC
+    if "image_mean" not in batch or "image_std" not in batch:
+        raise ValueError(
+            "images are uint8, and the batch has no fields image_mean and image_std to normalise "
+            "them with; give these, or float images"
+        )
+    mean, std = (batch[name][:, None, None, :] for name in ("image_mean", "image_std"))
+    return (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
+
+
+def image_logits(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """`model(image, mask)` of a batch with `image` (see `normalised_images`), `label`, `mask`.
+
+    Raises:
+      ContractError: a model that cannot be called so, or that returns no [B, K]; labels that are
+        not integers [B].
+    """
+    image_BHWC, mask_B, label_B = normalised_images(batch), batch["mask"], batch["label"]
+    own = "give a loss function of your own: loss_fn(model, batch) -> losses, one an example"
+    try:
+        inspect.signature(model).bind(image_BHWC, mask_B)
+    except TypeError as error:
+        raise ContractError(
+            f"classification_loss calls model(image, mask), and {_call(model)} does not take that: "
+            f"give it a second argument, mask=None (bool [B], False for padding), or {own}"
+        ) from error
+    logits_BK = model(image_BHWC, mask_B)
+    shape = getattr(logits_BK, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != mask_B.shape[0]:
+        what = type(logits_BK).__name__ if shape is None else f"an array of shape {shape}"
+        raise ContractError(
+            f"classification_loss needs logits of shape ({mask_B.shape[0]}, classes), and "
+            f"{type(model).__name__} returned {what}; {own}"
+        )
+    if label_B.shape != mask_B.shape or not jnp.issubdtype(label_B.dtype, jnp.integer):
+        raise ContractError(
+            f"field 'label' has shape {label_B.shape} and dtype {label_B.dtype}; "
+            f"classification_loss needs integers of shape {mask_B.shape} (of one-hot labels their "
+            f"argmax), or {own}"
+        )
+    return logits_BK
+
+
+def _call(model: Any) -> str:
+    cls = type(model)
+    if not any("__call__" in vars(base) for base in cls.__mro__):
+        return f"{cls.__name__}, which has no __call__,"
+    return f"{cls.__name__}.__call__{inspect.signature(cls.__call__)}"
+
+
+def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
+    """`softmax_cross_entropy` of an image model on a batch with `image` (see
+    `normalised_images`), `label`, `mask`."""
+    return softmax_cross_entropy(image_logits(model, batch), batch["label"])
+
+
+class CausalLMLoss:
+    """`causal_lm_loss`: the class of one instance, so that the loss can have a second form."""
+
+    def __init__(self) -> None:
+        self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
+
+    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
+        """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+
+        Args:
+          model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+          batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
+            token's term is multiplied by its weight, and the count is that of the tokens all the
+            same: the reduction `token_mean` then is FLOW's token-wise objective (paper.md
+            section 3).
+
+        Returns:
+          `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
+        """
+        nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
+        return nll_sum_RS, count_RS
+
+    def weighted_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `WeightedSumLoss`."""
+        coefficient_RS, size = coefficients(_count(batch))
+        none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
+        coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
+        weight_RT = jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
+        if "token_weight" in batch:
+            weight_RT = weight_RT * batch["token_weight"]
+        total = weighted_linear_cross_entropy(
+            _hidden_states(model, batch),
+            model.head_VD(),
+            batch["targets"],
+            weight_RT,
+            soft_cap=model.config.final_cap,
+        )
+        return total, size
+
+
+causal_lm_loss = CausalLMLoss()
+
+
+def causal_lm_token_losses(
+    model: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target."""
+    nll_RT = linear_cross_entropy(
+        _hidden_states(model, batch),
+        model.head_VD(),
+        batch["targets"],
+        soft_cap=model.config.final_cap,
+    )
+    if "token_weight" in batch:
+        weight_RT = batch["token_weight"]
+        nll_RT = jnp.where(weight_RT != 0, nll_RT * weight_RT, 0.0)  # 0 removes an infinite loss
+    # Masked sums, not a one-hot product: a NaN stays with its example.
+    nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
+    return nll_sum_RS, _count(batch), nll_RT
+
+
+def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    missing = [name for name in ("hidden_states", "head_VD", "config") if not hasattr(model, name)]
+    if missing:
+        raise ContractError(
+            "causal_lm_loss calls model.hidden_states(tokens, positions, segment_ids) and "
+            f"model.head_VD(), and reads model.config.final_cap; {type(model).__name__} has no "
+            f"{' and no '.join(missing)}: give a loss function of your own"
+        )
+    hidden: jax.Array = model.hidden_states(
+        batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    return hidden
+
+
+def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether a token is of the row's example 1, 2, ..., bool [R, T, S]."""
+    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
+    return batch["segment_ids"][:, :, None] == segments_S[None, None, :]
+
+
+def _count(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Target tokens of every example, float32 [R, S]."""
+    is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
+    return jnp.sum(_in_segment(batch) & is_target_RT1, axis=1, dtype=jnp.float32)

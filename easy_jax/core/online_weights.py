@@ -1,0 +1,76 @@
+"""FLOW's weights made anew in every step, by the frozen model, where training sees random views."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax.core import contract, weightings
+from easy_jax.io import code_fingerprint
+from easy_jax.io import fingerprint as fingerprints
+from easy_jax.models.modes import eval_view
+from easy_jax.parallel import sharding
+
+
+class OnlineWeights:
+    """FLOW's weights of a batch as it is, from the frozen model: the way of the authors' code.
+
+    Where training sees random views, each view gets a weight of its own. It costs a forward pass in
+    every step, which the weights of a loss table do not.
+
+    Args:
+      model: frozen, in eval mode whatever mode it is in.
+      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
+      tau: the temperature, in nats.
+      mesh: where the batches are.
+
+    Raises:
+      ValueError: tau is not positive and finite, or is so for no device.
+      ContractError: a model that is not NNX's; a loss function that returns anything else.
+    """
+
+    def __init__(self, model: nnx.Module, *, loss_fn: Callable[..., Any], tau: float, mesh: Mesh):
+        contract.check_model(model, "OnlineWeights")
+        weightings.flow_weights([0.0], tau)  # raises
+        if not 1e-37 < tau < 1e37:
+            raise ValueError(f"tau is {tau}, which devices take for 0 or infinity; give another")
+        graphdef, state = nnx.split(eval_view(model))
+        self._state = sharding.shard_tree(state, mesh)
+        loss = code_fingerprint.of_function(loss_fn)
+        self._weigh = _make_weigh(graphdef, loss_fn, loss, tau, mesh)
+        structure = code_fingerprint.of_structure(graphdef)
+        self._identity = {"online": loss, "tau": tau, "structure": structure}
+
+    def __call__(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
+        return {**batch, "weight": self._weigh(self._state, batch)}
+
+    def fingerprint(self) -> str:
+        """Of the model, the loss and the temperature."""
+        return fingerprints.of_json({**self._identity, "model": fingerprints.of_state(self._state)})
+
+
+@functools.lru_cache(maxsize=32)
+def _make_weigh(
+    graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any], loss: str, tau: float, mesh: Mesh
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], jax.Array]:
+    del loss
+
+    def weigh(state: nnx.State, batch: Mapping[str, jax.Array]) -> jax.Array:
+        with sharding.tracing_on(mesh):
+            model = nnx.merge(graphdef, state, copy=True)
+            loss_sum_B, count_B = contract.call(loss_fn, model, batch)
+        seen = batch["mask"] & (batch["weight"] != 0)
+        loss_B = jnp.where(seen, loss_sum_B / count_B, 0.0)
+        weight_B = batch["weight"] * weightings.flow_weights(loss_B, tau)
+        return jnp.where(seen, weight_B, 0.0)
+
+    return jax.jit(
+        weigh,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )

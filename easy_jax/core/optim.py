@@ -1,0 +1,203 @@
+"""Optimisers as optax chains, and the pull towards the starting weights."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from easy_jax.core.config import OptimizerConfig
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    total_steps: int,
+    anchored: Callable[[Any, Any], bool] | None = None,
+) -> optax.GradientTransformation:
+    """SGD or AdamW with schedule, clipping and anchoring to the starting weights.
+
+    The peak learning rate is part of the optimiser's *state* (`optax.inject_hyperparams`):
+    a sweep over learning rates compiles the training step once.
+
+    Args:
+      config: the settings.
+      total_steps: length of the schedule.
+      anchored: NNX filter `(path, variable) -> bool` of the parameters that `config.anchor`
+        pulls to their starting values; default: all.
+
+    Returns:
+      A gradient transformation whose state holds `hyperparams["learning_rate"]`.
+
+    Example:
+      >>> make = make_optimizer(OptimizerConfig(learning_rate=0.5), total_steps=10)
+      >>> state = make.init({"w": jnp.ones(2)})
+      >>> float(state.hyperparams["learning_rate"])
+      0.5
+    """
+    shape = schedule_shape(config, total_steps)
+
+    def chain(learning_rate: jax.Array) -> optax.GradientTransformation:
+        parts = []
+        if config.clip_norm > 0:
+            parts.append(optax.clip_by_global_norm(config.clip_norm))
+        if config.anchor != "none":
+            parts.append(
+                anchor(
+                    config.anchor,
+                    config.anchor_strength,
+                    per_parameter=config.anchor_per_parameter,
+                    anchored=anchored,
+                )
+            )
+        if config.name == "sgd":
+            if config.weight_decay > 0:
+                parts.append(optax.add_decayed_weights(config.weight_decay))
+            if config.momentum > 0:
+                parts.append(optax.trace(decay=config.momentum))
+        else:
+            parts.append(optax.scale_by_adam(config.b1, config.b2, config.eps))
+            if config.weight_decay > 0:
+                parts.append(optax.add_decayed_weights(config.weight_decay))
+        parts.append(optax.scale_by_schedule(lambda count: -learning_rate * shape(count)))
+        return optax.chain(*parts)
+
+    return optax.inject_hyperparams(chain)(learning_rate=config.learning_rate)
+
+
+class LostUpdatesWarning(UserWarning):
+    """Parameters have too few digits for what training adds to them."""
+
+
+def warn_of_lost_updates(params: Any, learning_rate: float) -> None:
+    """Warns if a change as large as the learning rate is rounded away in most parameters.
+
+    That is what happens to parameters in bfloat16, which has 8 significant bits, at the learning
+    rates of fine-tuning: an update of Adam is about as large as the learning rate.
+
+    Args:
+      params: the parameters to train, of any dtypes.
+      learning_rate: of the optimiser.
+
+    Example:
+      >>> warn_of_lost_updates({"w": jnp.full(4, 0.02, jnp.float32)}, learning_rate=1e-5)
+    """
+    total, lost = 0, 0
+    dtypes = set()
+    for leaf in jax.tree.leaves(params):
+        total += leaf.size
+        if leaf.dtype != jnp.float32:
+            share = jnp.mean(leaf + jnp.asarray(learning_rate, leaf.dtype) == leaf)
+            lost += int(float(share) * leaf.size)
+            dtypes.add(leaf.dtype.name)
+    if learning_rate > 0 and lost > 0.5 * total:
+        warnings.warn(
+            f"{lost / total:.0%} of the parameters to train are too coarse ({', '.join(dtypes)}) "
+            f"for a change as large as the learning rate, {learning_rate:g}: most updates are "
+            "rounded away. Keep them in float32 (param_dtype='float32'); the computation may "
+            "stay in bfloat16 (dtype='bfloat16')",
+            LostUpdatesWarning,
+            stacklevel=3,
+        )
+
+
+def schedule_shape(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
+    """The schedule with a peak of 1: linear warm-up, then cosine to 0 or constant.
+
+    Args:
+      config: `schedule` and `warmup_ratio`, the share of the steps spent warming up.
+      total_steps: length of the run.
+
+    Returns:
+      A function from the step, 0 first, to the factor of the peak learning rate.
+
+    Example:
+      >>> shape = schedule_shape(OptimizerConfig(warmup_ratio=0.5), total_steps=4)
+      >>> [round(float(shape(step)), 2) for step in range(5)]
+      [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+
+    def shape(count: Any) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        rising = (count + 1.0) / max(warmup, 1)
+        done = jnp.clip((count - warmup) / max(total_steps - warmup, 1), 0.0, 1.0)
+        falling = 0.5 * (1.0 + jnp.cos(jnp.pi * done)) if config.schedule == "cosine" else 1.0
+        return jnp.where(count < warmup, rising, falling)
+
+    return shape
+
+
+class AnchorState(NamedTuple):
+    """The weights that `anchor` pulls towards; sharded and saved with the optimiser."""
+
+    reference: Any
+
+
+def anchor(
+    kind: Literal["l1", "l2"],
+    strength: float,
+    *,
+    per_parameter: bool = False,
+    anchored: Callable[[Any, Any], bool] | None = None,
+) -> optax.GradientTransformation:
+    """Adds the gradient of a distance to the weights at `init`, the pre-trained ones.
+
+    l2: `strength * sum |theta - theta*|^2`; l1: `strength * sum |theta - theta*|`
+    (paper.md section 3, with `per_parameter` dividing by the number of trainable ones).
+    It is a term of the loss, so it stands before momentum or Adam in a chain.
+
+    Args:
+      kind: `l1` or `l2`.
+      strength: lambda, at least 0.
+      per_parameter: divide lambda by the number of parameters given to `init`.
+      anchored: NNX filter `(path, variable) -> bool`; default: all parameters.
+
+    Returns:
+      A gradient transformation; its `update` needs the parameters.
+
+    Raises:
+      ValueError: `update` called without parameters.
+
+    Example:
+      >>> pull = anchor("l2", 0.5)
+      >>> state = pull.init({"w": jnp.zeros(1)})
+      >>> updates, _ = pull.update({"w": jnp.zeros(1)}, state, {"w": jnp.ones(1)})
+      >>> float(updates["w"][0])
+      1.0
+    """
+
+    def init(params: chex.ArrayTree) -> AnchorState:
+        return AnchorState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("anchor needs the parameters: optimizer.update(grads, state, params)")
+        total = sum(leaf.size for leaf in jax.tree.leaves(params)) if per_parameter else 1
+        scale = strength / total
+
+        def pull(path: Any, update: Any, param: Any, reference: Any) -> Any:
+            if anchored is not None and not anchored(_nnx_path(path), param):
+                return update
+            return jax.tree.map(
+                lambda u, p, r: u + scale * (jnp.sign(p - r) if kind == "l1" else 2.0 * (p - r)),
+                update,
+                param,
+                reference,
+            )
+
+        updates = jax.tree_util.tree_map_with_path(
+            pull, updates, params, state.reference, is_leaf=lambda x: isinstance(x, nnx.Variable)
+        )
+        return updates, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _nnx_path(path: Any) -> tuple[Any, ...]:
+    """JAX key path -> the path NNX filters see."""
+    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)

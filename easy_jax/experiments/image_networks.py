@@ -1,0 +1,82 @@
+"""The networks of an experiment with images: fresh, given, or from the variables of a stage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax.core import compatibility
+from easy_jax.data import Splits
+from easy_jax.io.checks import ConfigError
+from easy_jax.models import resnet
+from easy_jax.models.config import ResNetConfig
+from easy_jax.models.modes import eval_view, train_view
+from easy_jax.parallel import sharding
+from easy_jax.pretrained import timm_weights
+
+
+class ImageNetworks:
+    """Networks of one shape on one mesh; what is made twice is traced once.
+
+    Args:
+      config: of the network.
+      mesh: where variables are.
+    """
+
+    def __init__(self, config: ResNetConfig, mesh: Mesh):
+        self._config = config
+        self._mesh = mesh
+        self._graphdefs: dict[tuple[int, bool], nnx.GraphDef[Any]] = {}
+        self._inits: dict[tuple[int, Any], Callable[[jax.Array], nnx.State]] = {}
+
+    def given(self, task: Splits, name: str) -> nnx.State:
+        """The variables of the pre-trained network that the configuration gives.
+
+        Args:
+          task: what it was trained on.
+          name: of the task, in errors.
+
+        Raises:
+          ConfigError, DataError: the task's pixels, number of classes or their names are not those
+            of the network.
+        """
+        path = self._config.path
+        model = timm_weights.load(path, self._config, mesh=self._mesh)
+        difference = compatibility.difference_of_pixels(model.info, task.test)
+        if difference:
+            raise ConfigError(f"{path}, for {name}: {difference}")
+        if model.head.out_features != task.num_classes:
+            raise ConfigError(
+                f"the head of {path} has {model.head.out_features} classes; {name}, the "
+                f"pre-training task, has {task.num_classes}"
+            )
+        compatibility.check_names(model.info.classes, task.classes, path)
+        return nnx.state(model)
+
+    def merge(
+        self, model_state: nnx.State, num_classes: int, frozen_norm: bool = False
+    ) -> resnet.ResNet:
+        """A network of these variables, in train mode; or in eval mode, with BatchNorm frozen."""
+        if (num_classes, frozen_norm) not in self._graphdefs:
+            model = nnx.eval_shape(lambda: self._build(num_classes, jax.random.key(0)))
+            view = eval_view if frozen_norm else train_view
+            self._graphdefs[num_classes, frozen_norm] = nnx.graphdef(view(model))
+        return nnx.merge(self._graphdefs[num_classes, frozen_norm], model_state)
+
+    def fresh(self, num_classes: int, seed: int, part: Any = ...) -> nnx.State:
+        """A part of a random initialisation, made on the mesh, straight into its shards."""
+        if (num_classes, part) not in self._inits:
+            self._inits[num_classes, part] = sharding.jit_init(
+                lambda key: nnx.state(self._build(num_classes, key), part), self._mesh
+            )
+        return self._inits[num_classes, part](jax.random.key(seed))
+
+    def with_new_head(self, model_state: nnx.State, num_classes: int, seed: int) -> nnx.State:
+        """The variables with a fresh head."""
+        head = self.fresh(num_classes, seed, resnet.is_head)
+        return nnx.merge_state(nnx.filter_state(model_state, resnet.is_backbone), head)
+
+    def _build(self, num_classes: int, key: jax.Array) -> resnet.ResNet:
+        return resnet.ResNet(self._config, num_classes, rngs=nnx.Rngs(params=key))

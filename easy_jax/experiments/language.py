@@ -1,0 +1,315 @@
+"""A language experiment: score with the pre-trained model, fine-tune by every method, evaluate.
+
+Every stage leaves an artefact in the workdir and is skipped where that is complete, as in
+`easy_jax.pipeline`, which starts this.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tokenizers import Tokenizer
+
+from easy_jax import data
+from easy_jax.core import losses, merge
+from easy_jax.data import instructions, text
+from easy_jax.data.bad_examples import BadExamples
+from easy_jax.data.config import InstructionsConfig
+from easy_jax.data.packing import PackedSource
+from easy_jax.experiments.language_config import LanguageConfig, LanguageMethodConfig
+from easy_jax.experiments.measurements import Measurements
+from easy_jax.io import files, metrics_log, sealed
+from easy_jax.io import fingerprint as fingerprints
+from easy_jax.io.checks import ConfigError
+from easy_jax.io.terminal import Terminal
+from easy_jax.models import lora
+from easy_jax.models.transformer import Transformer
+from easy_jax.models.transformer_config import TransformerConfig
+from easy_jax.parallel import processes, sharding
+from easy_jax.pretrained import hugging_face
+from easy_jax.train import evaluate, scoring
+from easy_jax.train.config import StageConfig
+from easy_jax.train.fitting import fit
+from easy_jax.train.loss_table import LossTable
+
+Until = Literal["score", "train", "export", "evaluate", "report"]
+BASE = "base"
+
+
+class LanguageExperiment:
+    """The artefacts of a workdir, and what is made into them."""
+
+    def __init__(self, config: LanguageConfig, workdir: Path, terminal: Terminal):
+        self.config = config
+        self.workdir = workdir
+        self.terminal = terminal
+        self.mesh = sharding.make_mesh(config.mesh)
+        self.tokenizer: Tokenizer = text.load_tokenizer(hugging_face.resolve(config.model.path))
+        self.model = hugging_face.load(
+            config.model.path,
+            dtype=jnp.dtype(config.model.dtype),
+            param_dtype=jnp.dtype(config.model.param_dtype),
+            remat=config.model.remat,
+            mesh=self.mesh,
+        )
+        self.train = self._instructions("train", config.train)
+        self._scored: LossTable | None = None
+        self._measured_on: dict[str, PackedSource] | None = None
+        terminal.print(f"training data: {self.train.examples.describe()}")
+
+    def run(self, until: Until) -> dict[str, Any]:
+        """Does what is left; returns the results, empty before `evaluate` and for `export`."""
+        if until == "score":
+            self.loss_table()
+            return {}
+        log = metrics_log.MetricsLog(self.workdir, writes=processes.is_main_process())
+        try:
+            return self._run(until, log)
+        finally:
+            log.close()
+
+    def _run(self, until: Until, log: metrics_log.MetricsLog) -> dict[str, Any]:
+        methods = self.config.selected_methods()
+        measured = until in ("evaluate", "report")
+        steps = self._expected_steps()
+        self.terminal.start({stage_name(method): steps for method in methods}, roughly=True)
+        if self._weighs():
+            self._table()
+        cells = Measurements(self.workdir / "cells.jsonl", self._inputs)
+        rows = {row["method"]: row for row in cells.read()} if measured else {}
+        if measured and all(name in rows for name in (BASE, *(m.name for m in methods))):
+            self.terminal.print(
+                f"all is done: {len(rows)} results, in {self.workdir} (use another --workdir to "
+                "start anew)"
+            )
+        if measured and BASE not in rows:
+            self.terminal.describe("evaluate the pre-trained model")
+            rows[BASE] = cells.add({"method": BASE, **self._measure(self.model)})
+        for method in methods:
+            if method.name in rows:
+                self.terminal.skip(stage_name(method))
+                continue
+            model, seconds = self.fit(method, log)
+            if until == "export":
+                self._export(method, model)
+            if not measured:
+                continue
+            self.terminal.describe(f"evaluate {method.name}")
+            row = {"method": method.name, **self._measure(model), "seconds": seconds}
+            rows[method.name] = cells.add(row)
+        if not measured:
+            return {}
+        results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}
+        if processes.is_main_process():
+            sealed.write(self.workdir / "results.json", results)
+        return results
+
+    # Stages.
+
+    def loss_table(self) -> LossTable:
+        """The loss table of the pre-trained model, scored if it is not there."""
+        config = self.config.scoring
+        table = scoring.score(
+            self.model,
+            self.train,
+            self.workdir / "loss_table",
+            loss_fn=losses.causal_lm_token_losses,
+            token_losses=True,
+            batch_size=config.batch_size,
+            mesh=self.mesh,
+            on_bad_example=config.on_bad_example,
+            rows_per_part=config.rows_per_part,
+            progress=self.terminal.part("score", "examples"),
+        )
+        self.terminal.print(
+            f"loss table: {table.directory}, {table.num_examples} examples, temperature "
+            f"{table.temperature:.4g} nats, of tokens {table.token_temperature:.4g}"
+        )
+        return table
+
+    def fit(
+        self, method: LanguageMethodConfig, log: metrics_log.MetricsLog
+    ) -> tuple[Transformer, float]:
+        """The fine-tuned model of a method, from its checkpoint or by training, and seconds."""
+        config = self.config
+        model = nnx.merge(*nnx.split(self.model))
+        trainable = trainable_filter(method, model.config)
+        if method.trainable == "lora":
+            add_adapters(model, config)
+        weight_N, token_weight = self._weights(method)
+        name = stage_name(method)
+        directory = self.workdir / "checkpoints" / name
+        result = fit(
+            model,
+            self.train,
+            directory,
+            stage=stage_of(config.finetune, method),
+            loss_fn=losses.causal_lm_loss,
+            weight_N=weight_N,
+            token_weight=token_weight,
+            trainable=trainable,
+            sfa_beta=method.alpha if method.averaging == "sfa" else None,
+            seed=config.seed,
+            mesh=self.mesh,
+            name=name,
+            log=log,
+            log_every_steps=config.log_every_steps,
+            save_every_steps=config.save_every_steps,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            progress=self.terminal.part(name, where=directory),
+            on_speed=self.terminal.speed,
+        )
+        state = result.model_state
+        if method.averaging == "wise_ft":
+            state = merge.wise_ft(nnx.state(self.model), state, method.alpha)
+        return nnx.merge(nnx.graphdef(model), state), result.seconds
+
+    def _export(self, method: LanguageMethodConfig, model: Transformer) -> None:
+        """A folder for `transformers`; one that is there is complete, and is this model's."""
+        folder = self.workdir / "exported" / method.name
+        if not processes.broadcast(
+            "looking for an export", lambda: (folder / "config.json").exists()
+        ):
+            with files.local_folder(folder) as local:
+                hugging_face.export(
+                    model,
+                    local,
+                    base=self.config.model.path,
+                    eos_token_id=self.train.examples.eos_id,
+                )
+        self.terminal.print(f"{method.name}: exported to {folder}")
+
+    def _weights(
+        self, method: LanguageMethodConfig
+    ) -> tuple[np.ndarray | None, data.Ragged | None]:
+        if method.weighting == "none":
+            return None, None
+        table = self._table()
+        if method.weighting == "flow":
+            return table.flow_weights(), None
+        dropped_N = np.isnan(table.loss_N())
+        return np.where(dropped_N, np.nan, 1.0).astype(np.float32), table.flow_token_weights()
+
+    def _table(self) -> LossTable:
+        if self._scored is None:
+            self._scored = self.loss_table()
+        return self._scored
+
+    def _expected_steps(self) -> int:
+        """Of a stage, if rows were full; `fit` says how many there are, when they are packed."""
+        source, stage = self.train, self.config.finetune
+        packed = -(-int((source.examples.lengths - 1).sum()) // source.row_length)
+        rows = len(source) if source.max_segments == 1 else packed
+        return -(-rows * stage.epochs // stage.batch_size)
+
+    # Data and measurements.
+
+    def _instructions(self, name: str, config: InstructionsConfig) -> PackedSource:
+        """Data of the experiment; what is left out of them is listed in `dropped_<name>.jsonl`."""
+        bad = BadExamples(self.config.scoring.on_bad_example)
+        source = instructions.load(config, self.config.text, self.tokenizer, bad)
+        text.check_vocabulary(source.examples, self.model.config.vocab)
+        if len(bad) and processes.is_main_process():
+            lines = [json.dumps(row) + "\n" for row in bad.rows()]
+            files.write(self.workdir / f"dropped_{name}.jsonl", "".join(lines))
+        return source
+
+    def _sources(self) -> dict[str, PackedSource]:
+        """Held-out problems and general text, by the names that they have in the results."""
+        config = self.config
+        if self._measured_on is None:
+            sources = {}
+            for number, heldout in enumerate(config.heldout):
+                name = f"heldout{number or ''}"
+                sources[name] = self._instructions(name, heldout)
+                self.terminal.print(f"{name} data: {sources[name].examples.describe()}")
+            for path in config.general:
+                name = Path(path).stem
+                if name in sources:
+                    raise ConfigError(
+                        f"config.general has {path}, but there is another text called {name}, "
+                        "which its results would replace; give the file another name"
+                    )
+                sources[name] = instructions.general(
+                    path, config.general_characters, config.text, self.tokenizer
+                )
+            self._measured_on = sources
+        return self._measured_on
+
+    def _inputs(self) -> dict[str, str]:
+        """Fingerprints of what the results depend on, beside the configuration."""
+        found = {
+            "base model": fingerprints.of_json(dataclasses.asdict(self.model.config)),
+            "base weights": fingerprints.of_state(nnx.state(self.model)),
+            "training data": self.train.fingerprint(),
+        }
+        if self._weighs():
+            found["loss table"] = self._table().fingerprint()
+        return found | {name: source.fingerprint() for name, source in self._sources().items()}
+
+    def _weighs(self) -> bool:
+        return any(method.weighting != "none" for method in self.config.selected_methods())
+
+    def _measure(self, model: Transformer) -> dict[str, float]:
+        """Cross-entropy and perplexity on held-out problems and on general text."""
+        values: dict[str, float] = {}
+        for name, source in self._sources().items():
+            measured = evaluate.language(
+                model, source, batch_size=self.config.eval_batch_size, mesh=self.mesh
+            )
+            values |= {f"{name}_{key}": value for key, value in measured.items()}
+        return values
+
+
+def is_head(path: Any, variable: Any) -> bool:
+    """NNX filter: the language-model head of an untied model."""
+    del variable
+    return path[0] == "head"
+
+
+def is_embedding(path: Any, variable: Any) -> bool:
+    """NNX filter: the embedding, which is the head of a tied model."""
+    del variable
+    return path[0] == "embedding"
+
+
+def add_adapters(model: Transformer, config: LanguageConfig) -> None:
+    """Gives a model the low-rank adapters of a configuration."""
+    lora.add_adapters(
+        model,
+        rank=config.model.lora_rank,
+        alpha=config.model.lora_alpha,
+        targets=config.model.lora_targets,
+        rngs=nnx.Rngs(params=config.seed),
+    )
+
+
+def trainable_filter(method: LanguageMethodConfig, config: TransformerConfig) -> Any:
+    """NNX filter of the parameters that a method trains."""
+    if method.trainable == "head":
+        return is_embedding if config.tied else is_head
+    return nnx.LoRAParam if method.trainable == "lora" else nnx.Param
+
+
+def stage_of(stage: StageConfig, method: LanguageMethodConfig) -> StageConfig:
+    """A method's stage: the shared one with the method's anchor."""
+    optimizer = dataclasses.replace(
+        stage.optimizer,
+        anchor=method.anchor,
+        anchor_strength=method.anchor_strength,
+        anchor_per_parameter=True,
+    )
+    return dataclasses.replace(stage, optimizer=optimizer)
+
+
+def stage_name(method: LanguageMethodConfig) -> str:
+    """A stage's directory below `checkpoints/`; methods that share the stage share the name."""
+    anchor = f"{method.anchor}{method.anchor_strength:g}" if method.anchor != "none" else ""
+    sfa = f"sfa{method.alpha:g}" if method.averaging == "sfa" else ""
+    parts = [method.trainable, method.weighting, anchor, sfa]
+    return "-".join(part for part in parts if part and part != "none")

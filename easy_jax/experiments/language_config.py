@@ -1,0 +1,175 @@
+"""Configuration of language experiments: instructions to learn, and text not to forget."""
+
+import dataclasses
+from typing import Literal
+
+from easy_jax.core.config import Averaging, Regularizer
+from easy_jax.data.config import ALPACA, InstructionsConfig, TextConfig
+from easy_jax.io.checks import ConfigError, check_types, choice, finite_at_least_zero, require
+from easy_jax.parallel.config import MeshConfig
+from easy_jax.train.config import ScoringConfig, StageConfig
+
+LanguageWeighting = Literal["none", "flow", "flow_token"]
+
+
+LanguageTrainable = Literal["all", "head", "lora"]
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageModelConfig:
+    """A pre-trained model, and how it computes.
+
+    Attributes:
+      path: a folder with `config.json`, safetensors and `tokenizer.json`, or `hf://OWNER/NAME` for
+        a model of the Hugging Face Hub.
+      dtype: of the computation (softmax, norms and loss are float32); `param_dtype`: of the
+        parameters and the optimiser's state.
+      remat: what the backward pass computes again: `none`, `full`, or all but `dots` or
+        `outputs` (`easy_jax.models.transformer.Transformer`).
+      lora_rank, lora_alpha, lora_targets: of the method's `trainable="lora"`.
+    """
+
+    path: str = ""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots", "outputs"] = "full"
+    lora_rank: int = 64
+    lora_alpha: float = 64.0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+
+    def validate(self, path: str) -> None:
+        require(bool(self.path), f"{path}.path", self.path, "a model's folder, or hf://OWNER/NAME")
+        choice(self, path, "dtype", "param_dtype", "remat")
+        require(self.lora_rank > 0, f"{path}.lora_rank", self.lora_rank, "positive")
+        finite_at_least_zero(self, path, "lora_alpha")
+        ok = bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS)
+        require(ok, f"{path}.lora_targets", self.lora_targets, f"out of {list(LORA_TARGETS)}")
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageMethodConfig:
+    """A fine-tuning method as a composition; standard fine-tuning is the empty one.
+
+    Attributes:
+      name: the row in the results.
+      weighting: none, FLOW by sequence, or FLOW by token (paper.md section 3).
+      trainable: everything, the language-model head, or low-rank adapters.
+      anchor, anchor_strength: l1 or l2 distance to the pre-trained weights.
+      averaging, alpha: WiSE-FT after training (the share of the fine-tuned weights), or SFA
+        during it (the share of the pre-trained weights).
+    """
+
+    name: str = "standard"
+    weighting: LanguageWeighting = "none"
+    trainable: LanguageTrainable = "all"
+    anchor: Regularizer = "none"
+    anchor_strength: float = 0.0
+    averaging: Averaging = "none"
+    alpha: float = 0.5
+
+    def validate(self, path: str) -> None:
+        require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
+        choice(self, path, "weighting", "trainable", "anchor", "averaging")
+        finite_at_least_zero(self, path, "anchor_strength")
+        require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
+        if self.trainable == "lora" and (self.anchor != "none" or self.averaging != "none"):
+            raise ConfigError(
+                f"{path}: adapters start at no change, so anchor and averaging must be 'none' "
+                "with trainable='lora'"
+            )
+
+
+@dataclasses.dataclass(slots=True)
+class LanguageConfig:
+    """Everything that decides a language experiment's numbers, plus how often to save and print.
+
+    Attributes:
+      name: names the default workdir, `runs/<name>`.
+      seed: of the order of the examples and of the adapters.
+      train: the fine-tuning data. `heldout`: sets of problems of the same kind, kept back.
+      general: text that the model should not forget: files of plain text, or `verne` and
+        `docstrings`, which packages ship. Empty means that nothing is measured.
+      general_characters: how much of each, at most.
+      scoring: its `on_bad_example` goes for records, too: with `drop` those that cannot be used are
+        left out, of training and held-out data, counted, and listed in the workdir, in
+        `dropped_train.jsonl` and `dropped_heldout.jsonl`.
+      only: names of methods to run; empty means all.
+      eval_batch_size: rows.
+      save_every_steps: how often a running stage is saved.
+      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
+        damaged, the one before it is continued from; each holds the model and the optimiser's
+        state); and whether to keep the one with the lowest training loss, too.
+    """
+
+    name: str = "language"
+    seed: int = 42
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    model: LanguageModelConfig = dataclasses.field(default_factory=LanguageModelConfig)
+    train: InstructionsConfig = dataclasses.field(default_factory=InstructionsConfig)
+    heldout: tuple[InstructionsConfig, ...] = ()
+    general: tuple[str, ...] = ()
+    general_characters: int = 32_768
+    text: TextConfig = dataclasses.field(default_factory=TextConfig)
+    scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
+    finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
+    methods: tuple[LanguageMethodConfig, ...] = (LanguageMethodConfig(),)
+    only: tuple[str, ...] = ()
+    eval_batch_size: int = 8
+    save_every_steps: int = 500
+    keep_checkpoints: int = 2
+    keep_best: bool = False
+    log_every_steps: int = 10
+
+    def validate(self) -> "LanguageConfig":
+        """Checks every field; returns the configuration itself.
+
+        Raises:
+          ConfigError: names the field, its value and what it should be.
+        """
+        check_types(self, "config")
+        ok = bool(self.name) and "/" not in self.name
+        require(ok, "config.name", self.name, "a name without /")
+        require(self.seed >= 0, "config.seed", self.seed, "at least 0")
+        self.mesh.validate("config.mesh")
+        self.model.validate("config.model")
+        self.train.validate("config.train")
+        for number, heldout in enumerate(self.heldout):
+            heldout.validate(f"config.heldout[{number}]")
+        self.text.validate("config.text")
+        if any(data.input_field for data in (self.train, *self.heldout)):
+            ok = bool(self.text.input_template) or self.text.template == ALPACA
+            require(ok, "config.text.input_template", "", "given, with a template of your own")
+        self.scoring.validate("config.scoring")
+        self.finetune.validate("config.finetune")
+        names = [method.name for method in self.methods]
+        require(len(names) > 0, "config.methods", names, "not empty")
+        require(len(set(names)) == len(names), "config.methods", names, "distinct names")
+        for method in self.methods:
+            method.validate(f"config.methods[{method.name}]")
+            if method.weighting == "flow_token" and self.finetune.reduction != "token_mean":
+                raise ConfigError(
+                    f"config.finetune.reduction is {self.finetune.reduction!r}; it must be "
+                    f"'token_mean' for the method {method.name}, which weights tokens"
+                )
+        for name in self._only():
+            require(name in names, "config.only", name, f"one of {names}")
+        for name in (
+            "general_characters",
+            "eval_batch_size",
+            "save_every_steps",
+            "keep_checkpoints",
+            "log_every_steps",
+        ):
+            require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
+        return self
+
+    def selected_methods(self) -> tuple[LanguageMethodConfig, ...]:
+        """The methods to run: `only`, or all of them."""
+        return tuple(m for m in self.methods if not self.only or m.name in self._only())
+
+    def _only(self) -> list[str]:
+        # On the command line `--config.only=a,b` arrives as one string.
+        return [name for entry in self.only for name in entry.split(",")]

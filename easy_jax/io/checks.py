@@ -1,0 +1,85 @@
+"""Checks of configurations: errors name the field, its value and what it must be."""
+
+import dataclasses
+import json
+import math
+from typing import Any, Literal, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A configuration field has a value that cannot work; the message names the field."""
+
+
+def to_json(config: Any) -> str:
+    """A dataclass as indented JSON, fields in order of declaration."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
+    """The fields in which two JSON-like configurations differ, as readable lines."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        lines = []
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if key not in ours or key not in theirs:
+                where = "only now" if key in ours else "only there"
+                lines.append(f"{path}.{key}: {where}")
+            else:
+                lines += differences(ours[key], theirs[key], f"{path}.{key}")
+        return lines
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return [
+            line
+            for index, (a, b) in enumerate(zip(ours, theirs, strict=True))
+            for line in differences(a, b, f"{path}[{index}]")
+        ]
+    return [] if ours == theirs else [f"{path}: {ours!r} now, {theirs!r} there"]
+
+
+def require(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raises ConfigError, naming field, value and what it must be, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{field} is {value!r}; it must be {expected}")
+
+
+def finite_at_least_zero(config: Any, path: str, *names: str) -> None:
+    """Requires finite, non-negative fields."""
+    for name in names:
+        value = getattr(config, name)
+        ok = math.isfinite(value) and value >= 0
+        require(ok, f"{path}.{name}", value, "finite and at least 0")
+
+
+def choice(config: Any, path: str, *names: str) -> None:
+    """Requires fields that are `Literal`s to be one of their options."""
+    hints = {field.name: field.type for field in dataclasses.fields(config)}
+    for name in names:
+        options = get_args(hints[name])
+        value = getattr(config, name)
+        require(value in options, f"{path}.{name}", value, f"one of {list(options)}")
+
+
+def check_types(config: Any, path: str) -> None:
+    """Types of every field, so that a string where a number belongs is named, not run."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        where = f"{path}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            check_types(value, where)
+        elif get_origin(field.type) is tuple:
+            require(isinstance(value, tuple), where, value, "a tuple")
+            element_type = get_args(field.type)[0]
+            for element in value:
+                if dataclasses.is_dataclass(element):
+                    check_types(element, f"{where}[]")
+                else:
+                    _check_scalar(element, element_type, where)
+        else:
+            _check_scalar(value, field.type, where)
+
+
+def _check_scalar(value: object, expected: Any, where: str) -> None:
+    if get_origin(expected) is Literal or not isinstance(expected, type):
+        return  # _choice names the options
+    allowed = (int, float) if expected is float else (expected,)
+    ok = isinstance(value, allowed) and (expected is bool or not isinstance(value, bool))
+    require(ok, where, value, f"of type {expected.__name__}")

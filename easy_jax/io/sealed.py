@@ -1,0 +1,122 @@
+"""JSON that carries a checksum of itself, so that no change made to it afterwards is believed.
+
+The checksum is of the values, not of the bytes: spaces and the order of keys do not matter.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from easy_jax.io import files
+from easy_jax.io import fingerprint as fingerprints
+
+KEY = "checksum"
+
+
+class ArtefactError(ValueError):
+    """A file of a workdir is damaged, was changed, or was made from other inputs than now."""
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds the checksum, as the last key.
+
+    Example:
+      >>> seal({"median": 4.9})
+      {'median': 4.9, 'checksum': '030fd66ac146b32a'}
+    """
+    return {**value, KEY: fingerprints.of_json(value)}
+
+
+def unseal(
+    value: Mapping[str, Any], where: object, error: type[Exception], fix: str
+) -> dict[str, Any]:
+    """The value without its checksum, if that is right.
+
+    Args:
+      value: JSON, as it was read.
+      where: it was read; begins the message.
+      error: raised if it is not what `seal` made.
+      fix: what to do then; ends the message.
+
+    Example:
+      >>> unseal(seal({"median": 4.9}), "metadata.json", ValueError, "score again")
+      {'median': 4.9}
+      >>> unseal({**seal({"median": 4.9}), "median": 14.9}, "m.json", ValueError, "score again")
+      Traceback (most recent call last):
+      ValueError: m.json was changed after it was written: its checksum is of other values; \
+score again
+    """
+    content = {key: each for key, each in value.items() if key != KEY}
+    try:
+        intact = value.get(KEY) == fingerprints.of_json(content)
+    except RecursionError as cause:
+        raise error(f"{where} is JSON nested too deeply; {fix}") from cause
+    if KEY not in value:
+        raise error(f"{where} has no checksum: it was changed, or is of an older version; {fix}")
+    if not intact:
+        raise error(
+            f"{where} was changed after it was written: its checksum is of other values; {fix}"
+        )
+    return content
+
+
+def write(target: Path, value: Mapping[str, Any]) -> None:
+    """Writes a sealed JSON file, whole or not at all.
+
+    Raises:
+      WriteError: it cannot be.
+    """
+    files.write_json(target, seal(value))
+
+
+def read(source: Path, error: type[Exception], fix: str) -> dict[str, Any]:
+    """The content of a sealed JSON file, without its checksum.
+
+    Args:
+      source: the file.
+      error: raised for whatever is wrong with it.
+      fix: what to do then.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+
+    Example:
+      >>> import tempfile
+      >>> target = Path(tempfile.mkdtemp()) / "metadata.json"
+      >>> write(target, {"median": 4.9})
+      >>> read(target, ArtefactError, "score again")
+      {'median': 4.9}
+    """
+    return unseal(files.read_json(source, error, fix), source, error, fix)
+
+
+def read_lines(source: Path, error: type[Exception], fix: str) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its place (file and number of the line).
+
+    A last line that was cut short by a kill is left out.
+
+    Args:
+      source: the file; none at all has no lines.
+      error: raised for any other broken line, by file and number.
+      fix: what to do then.
+    """
+    if not source.exists():
+        return []
+    entries = []
+    lines = files.read_text(source, error, fix).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            entry = json.loads(line)
+        except RecursionError as cause:
+            raise error(f"{source}:{number} is JSON nested too deeply; {fix}") from cause
+        except ValueError as cause:
+            if number == len(lines):  # no newline at its end: the write was interrupted
+                continue
+            raise error(f"{source}:{number} is not JSON: {cause}; {fix}") from cause
+        if not isinstance(entry, dict):
+            raise error(f"{source}:{number} is not a JSON object but {type(entry).__name__}; {fix}")
+        entries.append((f"{source}:{number}", entry))
+    return entries

@@ -1,0 +1,4 @@
+"""Fast code behind plain functions: fused cross-entropy, attention, convolution.
+
+Layers with parameters are in `models`.
+"""

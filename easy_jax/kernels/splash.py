@@ -1,0 +1,99 @@
+"""Attention on TPUs: JAX's splash attention kernel, where it can be used.
+
+It is `causal_attention` in one Pallas kernel that skips the blocks of keys no query sees, and
+never writes logits to memory. The XLA form stays the reference, and what other devices run.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
+
+from easy_jax.kernels.attention import causal_attention
+from easy_jax.parallel import sharding
+
+KEPT = "attention"  # the name of what attention gives, for policies of `jax.checkpoint`
+_LANES = 128
+_BLOCK = 512
+
+
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """`causal_attention`, by the splash kernel when traced for a mesh of TPUs and it fits."""
+    options: Any = {"scale": scale, "window": window, "cap": cap}
+    if sharding.is_tpu(sharding.current_mesh()) and fits(q_BTNH):
+        rows = PartitionSpec(sharding.BATCH, None, "tensor", None)
+        kernel: Any = jax.shard_map(
+            functools.partial(splash_attention, **options),
+            in_specs=(rows, rows, rows, PartitionSpec(sharding.BATCH, None)),
+            out_specs=rows,
+            check_vma=False,
+        )
+        y_BTNH: jax.Array = kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return y_BTNH
+    return checkpoint_name(
+        causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **options), KEPT
+    )
+
+
+def fits(q_BTNH: jax.Array) -> bool:
+    """Whether the kernel takes this length and size of head."""
+    return q_BTNH.shape[1] % _LANES == 0 and q_BTNH.shape[3] % _LANES == 0
+
+
+def splash_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    segment_ids_BT: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    cap: float | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`causal_attention` on one device, in a kernel; the same arguments and result.
+
+    Args:
+      interpret: run the kernel step by step on any device, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    length, heads = q_BTNH.shape[1:3]
+    mask: Any = splash.CausalMask((length, length))
+    if window is not None and window < length:
+        mask = splash.LocalMask((length, length), (window - 1, 0), offset=0)
+    block = next(size for size in (_BLOCK, 256, _LANES) if length % size == 0)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        ),
+        attn_logits_soft_cap=cap,
+        residual_checkpoint_name=KEPT,
+        interpret=interpret,
+    )
+
+    def one(q_TNH: jax.Array, k_TKH: jax.Array, v_TKH: jax.Array, ids_T: jax.Array) -> jax.Array:
+        q_NTH, k_KTH, v_KTH = (x.swapaxes(0, 1) for x in (q_TNH * scale, k_TKH, v_TKH))
+        return kernel(q_NTH, k_KTH, v_KTH, segment_ids=splash.SegmentIds(ids_T, ids_T))
+
+    return jax.vmap(one)(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT).swapaxes(1, 2)

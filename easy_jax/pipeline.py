@@ -1,0 +1,83 @@
+"""The orchestrator: an experiment's stages, in a workdir, up to the one that is asked for."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from easy_jax.experiments.config import ExperimentConfig
+from easy_jax.experiments.language import LanguageExperiment, Until
+from easy_jax.experiments.language_config import LanguageConfig
+from easy_jax.experiments.vision import ImageExperiment
+from easy_jax.experiments.workdir import open_workdir
+from easy_jax.io import files
+from easy_jax.io.checks import ConfigError
+from easy_jax.io.terminal import Terminal
+from easy_jax.parallel import lock, processes
+from easy_jax.report import images as report
+from easy_jax.report import language as language_report
+
+
+def run(
+    config: ExperimentConfig | LanguageConfig,
+    workdir: str | os.PathLike[str],
+    until: Until = "report",
+    *,
+    take_over: bool = False,
+) -> dict[str, Any]:
+    """Runs an experiment, or what is left of it.
+
+    Args:
+      config: validated here.
+      workdir: for all outputs: `config.json`, `checkpoints/`, `loss_table/`,
+        `metrics.jsonl`, `tensorboard/`, `cells.jsonl`, `results.json`, `report.html`.
+      until: stop after scoring, training, evaluation or the report; `export` writes the
+        trained language models as folders for `transformers`.
+      take_over: the workdir's lock from another run, which is known to be gone.
+
+    Returns:
+      The content of `results.json`; empty before `evaluate`.
+
+    Raises:
+      ConfigError: a bad configuration, a workdir of another one or one that cannot be
+        written.
+      LockError: another run is at work in the workdir.
+    """
+    config.validate()
+    if until == "export" and isinstance(config, ExperimentConfig):
+        raise ConfigError("export is for language models; an image model is in `checkpoints/`")
+    files.check_folder(files.path(workdir))  # before it is made
+    with lock.hold(workdir, take_over=take_over):
+        return _run(config, open_workdir(config, workdir), until)
+
+
+def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until) -> dict[str, Any]:
+    view: Any = report if isinstance(config, ExperimentConfig) else language_report
+    with Terminal(quiet=not processes.is_main_process()) as terminal:
+        terminal.print(f"{config.name}: on {_devices()}, in {workdir}")
+        experiment: ImageExperiment | LanguageExperiment
+        if isinstance(config, ExperimentConfig):
+            experiment = ImageExperiment(config, workdir, terminal)
+        else:
+            experiment = LanguageExperiment(config, workdir, terminal)
+        try:
+            results = experiment.run(until)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(terminal.interrupted()) from None
+    if until == "report" and processes.is_main_process():
+        view.write(config, workdir, results)
+    if results:
+        terminal.print(view.table(results))
+        terminal.print(
+            f"output: {workdir / ('report.html' if until == 'report' else 'results.json')}"
+        )
+    return results
+
+
+def _devices() -> str:
+    """What the run computes on."""
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    processes = jax.process_count()
+    shared = f" of {processes} processes" if processes > 1 else ""
+    return f"{count} {kind} device{'s' if count > 1 else ''}{shared}"

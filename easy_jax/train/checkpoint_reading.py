@@ -1,0 +1,158 @@
+"""Reading a checkpoint that may be damaged: what it holds, or in short what is wrong with it.
+
+Each process reads for itself: Orbax would have those that can read wait for one that cannot.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from easy_jax.io import sealed
+
+_STRAGGLERS = 0.3  # seconds in which reads that are under way come to their end
+
+
+class Damage(Exception):  # noqa: N818, tells, and is not raised to the user
+    """What is wrong with a checkpoint, in short."""
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint, for Orbax."""
+    return name.isascii() and name.isdigit()
+
+
+def steps(directory: Path) -> list[str]:
+    """The names of the checkpoints in a directory, the latest one first."""
+    if not directory.exists():
+        return []
+    names = [each.name for each in directory.iterdir() if is_step(each.name) and each.is_dir()]
+    return sorted(names, key=int, reverse=True)
+
+
+def why_unlisted(folder: Path, with_loss: bool) -> str:
+    """Why Orbax would stumble over a checkpoint before it is asked for it; empty if it would not.
+
+    Args:
+      folder: of the checkpoint.
+      with_loss: whether it will look for the one with the lowest loss.
+    """
+    loss = folder / "metrics" / "metrics"
+    try:
+        if with_loss and loss.exists():
+            sealed.read(loss, Damage, "")
+    except Damage as error:
+        return _reason(Damage(str(error).replace(f"{folder}/", "")))
+    metadata = folder / "_CHECKPOINT_METADATA"
+
+    def read(reader: ocp.Checkpointer) -> None:
+        reader.metadata(folder)
+        with contextlib.suppress(FileNotFoundError, ValueError):  # Orbax does without them
+            if not isinstance(json.loads(metadata.read_bytes()), dict | None):
+                raise Damage(f"{metadata.name} is not a JSON object")
+
+    return _attempt(read)[1]
+
+
+def record_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """What a checkpoint says of itself, or None and the reason."""
+
+    def read(reader: ocp.Checkpointer) -> dict[str, Any]:
+        wanted = ocp.args.Composite(record=ocp.args.JsonRestore())
+        found = reader.restore(folder, wanted).record
+        record = sealed.unseal(found, "the record", Damage, "")
+        if record["step"] != int(folder.name):
+            raise Damage(f"it is the one of step {record['step']}, copied")
+        return record
+
+    return _attempt(read)
+
+
+def state_of(folder: Path, like: Any) -> tuple[Any, str]:
+    """The arrays of a checkpoint in the shardings of `like`, or None and the reason."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+        like,
+    )
+
+    def read(reader: ocp.Checkpointer) -> Any:
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return reader.restore(folder, wanted).state
+
+    return _attempt(read)
+
+
+def _attempt(read: Callable[[ocp.Checkpointer], Any]) -> tuple[Any, str]:
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+    with (
+        _quietly(),
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as reader,
+    ):
+        try:
+            return read(reader), ""
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever Orbax and TensorStore make of damage
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise  # memory is short: nothing is wrong with the checkpoint
+            reason = _reason(error)
+        gc.collect()
+        time.sleep(_STRAGGLERS)
+        return None, reason
+
+
+def _reason(error: Exception) -> str:
+    """An error in short, on one line."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split()).removesuffix("; ").removesuffix(";")
+    name = "" if isinstance(error, Damage) else f"{type(error).__name__}: "
+    return f"{name}{text[:120]}{'...' if len(text) > 120 else ''}"
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Prints nothing of what Orbax says of damage, which is told in one line.
+
+    It ends at the first array that cannot be read; the others that are under way then complain,
+    each with a traceback, of the loop that is gone.
+    """
+    hooks = sys.excepthook, sys.unraisablehook
+
+    def follows(error: BaseException | None) -> bool:
+        return "Event loop is closed" in str(error) or "while reading array index" in str(error)
+
+    def excepthook(kind: Any, error: BaseException, traceback: Any) -> None:
+        if not follows(error):
+            hooks[0](kind, error, traceback)
+
+    def unraisablehook(raised: Any) -> None:
+        if not follows(raised.exc_value):
+            hooks[1](raised)
+
+    absl = logging.getLogger("absl")
+    logging.getLogger("asyncio").addFilter(_is_unrelated)  # for good: they are found late
+    absl.addFilter(_is_unrelated)
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+    try:
+        yield
+    finally:
+        sys.excepthook, sys.unraisablehook = hooks
+        absl.removeFilter(_is_unrelated)
+
+
+def _is_unrelated(record: logging.LogRecord) -> bool:
+    """Whether a line of a log is of something else than a read that failed."""
+    if record.name == "absl":
+        return "orbax" not in Path(record.pathname).parts
+    error = str(record.exc_info[1]) if record.exc_info else ""
+    late = "exception was never retrieved" in record.getMessage()
+    return not (late and ("OCDBT" in error or "TensorStore" in error))

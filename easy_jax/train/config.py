@@ -1,0 +1,44 @@
+"""Configuration of a training stage and of scoring."""
+
+import dataclasses
+from typing import Literal
+
+from easy_jax.core.config import OptimizerConfig, Reduction
+from easy_jax.io.checks import choice, require
+
+
+@dataclasses.dataclass(slots=True)
+class StageConfig:
+    """One training stage: how long, in what batches, with which optimiser."""
+
+    epochs: int = 1
+    batch_size: int = 64
+    micro_batches: int = 1
+    reduction: Reduction = "example_mean"
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+
+    def validate(self, path: str) -> None:
+        for name in ("epochs", "batch_size", "micro_batches"):
+            require(getattr(self, name) > 0, f"{path}.{name}", getattr(self, name), "positive")
+        require(
+            self.batch_size % self.micro_batches == 0,
+            f"{path}.micro_batches",
+            self.micro_batches,
+            f"a divisor of batch_size = {self.batch_size}",
+        )
+        choice(self, path, "reduction")
+        self.optimizer.validate(f"{path}.optimizer")
+
+
+@dataclasses.dataclass(slots=True)
+class ScoringConfig:
+    """The frozen pass over the fine-tuning set."""
+
+    batch_size: int = 256
+    rows_per_part: int = 100_000
+    on_bad_example: Literal["error", "drop"] = "error"
+
+    def validate(self, path: str = "scoring") -> None:
+        require(self.batch_size > 0, f"{path}.batch_size", self.batch_size, "positive")
+        require(self.rows_per_part > 0, f"{path}.rows_per_part", self.rows_per_part, "positive")
+        choice(self, path, "on_bad_example")

@@ -1,0 +1,102 @@
+"""What the result of a training stage depends on: a checkpoint records it and is compared by it."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from easy_jax import data
+from easy_jax.core.losses import LossFn
+from easy_jax.io import code_fingerprint
+from easy_jax.io import fingerprint as fingerprints
+from easy_jax.train.config import StageConfig
+
+ANCHORED = "the anchored parameters"
+Filter = Callable[[Any, Any], bool]
+
+
+def of_stage(
+    model: nnx.Module,
+    source: data.AnySource,
+    *,
+    stage: StageConfig,
+    loss_fn: LossFn,
+    weight_N: np.ndarray | None,
+    token_weight: data.Ragged | None,
+    online: str | None,
+    trainable: Any,
+    anchored: Filter | None,
+    sfa_beta: float | None,
+    seed: int,
+) -> dict[str, Any]:
+    """The arguments of `easy_jax.fit` that decide its result, each by a fingerprint or as it is.
+
+    The keys are the words in which a refusal names what differs. A source without a fingerprint of
+    its own is read once, from the first record to the last.
+
+    Args:
+      online: the fingerprint of the weights made in every step; the others as in `fit`.
+
+    Example:
+      >>> source = data.ArraySource({"x": np.zeros((2, 1), "f")})
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> loss = lambda model, batch: model(batch["x"])[:, 0] ** 2
+      >>> found = of_stage(
+      ...     model, source, stage=StageConfig(), loss_fn=loss, weight_N=None, token_weight=None,
+      ...     online=None, trainable=nnx.Param, anchored=None, sfa_beta=None, seed=0)
+      >>> found["the weights"], found["the trainable parameters"].split(", ")[0]
+      ('none', '2 of 2')
+    """
+    graphdef, state = nnx.split(model)
+    params = nnx.filter_state(state, trainable)
+    trained = [path for path, _ in nnx.to_flat_state(params)]
+    anchors = None
+    if stage.optimizer.anchor != "none":
+        flat = nnx.to_flat_state(params)
+        chosen = [path for path, each in flat if anchored is None or anchored(path, each)]
+        anchors = _some_of(chosen, state)
+    return {
+        "the starting parameters": fingerprints.of_state(state),
+        "the model's structure": code_fingerprint.of_structure(graphdef),
+        "the training data": data.fingerprint(source),
+        "the number of examples": len(source),
+        "the loss function": code_fingerprint.of_function(loss_fn),
+        "the trainable parameters": _some_of(trained, state),
+        ANCHORED: anchors,
+        "the weights": weights_fingerprint(weight_N, token_weight),
+        "the weights of every batch": online,
+        "stage": dataclasses.asdict(stage),
+        "seed": seed,
+        "sfa_beta": sfa_beta,
+        **_arrangement(source),
+    }
+
+
+def weights_fingerprint(
+    weight_N: np.ndarray | None, token_weight: data.Ragged | None = None
+) -> str:
+    """Fingerprint of the weights as training uses them; `none` for plain training."""
+    arrays = {}
+    if weight_N is not None:
+        with np.errstate(over="ignore"):  # the loader refuses what overflows, by id
+            arrays["weight"] = np.asarray(weight_N, np.float32)
+    if token_weight is not None:
+        arrays |= {"token_weight": token_weight.values, "offsets": token_weight.offsets}
+    return fingerprints.of_arrays(arrays) if arrays else "none"
+
+
+def _some_of(paths: list[Any], state: nnx.State) -> str:
+    """How many of a model's parameters these are, and which."""
+    names = sorted(".".join(map(str, path)) for path in paths)
+    total = len(nnx.to_flat_state(nnx.filter_state(state, nnx.Param)))
+    return f"{len(names)} of {total}, {fingerprints.of_json(names)}"
+
+
+def _arrangement(source: data.AnySource) -> dict[str, Any]:
+    """What training sees of a source and scoring does not: rows of packed text, random views."""
+    if isinstance(source, data.PackedSource):
+        return {"rows": [source.row_length, source.max_segments]}
+    views = getattr(source, "views", None)
+    return {} if views is None else {"views": dataclasses.asdict(views)}

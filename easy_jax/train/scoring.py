@@ -1,0 +1,366 @@
+"""Scoring: one frozen, jitted, mesh-sharded pass over the data, into a loss table."""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from easy_jax import data
+from easy_jax.core import compatibility, contract
+from easy_jax.data.packing import split_tokens
+from easy_jax.io import code_fingerprint, files
+from easy_jax.io import fingerprint as fingerprints
+from easy_jax.io.code_fingerprint import name_of
+from easy_jax.io.progress import Part
+from easy_jax.io.terminal import shown
+from easy_jax.io.throughput import Throughput
+from easy_jax.models.modes import eval_view
+from easy_jax.parallel import lock, processes, sharding
+from easy_jax.train import loss_parts, loss_table
+from easy_jax.train.loss_table import LossTable
+
+_SPEED_EVERY = 50  # batches
+
+
+class ScoringError(ValueError):
+    """Some examples have no usable loss; the message lists their ids."""
+
+
+@lock.alone()
+def score(
+    model: nnx.Module,
+    source: data.AnySource,
+    directory: str | os.PathLike[str],
+    *,
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    batch_size: int = 256,
+    mesh: Mesh | None = None,
+    on_bad_example: Literal["error", "drop"] = "error",
+    token_losses: bool = False,
+    overwrite: bool = False,
+    rows_per_part: int = 100_000,
+    progress: bool | Callable[[int], None] | Part = True,
+) -> LossTable:
+    """Scores every example once with the frozen model; returns the loss table.
+
+    Complete tables are opened, not made again; interrupted ones are continued at their
+    missing rows. The model runs in eval mode, whatever mode it is in.
+
+    Memory of each process, beside the data: 18 bytes for every example of the data set (its id
+    twice, 8 bytes each, and a flag), 42 for a moment at the start, and for packed text some 36
+    more; and until a part is written, up to 260 bytes for each of its rows, and with token losses
+    120 more and 8 for each of them.
+
+    Args:
+      model: the pre-trained (for vision: linear-probed) model.
+      source: the fine-tuning data.
+      directory: of the table; made if it does not exist.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, one entry per example, unreduced; the
+        loss is their quotient. Losses alone count 1 each.
+      batch_size: global; padded at the end, padding never reaches the table. Rows, not
+        examples, of a packed source.
+      mesh: default: all devices on the data axis.
+      on_bad_example: examples whose loss is not finite or whose count is 0 (no target
+        token) are an error, after the good ones have been saved; or dropped and counted. The
+        table's `dropped_ids` are these and those of the source.
+      token_losses: keep every target token's loss as well, for token-wise weights. The loss
+        function then returns them as a third array, as `losses.causal_lm_token_losses` does.
+      overwrite: delete the table in the directory and start anew.
+      rows_per_part: rows between two saves.
+      progress: whether to show a bar, on standard error (elsewhere than in a terminal or a
+        notebook: a line a minute); or a function that is called with the number of examples
+        scored after every batch.
+
+    Raises:
+      LossTableError: the directory has a table of another model, data set or loss function (its
+        code and the values it closes over count; see `easy_jax.io.code_fingerprint`).
+      ScoringError: bad examples, by id.
+      LockError: another run is at work in the directory.
+      ContractError: a model that is not NNX's; a loss function that returns anything else, or whose
+        losses depend on the other examples of the batch, as a mean repeated does.
+      DisagreementError: several processes, and not the same model, data or rows in all.
+      ConfigError: a batch size that does not divide over the mesh.
+      DataError: what the loaders refuse; a head that is not of the data's classes
+        (`easy_jax.core.compatibility`); labels or tokens that the model has no output for.
+      ValueError: a loss function with token losses where none are asked for, or without.
+
+    Example:
+      >>> import tempfile
+      >>> from easy_jax.core.losses import squared_error
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> source = data.ArraySource({"x": np.ones((5, 1), "f"), "y": np.ones((5, 1), "f")})
+      >>> table = score(model, source, tempfile.mkdtemp(), batch_size=8,
+      ...               loss_fn=lambda model, batch: squared_error(model(batch["x"]), batch["y"]))
+      >>> table.num_examples
+      5
+    """
+    directory = files.path(directory)
+    contract.check_model(model, "score")
+    contract.check_source(source)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
+    # With "drop", labels and tokens out of range are dropped with the other bad examples.
+    used_N = np.zeros(len(source), bool) if on_bad_example == "drop" else None
+    contract.check_tokens(model, source, used_N)
+    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
+    graphdef, state = nnx.split(eval_view(model))
+    identity = {
+        "model": fingerprints.of_state(state),
+        "structure": code_fingerprint.of_structure(graphdef),
+        "data": data.fingerprint(source),
+        "loss": code_fingerprint.of_function(loss_fn),
+        "num_examples": len(source),
+        "token_losses": token_losses,
+    }
+    processes.assert_equal_across_processes(
+        "the start of scoring", **identity, batch_size=batch_size
+    )
+    if overwrite:
+        processes.broadcast("the start of scoring", lambda: loss_table.clear(directory))
+    metadata = processes.broadcast(
+        "reading the loss table's metadata", lambda: loss_table.read_metadata(directory)
+    )
+    if metadata is not None:
+        loss_table.check_metadata(directory, metadata, identity)
+    done_N = loss_parts.seen_ids(directory, len(source))
+    # Examples dropped before are looked at again where they are to be errors now.
+    dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
+    absent = np.setdiff1d(np.arange(len(source)), data.present_ids(source))
+    done_N[[*dropped, *absent]] = True
+    found = f"{done_N.sum()} of {len(source)}, {fingerprints.of_arrays({'done': done_N})}"
+    processes.assert_equal_across_processes(
+        "reading the loss table", rows=found
+    )  # before anybody writes
+    if metadata is not None and metadata["complete"] and done_N.all():
+        table = LossTable(directory, metadata)
+        table.check_rows()
+        return table
+    with files.writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    header = {"format_version": loss_table.FORMAT_VERSION, **identity}
+
+    bad: dict[int, str] = {}
+    stopped = False
+    todo = np.flatnonzero(~done_N)
+    if todo.size:
+        rows = sharding.process_rows(batch_size, mesh)
+        loader = data.scoring_loader(source, batch_size, ids=todo, rows=rows)
+        owned = rows[sharding.owned_rows(batch_size, mesh)]
+        writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
+        state = sharding.shard_tree(state, mesh)
+        results = per_example(graphdef, state, loss_fn, loader, mesh, check=True)
+        with shown(progress, "scoring", "examples", quiet=not processes.is_main_process()) as part:
+            part.begin(len(source), len(source) - todo.size, jax.process_count())
+            for number, (ids, nll_sum, count, *tokens) in enumerate(results):
+                if number == 0:
+                    if bool(tokens) != token_losses:
+                        raise ValueError(
+                            f"token_losses is {token_losses}, but {name_of(loss_fn)} returns "
+                            f"{2 + len(tokens)} arrays; token losses are the third"
+                        )
+                    # Not earlier: a call with a mistake would leave a table that refuses the next.
+                    # Not later: a part must never be there without it.
+                    if processes.is_main_process():
+                        loss_table.write_metadata(directory, {**header, "complete": False})
+                    processes.barrier("writing the loss table's metadata")
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    loss = nll_sum / count
+                usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
+                reason = np.where(count == 0, "no target", np.where(usable, "", "loss"))
+                good = reason == ""
+                bad.update(
+                    (int(i), "has no target token" if r == "no target" else f"has loss {x}")
+                    for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
+                )
+                writer.add(ids, good, loss, count, *tokens)
+                part.advance(len(ids))
+                if processes.should_stop(f"scoring batch {number + 1}"):
+                    stopped = True
+                    break
+        if bad and on_bad_example == "drop":
+            loss_table.write_dropped(directory, jax.process_index(), dropped | set(bad))
+        writer.flush(last=True)
+    if stopped:
+        raise processes.Stopped(f"stopped while scoring; what is done is in {directory}")
+    if on_bad_example == "error":
+        _raise_bad(bad, len(source))
+    lock.check(directory)
+    processes.barrier("the end of scoring")
+
+    def complete() -> dict[str, Any]:
+        dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
+        summary = loss_table.summarise(directory, token_losses)
+        dropped_ids = sorted(dropped | set(absent.tolist()))
+        metadata = {**header, **summary, "complete": True, "dropped_ids": dropped_ids}
+        table = LossTable(directory, metadata)
+        table.check_ids()  # the median is of all rows, or of none
+        metadata["losses"] = table.fingerprint()
+        loss_table.write_metadata(directory, metadata)
+        return metadata
+
+    table = LossTable(directory, processes.broadcast("the loss table's summary", complete))
+    if not processes.is_main_process():  # it has
+        table.check_rows()
+    return table
+
+
+def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
+    """Raises ScoringError in every process if one of them has met a bad example."""
+    first = sorted(bad.items())[:10]
+    parts = processes.gather("bad examples", {"count": len(bad), "first": first})
+    count = sum(part["count"] for part in parts)
+    if count:
+        worst = sorted(tuple(item) for part in parts for item in part["first"])[:10]
+        some = "; ".join(f"id {i} {why}" for i, why in worst)
+        raise ScoringError(
+            f"{count} of {num_examples} examples cannot be scored: {some}"
+            f"{'; ...' if count > 10 else ''}. Mend the data, or set on_bad_example='drop' "
+            "to leave them out of training"
+        )
+
+
+@functools.lru_cache(maxsize=32)
+def make_score_step(
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    mesh: Mesh,
+    loss: str = "",
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
+    """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
+    every pass with the same model structure, loss and shapes shares one compilation. `loss`, the
+    loss function's fingerprint, tells apart what one object does before and after a change. On a
+    mesh of CPUs it has compiler options, with which JAX lets no other `jit` call it."""
+    del loss
+
+    def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        with sharding.tracing_on(mesh):
+            model = nnx.merge(graphdef, state, copy=True)
+            return contract.call(loss_fn, model, batch, token_losses=True)
+
+    return jax.jit(
+        score_step,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def per_example(
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State,
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    loader: data.Loader,
+    mesh: Mesh,
+    name: str = "scoring",
+    check: bool = False,
+) -> Iterator[tuple[Any, ...]]:
+    """Streams `(ids, first, second)` of a function that returns two arrays per example.
+
+    Where it returns a third array, of values per token of packed rows, a list of arrays
+    follows: each example's values at its target tokens.
+
+    Padding is removed, every example comes once, in one of the processes, and results are
+    read one batch late, so that the devices stay busy. Scoring and evaluation both run on this.
+
+    Args:
+      graphdef, state: the model, in eval mode; the state on the mesh.
+      loss_fn: `(model, batch) -> (first_B, second_B)`.
+      loader: a scoring loader of `sharding.process_rows`.
+      mesh: where the batches go.
+      name: of the pass, in the warning that devices wait for data.
+      check: on the first batch, that the function is per example (`contract.check_apart`).
+    """
+    score_step = make_score_step(graphdef, loss_fn, mesh, code_fingerprint.of_function(loss_fn))
+    pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
+    throughput = Throughput(name)
+    with contextlib.closing(iter(loader)) as batches:
+        for number in range(1, loader.steps + 1):
+            batch = throughput.fetch(batches)
+            if check and number == 1:
+                check_first_batch(score_step, state, batch, mesh, name_of(loss_fn))
+            arrays = {name: array for name, array in batch.items() if name != "example_id"}
+            result = score_step(state, sharding.shard_batch(arrays, mesh))
+            if pending is not None:
+                yield _collect(*pending, mesh)
+            pending = (batch, result)
+            if number % _SPEED_EVERY == 0:
+                throughput.read(result)  # warns where the devices wait for data
+    if pending is not None:
+        yield _collect(*pending, mesh)
+
+
+def check_first_batch(
+    score_step: Callable[..., tuple[jax.Array, ...]],
+    state: nnx.State,
+    batch: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    name: str,
+) -> None:
+    """`contract.check_apart` of a compiled score step; `name` is the loss function's."""
+
+    def run(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        results = score_step(state, sharding.shard_batch(arrays, mesh))
+        return tuple(sharding.local_rows(array) for array in results[:2])
+
+    contract.check_apart(run, batch, name)
+
+
+def _collect(
+    batch: Mapping[str, np.ndarray], result: tuple[jax.Array, ...], mesh: Mesh
+) -> tuple[Any, ...]:
+    first, second, *tokens = (sharding.local_rows(array) for array in result)
+    mask = batch["mask"]
+    if jax.process_count() > 1:  # other processes may hold some of the rows, too
+        owned_b = sharding.owned_rows(result[0].shape[0], mesh)
+        mask = mask & owned_b.reshape(-1, *[1] * (mask.ndim - 1))
+    rows = (batch["example_id"][mask], first[mask], second[mask])
+    return (*rows, *(split_tokens({**batch, "mask": mask}, values) for values in tokens))
+
+
+class _PartWriter:
+    """Collects rows, sorts them by id, and writes a part when there are enough.
+
+    Packing hands examples over a little out of order. A row is written when all that come
+    before it have been seen, so that the table is in order over its parts, too.
+    """
+
+    def __init__(self, directory: Path, rows_per_part: int, todo: np.ndarray):
+        self._directory = directory
+        self._rows_per_part = rows_per_part
+        self._todo = todo
+        self._buffer: list[tuple[Any, ...]] = []  # id, good, loss, count[, token losses]
+
+    def add(
+        self,
+        ids: np.ndarray,
+        good: np.ndarray,
+        loss: np.ndarray,
+        count: np.ndarray,
+        tokens: list[np.ndarray] | None = None,
+    ) -> None:
+        columns = [ids, good, loss, count, *([tokens] if tokens is not None else [])]
+        self._buffer += zip(*columns, strict=True)
+        if len(self._buffer) >= self._rows_per_part:
+            self.flush()
+
+    def flush(self, last: bool = False) -> None:
+        self._buffer.sort(key=lambda row: row[0])
+        found = np.array([row[0] for row in self._buffer], np.int64)
+        in_turn = found == self._todo[: len(found)]
+        # At the end nothing is waited for: other processes have seen the rest.
+        ready = len(found) if last or in_turn.all() else int(np.argmin(in_turn))
+        rows = [row for row in self._buffer[:ready] if row[1]]
+        self._buffer, self._todo = self._buffer[ready:], self._todo[ready:]
+        if rows:
+            ids, _, loss, count, *tokens = zip(*rows, strict=True)
+            table: Any = (
+                np.array(ids, np.int64),
+                *(np.array(x, np.float32) for x in (loss, count)),
+            )
+            loss_parts.write_part(self._directory, jax.process_index(), table, *tokens)
