@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_language
 from flax import nnx
 
 import easy_jax as ej
@@ -173,3 +174,19 @@ def test_it_does_not_depend_on_where_arrays_lie():
     spread = jax.device_put(value, jax.NamedSharding(mesh, jax.P("data")))
     one, other = (code_fingerprint.of_function(loss(x)) for x in (jnp.asarray(value), spread))
     assert one == other
+
+
+def test_artefacts_of_version_0_1_stay_valid(tmp_path):
+    """These fingerprints are in checkpoints and loss tables: a move of a module is no change."""
+    resnets = {
+        "basic": ("small", "16226ede7d8d95da", "d26f2c08190a81fb"),
+        "bottleneck": ("imagenet", "0cc78ee8de7bf480", "343c797d66114dd2"),
+    }
+    for block, (stem, training, evaluating) in resnets.items():
+        config = ej.ResNetConfig(in_channels=3, width=4, depths=(1, 1), block=block, stem=stem)
+        model = ej.ResNet(config, 5, rngs=nnx.Rngs(0))
+        assert code_fingerprint.of_structure(nnx.graphdef(model)) == training
+        assert code_fingerprint.of_structure(nnx.graphdef(ej.eval_view(model))) == evaluating
+    model = ej.hugging_face.load(tiny_language.write_folder(tmp_path), remat="full")
+    assert code_fingerprint.of_structure(nnx.graphdef(model)) == "0336eb6b2f98d11f"
+    assert code_fingerprint.of_function(ej.causal_lm_loss) == "causal_lm_loss"

@@ -88,7 +88,7 @@ def test_help_of_a_command_has_its_options_and_examples():
 
 
 def test_every_flag_is_in_the_help_and_every_option_is_a_flag():
-    ours = {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.main")}
+    ours = {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.cli.main")}
     ours |= {flag.name for flag in flags.FLAGS.get_flags_for_module("easy_jax.cli.config_file")}
     ours = {name.replace("_", "-") for name in ours if "." not in name}  # an alias is written so
     assert {name.replace("_", "-") for name in OPTIONS} - {"config.FIELD"} == ours
