@@ -1,0 +1,102 @@
+"""Registries: what can be chosen by a name in a configuration, and where a new entry is added."""
+
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+from easy_jax.io.checks import ConfigError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """Entries of one kind, by the names that configurations use.
+
+    An entry is registered where it is defined; nothing else tests its name. Looking up an unknown
+    name raises a `ConfigError` that lists the names and suggests the nearest.
+
+    Args:
+      kind: what an entry is, for messages: `"weighting"`.
+
+    Example:
+      >>> shapes = Registry("shape")
+      >>> @shapes.register("square", former=("box",))
+      ... def square(x):
+      ...     return x * x
+      >>> shapes["square"](3), list(shapes)
+      (9, ['square'])
+      >>> shapes.find("sqare", "config.shape")
+      Traceback (most recent call last):
+      easy_jax.io.checks.ConfigError: config.shape is 'sqare'; did you mean 'square'? \
+Every shape: square
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+        self._former: dict[str, str] = {}
+
+    def register(self, name: str, *, former: tuple[str, ...] = ()) -> Callable[[T], T]:
+        """Returns a decorator that adds an entry.
+
+        Args:
+          name: unique; the field's standard term.
+          former: names of earlier versions, which still find the entry, with a
+            DeprecationWarning.
+
+        Raises:
+          ValueError: a name that is taken.
+        """
+
+        def add(entry: T) -> T:
+            for each in (name, *former):
+                if each in self._entries or each in self._former:
+                    raise ValueError(f"there is already a {self.kind} {each!r}")
+            self._entries[name] = entry
+            self._former |= dict.fromkeys(former, name)
+            return entry
+
+        return add
+
+    def find(self, name: str, field: str = "") -> T:
+        """Returns the entry of a name.
+
+        Args:
+          name: registered, or a former name.
+          field: where the name stands, for the message: `"config.methods[flow].weighting"`.
+
+        Raises:
+          ConfigError: a name that is not registered; suggests the nearest.
+        """
+        return self._entries[self.canonical(name, field)]
+
+    def canonical(self, name: str, field: str = "") -> str:
+        """Returns the registered name for a name or a former name; warns of the latter.
+
+        Raises:
+          ConfigError: a name that is not registered; suggests the nearest.
+        """
+        where = f"{field} is " if field else f"{self.kind} "
+        if name in self._former:
+            now = self._former[name]
+            warnings.warn(f"{where}{name!r}; it is now {now!r}", DeprecationWarning, stacklevel=3)
+            return now
+        if name not in self._entries:
+            near = difflib.get_close_matches(str(name), self._entries, n=1)
+            meant = f"did you mean {near[0]!r}? " if near else ""
+            names = ", ".join(self._entries)
+            raise ConfigError(f"{where}{name!r}; {meant}Every {self.kind}: {names}")
+        return name
+
+    def __getitem__(self, name: str) -> T:
+        return self.find(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
