@@ -23,6 +23,7 @@ from easy_jax.config import (
     ResNetConfig,
     ScoringConfig,
     StageConfig,
+    replace,
 )
 
 ARGUMENTS = ("noisy", "clean", "full", "compare", "tiny")
@@ -82,15 +83,12 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         eval_every_epochs=3,
     )
     if arg == "full":
-        config.seeds = (0, 1, 2)
-        config.learning_rates = (0.003, 0.01, 0.03, 0.1)
-        config.methods = METHODS + CONTROLS
+        rates = (0.003, 0.01, 0.03, 0.1)
+        return replace(config, seeds=(0, 1, 2), learning_rates=rates, methods=METHODS + CONTROLS)
     if arg == "compare":
-        config.seeds = (0, 1, 2)
-        config.methods = METHODS + ALPHAS
+        return replace(config, seeds=(0, 1, 2), methods=METHODS + ALPHAS)
     if arg == "tiny":
-        config.model = ResNetConfig(in_channels=1, width=8, depths=(1, 1))
-        config.data = GlyphDataConfig(
+        data = GlyphDataConfig(
             image_size=8,
             pretrain_train=128,
             pretrain_validation=64,
@@ -99,7 +97,12 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
             target_validation=64,
             label_noise=(0.3,),
         )
-        for each in (config.pretrain, config.probe, config.finetune, config.head):
-            each.epochs = 1
-        config.methods = METHODS + CONTROLS
+        stages = ("pretrain", "probe", "finetune", "head")
+        return replace(
+            config,
+            {f"{name}.epochs": 1 for name in stages},
+            model=ResNetConfig(in_channels=1, width=8, depths=(1, 1)),
+            data=data,
+            methods=METHODS + CONTROLS,
+        )
     return config

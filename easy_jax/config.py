@@ -31,7 +31,7 @@ with epy.lazy_api_imports(globals()):
         LanguageMethodConfig,
         LanguageModelConfig,
     )
-    from easy_jax.io.checks import ConfigError, differences, to_json
+    from easy_jax.io.checks import ConfigError, differences, replace, to_json
     from easy_jax.models.config import RESNETS, ResNetConfig
     from easy_jax.parallel.config import MeshConfig
     from easy_jax.train.config import ScoringConfig, StageConfig
@@ -64,5 +64,6 @@ __all__ = [
     "TransferDataConfig",
     "Weighting",
     "differences",
+    "replace",
     "to_json",
 ]

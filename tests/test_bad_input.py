@@ -19,7 +19,7 @@ from helpers import Records
 
 from configs import quickstart
 from easy_jax import pipeline as train
-from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig
+from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig, replace
 from easy_jax.core import step, weightings
 from easy_jax.core.losses import softmax_cross_entropy, squared_error
 from easy_jax.data import ArraySource, DataError, DataWarning, scoring_loader, training_loader
@@ -118,14 +118,13 @@ def test_unknown_configuration_argument():
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
 def test_impossible_learning_rate(rate):
-    config = quickstart.get_config("tiny")
-    config.pretrain.optimizer.learning_rate = rate
+    tiny = quickstart.get_config("tiny")
+    config = replace(tiny, {"pretrain.optimizer.learning_rate": rate})
     with pytest.raises(
         ConfigError, match=r"config\.pretrain\.optimizer\.learning_rate is .*finite"
     ):
         config.validate()
-    config = quickstart.get_config("tiny")
-    config.learning_rates = (0.1, rate)
+    config = replace(tiny, learning_rates=(0.1, rate))
     with pytest.raises(ConfigError, match=r"config\.learning_rates is .*at least 0"):
         config.validate()
 
@@ -146,12 +145,7 @@ WRONG_TYPES = {
 @pytest.mark.parametrize("field", WRONG_TYPES)
 def test_wrong_type_in_a_field(field):
     value, expected = WRONG_TYPES[field]
-    config = quickstart.get_config("tiny")
-    *parents, last = field.split(".")
-    owner = config
-    for parent in parents:
-        owner = getattr(owner, parent)
-    setattr(owner, last, value)
+    config = replace(quickstart.get_config("tiny"), {field: value})
     with pytest.raises(ConfigError, match=rf"config\.{re.escape(field)} is .*must be {expected}"):
         config.validate()
 
@@ -495,8 +489,7 @@ def test_workdir_that_cannot_be_written(config, tmp_path):
 def test_workdir_of_another_configuration(config, tmp_path):
     train.open_workdir(config, tmp_path)
     train.open_workdir(quickstart.get_config("tiny"), tmp_path)
-    config.finetune.optimizer.momentum = 0.5
-    config.seeds = (0, 1)
+    config = replace(config, {"finetune.optimizer.momentum": 0.5}, seeds=(0, 1))
     with pytest.raises(ConfigError, match="belongs to another configuration") as error:
         train.run(config, tmp_path)
     message = str(error.value)
@@ -629,6 +622,6 @@ def test_unknown_reduction():
 
 def test_method_with_a_weighted_head_but_no_weights(config):
     bad = dataclasses.replace(config.methods[0], head_stage="weighted")
-    config.methods = (bad, *config.methods[1:])
+    config = replace(config, methods=(bad, *config.methods[1:]))
     with pytest.raises(ConfigError, match=r"methods\[standard\]\.weighting is 'none'"):
         config.validate()

@@ -8,6 +8,7 @@ import pytest
 import tiny_language
 
 from easy_jax import pipeline as train
+from easy_jax.config import replace
 from easy_jax.data import DataError, DataWarning, TokenSource
 from easy_jax.train.loss_table import LossTable
 
@@ -57,7 +58,7 @@ def test_the_others_are_as_without_them(clean, dirty, tmp_path):
     expected = train.run(tiny_language.get_config(str(clean)), tmp_path / "clean", "evaluate")
     assert not list((tmp_path / "clean").glob("dropped*"))
     config = tiny_language.get_config(str(dirty))
-    config.scoring.on_bad_example = "drop"
+    config = replace(config, {"scoring.on_bad_example": "drop"})
     with pytest.warns(DataWarning) as caught:
         found = train.run(config, tmp_path / "dirty", "evaluate")
     messages = [str(warning.message) for warning in caught]

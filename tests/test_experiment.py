@@ -1,6 +1,5 @@
 """Whole experiments in miniature: every shipped config, shared stages, one compilation each."""
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,19 +9,19 @@ from helpers import load_config
 
 from easy_jax import config
 from easy_jax import pipeline as train
-from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig
+from easy_jax.config import ExperimentConfig, GlyphDataConfig, ResNetConfig, replace
 from easy_jax.experiments import plan
 from easy_jax.experiments import results as results_lib
 from easy_jax.report import images as report
 
+SMALL = {"epochs": 1, "batch_size": 32}
+
 
 def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
     """The same experiment on a few examples: one step per stage."""
-    for stage in (config.pretrain, config.probe, config.finetune, config.head):
-        stage.epochs = 1
-        stage.batch_size = 32
-    config.model = ResNetConfig(width=4, depths=(1, 1))
-    config.data = GlyphDataConfig(
+    stages = ("pretrain", "probe", "finetune", "head")
+    small = {f"{name}.{field}": n for name in stages for field, n in SMALL.items()}
+    data = GlyphDataConfig(
         image_size=8,
         pretrain_train=32,
         pretrain_validation=16,
@@ -31,10 +30,16 @@ def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
         target_validation=16,
         label_noise=config.data.label_noise[:1],
     )
-    config.scoring.batch_size = config.eval_batch_size = 1024
-    config.seeds = config.seeds[:1]
-    config.learning_rates = config.learning_rates[:1]
-    return dataclasses.replace(config, **changes)
+    config = replace(
+        config,
+        {**small, "scoring.batch_size": 1024},
+        model=ResNetConfig(width=4, depths=(1, 1)),
+        data=data,
+        eval_batch_size=1024,
+        seeds=config.seeds[:1],
+        learning_rates=config.learning_rates[:1],
+    )
+    return replace(config, **changes)
 
 
 def _arguments():
@@ -73,7 +78,7 @@ def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_train_step", recording)
     module._compiled.cache_clear()
     config = _shrunken(load_config(root / "configs" / "quickstart.py").get_config("full"))
-    config.learning_rates = (0.01, 0.1)
+    config = replace(config, learning_rates=(0.01, 0.1))
     results = train.run(config, tmp_path / "run", "report")
     module._compiled.cache_clear()
     # 13 methods at 2 learning rates: pre-training; all, head, BatchNorm + head; l2.

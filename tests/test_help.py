@@ -35,7 +35,7 @@ def parse(root, monkeypatch):
         forget()
         monkeypatch.setattr(sys, "argv", ["easy-jax", *arguments])
         command = main.parse(sys.argv)
-        return command, main._CONFIG.value
+        return command, config_file.frozen(main._CONFIG.value)
 
     yield run
     forget()
@@ -274,3 +274,16 @@ def test_a_warning_is_one_line_and_said_once(capsys):
         show(UserWarning(message), UserWarning, "file.py", 3, line="source")
     err = "easy-jax: warning: two lines\neasy-jax: warning: another\n"
     assert capsys.readouterr() == ("", err)
+
+
+def test_an_assignment_to_a_field_is_told_how_to_be_written(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from easy_jax.config import ExperimentConfig\n"
+        "def get_config():\n"
+        "    config = ExperimentConfig()\n"
+        "    config.finetune.epochs = 3\n"
+        "    return config\n"
+    )
+    with pytest.raises(ConfigError, match=r"mine\.py, line 4: .*'epochs': .*config = replace\("):
+        config_file.read(str(path))

@@ -17,8 +17,8 @@ from easy_jax.config import (
     ExperimentConfig,
     ImageDataConfig,
     MethodConfig,
-    ScoringConfig,
     TransferDataConfig,
+    replace,
 )
 from easy_jax.data import DataError, DataWarning, ImageSource, load_images
 from easy_jax.data.image_folders import FolderImages
@@ -152,12 +152,11 @@ def test_both_tasks_are_told_at_once(damaged, tmp_path_factory):
     assert str(error.value).count("004.jpg") == 1  # met in train and in validation
     shutil.copy(other / "test/c/000.jpg", other / "test/c/002.jpg")
     shutil.copy(other / "test/c/000.jpg", damaged / "train/a/004.jpg")
-    experiment.scoring = ScoringConfig(on_bad_example="drop")
+    experiment = replace(experiment, {"scoring.on_bad_example": "drop"})
     with pytest.warns(DataWarning, match="left out, 4 of 12 images"):
         tasks = load_tasks(experiment, 0, 0.0)
     assert (len(tasks.target.train), len(tasks.target.test)) == (8, 12)
-    experiment.model.in_channels = 3
-    experiment.methods = (MethodConfig(),)
+    experiment = replace(experiment, {"model.in_channels": 3}, methods=(MethodConfig(),))
     with pytest.warns(DataWarning, match="left out"):
         ImageExperiment(experiment.validate(), other, Terminal(quiet=True)).data(STAGE)
     listed = json.loads((other / "left_out_images.json").read_text())

@@ -22,6 +22,7 @@ from easy_jax.config import (
     ScoringConfig,
     StageConfig,
     TextConfig,
+    replace,
 )
 from easy_jax.core import losses
 from easy_jax.data import DataError, instructions, text
@@ -183,10 +184,9 @@ def test_export(done, folder):
     assert train.run(_config(folder), workdir, until="export") == {}
     config = _config(folder)
     for name in ("standard", "wise_ft_0"):
-        config.model.path = str(workdir / "exported" / name)
-        found = train.run(
-            dataclasses.replace(config, methods=METHODS[:1]), workdir / f"again-{name}", "evaluate"
-        )
+        exported = {"model.path": str(workdir / "exported" / name)}
+        again = replace(config, exported, methods=METHODS[:1])
+        found = train.run(again, workdir / f"again-{name}", "evaluate")
         base, row = _row(found, "base"), _row(results, name)
         np.testing.assert_allclose(base["heldout_nll"], row["heldout_nll"], rtol=1e-5)
     before = (workdir / "exported" / "standard" / "model.safetensors").stat().st_mtime_ns
@@ -280,8 +280,7 @@ def test_the_example_of_the_readme(root, folder, tmp_path, monkeypatch):
 
 
 def test_too_few_records(folder, tmp_path):
-    config = _config(folder)
-    config.train.size = 25
+    config = replace(_config(folder), {"train.size": 25})
     with pytest.raises(DataError, match="has 24 records; start=0 and size=25 ask for more"):
         train.run(config, tmp_path)
 
@@ -326,16 +325,25 @@ def test_every_shipped_config_is_valid_and_runs_one_step(module, argument, folde
     config.validate()
     assert not argument or f":{argument}" in module.__doc__
     tiny = _config(folder)
-    config.model.path = str(folder)
-    config.model.lora_rank = 2
-    config.mesh.data, config.mesh.fsdp = 8, 1
-    config.train, config.heldout, config.general = tiny.train, tiny.heldout, ()
-    config.text = dataclasses.replace(tiny.text, max_segments=config.text.max_segments)
-    config.finetune.epochs = 1
-    config.finetune.batch_size = 8 * config.finetune.micro_batches
-    config.scoring.batch_size = config.eval_batch_size = 8
     only = config.methods[:3] if not argument else config.methods
-    config.methods = only
+    config = replace(
+        config,
+        {
+            "model.path": str(folder),
+            "model.lora_rank": 2,
+            "mesh.data": 8,
+            "mesh.fsdp": 1,
+            "finetune.epochs": 1,
+            "finetune.batch_size": 8 * config.finetune.micro_batches,
+            "scoring.batch_size": 8,
+        },
+        train=tiny.train,
+        heldout=tiny.heldout,
+        general=(),
+        text=replace(tiny.text, max_segments=config.text.max_segments),
+        eval_batch_size=8,
+        methods=only,
+    )
     results = train.run(config, tmp_path)
     assert [row["method"] for row in results["language"]] == ["base", *(m.name for m in only)]
     assert all(np.isfinite(row["heldout_nll"]) for row in results["language"])

@@ -13,7 +13,7 @@ from processes import Processes, has_ipv6, run
 from safetensors.numpy import load_file
 
 from easy_jax import pipeline as train
-from easy_jax.config import MeshConfig
+from easy_jax.config import MeshConfig, replace
 from easy_jax.train.loss_table import LossTable
 
 pytestmark = pytest.mark.slow
@@ -78,8 +78,11 @@ def test_same_parameters(runs, root, folder, count):
     run(root, _arguments("export", folder, runs[count][0]), 2)
     if not (runs[1][0] / "exported").exists():
         config = tiny_language.get_config(str(folder))
-        config.mesh = MeshConfig(data=1, fsdp=2, tensor=4)
-        config.finetune.optimizer.learning_rate = RATE
+        config = replace(
+            config,
+            {"finetune.optimizer.learning_rate": RATE},
+            mesh=MeshConfig(data=1, fsdp=2, tensor=4),
+        )
         train.run(config, runs[1][0], "export")
     alone, ours = (_parameters(runs[n][0]) for n in (1, count))
     start = load_file(folder / "model.safetensors")

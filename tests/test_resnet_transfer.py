@@ -8,7 +8,7 @@ import pytest
 from helpers import load_config
 from image_data import write_folder
 
-from easy_jax.config import RESNETS, ConfigError, ResNetConfig
+from easy_jax.config import RESNETS, ConfigError, ResNetConfig, replace
 from easy_jax.experiments.plan import cell_stages, cells
 from easy_jax.models.resnet import ResNet, nnx
 from easy_jax.pretrained import timm_weights
@@ -78,7 +78,7 @@ def test_values_are_the_papers(module, data):
 
 def test_a_flag_for_one_stage_is_for_that_stage(module):
     config = module.get_config("resnet18,cars196")
-    config.finetune.optimizer.weight_decay = 0.25
+    config = replace(config, {"finetune.optimizer.weight_decay": 0.25})
     assert config.probe.optimizer.weight_decay == config.head.optimizer.weight_decay == 5e-4
 
 

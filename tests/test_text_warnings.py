@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from easy_jax.config import ALPACA_INPUT, ConfigError, InstructionsConfig, TextConfig
+from easy_jax.config import ALPACA_INPUT, ConfigError, InstructionsConfig, TextConfig, replace
 from easy_jax.data import DataError, DataWarning, PackedSource, instructions, training_loader
 from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.text import load_tokenizer, plain_text, tokenize
@@ -307,7 +307,7 @@ def test_fields_of_a_configuration(tmp_path):
         source = instructions.load(config, TEXT, words()).examples
     assert spell(words(), source) == ["c in a -> | b <eos>", "b -> | c <eos>"]
     assert source.weight.tolist() == [2.5, 0]
-    config.input_field = config.weight_field = ""
+    config = replace(config, input_field="", weight_field="")
     with pytest.warns(
         DataWarning, match="'id' .*, 'input' .*input_field would .*, 'weight' .in 2 of"
     ):
@@ -330,7 +330,7 @@ def test_reading_and_tokenising_tell_their_bad_records_together(tmp_path):
         source = instructions.load(config, TEXT, words(), bad).examples
     assert source.dropped_ids.tolist() == [1, 2, 3, 4] and source.num_targets[5] == 2
     # A part of the file: its ids begin at 0, its places are the file's; others do not matter.
-    config.start, config.size = 3, 3
+    config = replace(config, start=3, size=3)
     bad = BadExamples("drop")
     with pytest.warns(
         DataWarning, match=r"^left out 2 of 3 examples of .*\(1\): line 4 .*: line 5 "
@@ -338,7 +338,7 @@ def test_reading_and_tokenising_tell_their_bad_records_together(tmp_path):
         source = instructions.load(config, TEXT, words(), bad).examples
     assert source.dropped_ids.tolist() == [0, 1]
     assert [(row["id"], row["where"]) for row in bad.rows()] == [(0, "line 4"), (1, "line 5")]
-    config.start, config.size = 5, 1
+    config = replace(config, start=5, size=1)
     assert len(instructions.load(config, TEXT, words())) == 1
 
 

@@ -27,6 +27,7 @@ from easy_jax.config import (
     ResNetConfig,
     StageConfig,
     TransferDataConfig,
+    replace,
 )
 from easy_jax.core import losses
 from easy_jax.core.online_weights import OnlineWeights
@@ -254,7 +255,7 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
             MethodConfig("flow", start="probe", weighting="flow"),
         ),
     )
-    config.scoring.batch_size = 64
+    config = replace(config, {"scoring.batch_size": 64})
     results = train.run(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert f"pretrained: from {tmp_path / 'network'}" in printed
@@ -336,8 +337,8 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
 )
 def test_configurations_that_cannot_be(changes, message):
     if "data" in changes:
-        for each in (changes["data"].pretrain, changes["data"].target):
-            each.path = "data"
+        paths = {"pretrain.path": "data", "target.path": "data"}
+        changes = {**changes, "data": replace(changes["data"], paths)}
     with pytest.raises(ConfigError, match=message):
         letters(**{"methods": (MethodConfig(),), **changes}).validate()
 

@@ -27,7 +27,7 @@ class ConfigFile(flags.ArgumentParser):
     """Reads a configuration file for the flag `--config`, and checks what is to be overridden."""
 
     def parse(self, location: str) -> ExperimentConfig | LanguageConfig:
-        """The configuration that `FILE.py` or `FILE.py:ARG` gives.
+        """Reads `FILE.py` or `FILE.py:ARG`; returns a copy whose fields can be assigned.
 
         Raises:
           ConfigError: there is no such file, it fails, or an override of `sys.argv` does not fit.
@@ -35,7 +35,7 @@ class ConfigFile(flags.ArgumentParser):
         config = read(location)
         for name in _overridden(sys.argv[1:]):
             check_override(config, name)
-        return config
+        return _assignable(config)
 
 
 class Entries(tuple_parser.TupleParser):
@@ -64,6 +64,41 @@ def define(name: str, text: str) -> flags.FlagHolder:
     holder = config_flags.DEFINE_config_file(name, None, text)
     flags.FLAGS[name].parser = ConfigFile()
     return holder
+
+
+def _assignable(value: Any) -> Any:
+    """A copy of a configuration whose fields can be assigned, as ml_collections does it."""
+    if isinstance(value, tuple):
+        return tuple(_assignable(entry) for entry in value)
+    if not dataclasses.is_dataclass(value):
+        return value
+    copies = {field.name: _assignable(getattr(value, field.name)) for field in _fields(value)}
+    types = [
+        (field.name, type(copy) if dataclasses.is_dataclass(copy) else field.type)
+        for field, copy in zip(_fields(value), copies.values(), strict=True)
+    ]
+    copy = dataclasses.make_dataclass(type(value).__name__, types)(**copies)
+    copy.frozen_original = value
+    return copy
+
+
+def frozen(value: Any) -> Any:
+    """Returns the configuration, frozen, of a flag's value with what was assigned to it.
+
+    Args:
+      value: of the flag that `define` made; None stays None.
+    """
+    if isinstance(value, tuple):
+        return tuple(frozen(entry) for entry in value)
+    original = getattr(value, "frozen_original", None)
+    if original is None:
+        return value
+    fields = {field.name: frozen(getattr(value, field.name)) for field in _fields(original)}
+    return dataclasses.replace(original, **fields)
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value)
 
 
 def read(location: str) -> ExperimentConfig | LanguageConfig:
@@ -97,6 +132,11 @@ def read(location: str) -> ExperimentConfig | LanguageConfig:
     except SyntaxError as error:
         where = f"{error.filename or name}, line {error.lineno}"
         raise ConfigError(f"{where}: this is not Python: {error.msg}") from error
+    except dataclasses.FrozenInstanceError as error:
+        raise ConfigError(
+            f"{_place(error, path)}: {error}: a configuration is not changed but copied: "
+            'config = replace(config, {"finetune.epochs": 3}), with easy_jax.config.replace'
+        ) from error
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"{_place(error, path)}: {reason}") from error

@@ -115,7 +115,7 @@ def parse(argv: list[str]) -> str:
     if words[0] == "compile" and not _TOPOLOGY.value:
         raise UsageError(f"compile needs --topology, such as: easy-jax {command.examples[0]}")
     if command.needs_config:
-        _CONFIG.value.validate()
+        config_file.frozen(_CONFIG.value).validate()
     return words[0]
 
 
@@ -135,7 +135,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def main(command: str) -> int:
     """Runs a sub-command with the flags that were parsed; returns the exit code."""
-    config: ExperimentConfig | LanguageConfig | Any = _CONFIG.value
+    config: ExperimentConfig | LanguageConfig | Any = config_file.frozen(_CONFIG.value)
     if command == "theory":
         from easy_jax.report import theory as theory_report
 

@@ -14,7 +14,7 @@ Regularizer = Literal["none", "l1", "l2"]
 Averaging = Literal["none", "wise_ft", "sfa"]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerConfig:
     """Optimiser, schedule and the pull towards the starting weights.
 

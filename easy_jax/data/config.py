@@ -19,7 +19,7 @@ ImageDataName = Literal[
 ]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class GlyphDataConfig:
     """Letters rendered from fonts (pre-training) and handwritten digits (fine-tuning)."""
 
@@ -58,7 +58,7 @@ class GlyphDataConfig:
         return "letters", "digits"
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ImageDataConfig:
     """A data set of images, as `easy_jax.data.load_images` reads it.
 
@@ -159,7 +159,7 @@ class ImageDataConfig:
             require(getattr(self, name) >= 0, f"{path}.{name}", getattr(self, name), "at least 0")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TransferDataConfig:
     """Two data sets of images.
 
@@ -209,7 +209,7 @@ ALPACA_INPUT = (
 )
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class InstructionsConfig:
     """Where instructions and responses come from.
 
@@ -256,7 +256,7 @@ class InstructionsConfig:
             require(bool(self.name), f"{path}.name", self.name, "a data set's name")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class TextConfig:
     """From text to rows of tokens.
 

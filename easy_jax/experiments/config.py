@@ -20,7 +20,7 @@ Trainable = Literal["all", "head", "bn_head"]
 HeadStage = Literal["none", "unweighted", "weighted"]
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MethodConfig:
     """A fine-tuning method is a composition; standard fine-tuning is the empty one.
 
@@ -81,7 +81,7 @@ class MethodConfig:
             )
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ExperimentConfig:
     """Everything that decides an experiment's numbers, plus how often to save and print.
 

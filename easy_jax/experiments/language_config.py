@@ -18,7 +18,7 @@ LanguageTrainable = Literal["all", "head", "lora"]
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelConfig:
     """A pre-trained model, and how it computes.
 
@@ -49,7 +49,7 @@ class LanguageModelConfig:
         require(ok, f"{path}.lora_targets", self.lora_targets, f"out of {list(LORA_TARGETS)}")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LanguageMethodConfig:
     """A fine-tuning method as a composition; standard fine-tuning is the empty one.
 
@@ -82,7 +82,7 @@ class LanguageMethodConfig:
             )
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class LanguageConfig:
     """Everything that decides a language experiment's numbers, plus how often to save and print.
 

@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
-from typing import Any, Literal, get_args, get_origin
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -33,6 +36,32 @@ def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
             for line in differences(a, b, f"{path}[{index}]")
         ]
     return [] if ours == theirs else [f"{path}: {ours!r} now, {theirs!r} there"]
+
+
+def replace(config: T, changes: Mapping[str, Any] | None = None, /, **fields: Any) -> T:
+    """Returns a copy of a configuration with some fields changed; nested ones by dotted names.
+
+    Args:
+      config: a dataclass, which stays as it is: configurations are frozen.
+      changes: values by dotted names, such as `{"finetune.optimizer.learning_rate": 0.1}`.
+      **fields: values of the configuration's own fields.
+
+    Raises:
+      ConfigError: there is no such field.
+
+    Example:
+      >>> from easy_jax.config import StageConfig
+      >>> stage = replace(StageConfig(), {"optimizer.learning_rate": 0.1}, epochs=3)
+      >>> stage.epochs, stage.optimizer.learning_rate
+      (3, 0.1)
+    """
+    for name, value in {**(changes or {}), **fields}.items():
+        first, _, rest = name.partition(".")
+        if first not in {field.name for field in dataclasses.fields(config)}:  # type: ignore
+            raise ConfigError(f"{type(config).__name__} has no field {first}")
+        value = replace(getattr(config, first), {rest: value}) if rest else value
+        config = dataclasses.replace(config, **{first: value})  # type: ignore
+    return config
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:

@@ -14,7 +14,7 @@ RESNETS: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
 }
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ResNetConfig:
     """A residual network; the default is a small one for small images.
 

@@ -5,7 +5,7 @@ import dataclasses
 from easy_jax.io.checks import require
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class MeshConfig:
     """Axis sizes of the device mesh; one of them may be -1, "all remaining devices"."""
 

@@ -122,9 +122,7 @@ def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
       WeightsError: see `load`; or tensors of a network that there is not here.
       ConfigError: `config.json` tells of a network that there is not here.
     """
-    config = _find(path).config()
-    config.path = os.fspath(path)
-    return config
+    return dataclasses.replace(_find(path).config(), path=os.fspath(path))
 
 
 def read_info(path: str | os.PathLike[str]) -> ClassifierInfo:

@@ -7,7 +7,7 @@ from easy_jax.core.config import OptimizerConfig, Reduction
 from easy_jax.io.checks import choice, require
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class StageConfig:
     """One training stage: how long, in what batches, with which optimiser."""
 
@@ -30,7 +30,7 @@ class StageConfig:
         self.optimizer.validate(f"{path}.optimizer")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ScoringConfig:
     """The frozen pass over the fine-tuning set."""
 

@@ -26,6 +26,7 @@ import checkpoints
 import tiny_language
 
 import easy_jax as ej
+from easy_jax.config import replace
 
 BY_COMMAND_LINE = 20
 KINDS = ("bit", "digit", "deleted", "doubled")
@@ -64,8 +65,8 @@ class Workdir:
         model = folder / "model"
         model.mkdir()
         tiny_language.write_folder(model, train=16)
-        self._config = tiny_language.get_config(str(model))
-        self._config.scoring.rows_per_part = 16
+        config = tiny_language.get_config(str(model))
+        self._config = replace(config, {"scoring.rows_per_part": 16})
         self._calm, self.path = folder / "calm", folder / "run"
         self._run()
         self.path.rename(self._calm)
