@@ -42,3 +42,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def root() -> Path:
     """The top folder of the repository."""
     return _ROOT
+
+
+@pytest.fixture(scope="session")
+def tfds_images(tmp_path_factory) -> Path:
+    """Flowers, of which TFDS knows the code as well, and a data set with a damaged image."""
+    from image_data import jpegs, write_tfds
+
+    data_dir = tmp_path_factory.mktemp("tfds")
+    flowers = {"train": jpegs(20, 102), "validation": jpegs(4, 102, 50), "test": jpegs(9, 102, 70)}
+    write_tfds(data_dir, "oxford_flowers102", "2.1.1", 102, flowers)
+    broken = [*jpegs(3), (jpegs(1)[0][0][:100], 1)]
+    return write_tfds(data_dir, "broken", "1.0.0", 3, {"train": broken})

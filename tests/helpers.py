@@ -37,3 +37,18 @@ class Records:
 
     def __getitem__(self, position):
         return self.records[position]
+
+
+class InterruptionError(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(calls):
+    """A `progress` that raises InterruptionError once it has been called that often."""
+    left = iter(range(calls))
+
+    def progress(_):
+        if next(left, None) is None:
+            raise InterruptionError
+
+    return progress

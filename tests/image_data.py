@@ -1,12 +1,17 @@
 """Small image data sets on disk, in the forms that are read."""
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tfds_data
 from PIL import Image
+
+from easy_jax.config import ImageDataConfig
+from easy_jax.data import load_images
 
 
 def picture(number: int, width: int = 48, height: int = 36) -> np.ndarray:
@@ -28,6 +33,11 @@ def encoded(array: np.ndarray, kind: str = "JPEG", mode: str | None = None, **op
     return file.getvalue()
 
 
+def jpegs(size: int, classes: int = 3, start: int = 0) -> list[tuple[bytes, int]]:
+    """(bytes, label) pairs; image i is picture(start + i)."""
+    return [(encoded(picture(start + i), quality=95), i % classes) for i in range(size)]
+
+
 def write_folder(path: Path, classes=("bird", "cat", "dog"), per_class: int = 6) -> Path:
     """`path/<class>/<number>.jpg`; image i of class c is picture(100 c + i)."""
     for label, name in enumerate(classes):
@@ -35,6 +45,13 @@ def write_folder(path: Path, classes=("bird", "cat", "dog"), per_class: int = 6)
         for number in range(per_class):
             data = encoded(picture(100 * label + number), quality=95)
             (path / name / f"{number:03d}.jpg").write_bytes(data)
+    return path
+
+
+def write_splits(path: Path) -> Path:
+    """The folders `train` and `test`, each of two classes of six images."""
+    for split in ("train", "test"):
+        write_folder(path / split, classes=("a", "b"))
     return path
 
 
@@ -52,35 +69,42 @@ def write_parquet(
 
 
 def write_tfds(data_dir: Path, name: str, version: str, num_classes: int, splits) -> Path:
-    """A data set as TFDS prepares it, in ArrayRecord: split -> (bytes, label) pairs.
+    """A data set as TFDS prepares it: split -> (bytes, label) pairs.
 
     TFDS stores the encoded bytes that it is given: no TensorFlow is needed.
     """
     import tensorflow_datasets as tfds
 
-    folder = data_dir / name / version
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(num_classes=num_classes),
-            "file_name": tfds.features.Text(),
-        }
-    )
-    identity = tfds.core.DatasetIdentity(
-        name=name, version=tfds.core.Version(version), data_dir=str(folder), module_name=name
-    )
-    writer = tfds.core.SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features),
-        max_examples_per_shard=7,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
-    writer.initialize_splits(list(splits))
-    for split, examples in splits.items():
-        records = [
+    features = {
+        "image": tfds.features.Image(),
+        "label": tfds.features.ClassLabel(num_classes=num_classes),
+        "file_name": tfds.features.Text(),
+    }
+    records = {
+        split: [
             {"image": data, "label": label, "file_name": f"{i}.jpg"}
             for i, (data, label) in enumerate(examples)
         ]
-        writer.add_examples({split: records})
-    writer.close_all()
-    return data_dir
+        for split, examples in splits.items()
+    }
+    return tfds_data.write(data_dir, name, version, features, records)
+
+
+def data_config(path: Path, **options) -> ImageDataConfig:
+    """A valid config of the data there, by default a folder of images of 16 x 16 pixels."""
+    options = {"name": "other", "format": "folder", "image_size": 16, "threads": 2, **options}
+    made = ImageDataConfig(path=str(path), **options)
+    made.validate()
+    return made
+
+
+def load(path: Path, split: str = "train", **options):
+    """A split of the data there; the options are those of `data_config`."""
+    return load_images(data_config(path, **options), split)
+
+
+def names(source) -> set[str]:
+    """The files of a source of a folder, relative to it."""
+    return {
+        os.path.relpath(source.store.where(int(p)), source.store.folder) for p in source._positions
+    }

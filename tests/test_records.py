@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tfds_data
 
 from easy_jax.data import DataError, DataWarning
 from easy_jax.data.bad_examples import BadExamples
@@ -124,33 +125,18 @@ def tfds_folder(tmp_path_factory):
     """A prepared data set of text, with an example that is not UTF-8 in its split `bad`."""
     import tensorflow_datasets as tfds
 
-    folder = tmp_path_factory.mktemp("tfds")
-    version = folder / "sums" / "1.0.0"
-    version.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "question": tfds.features.Text(),
-            "answer": tfds.features.Text(),
-            "level": tfds.features.Scalar(dtype=np.int32),
-        }
-    )
-    identity = tfds.core.DatasetIdentity(
-        name="sums", version=tfds.core.Version("1.0.0"), data_dir=str(version), module_name="sums"
-    )
-    writer = tfds.core.SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features),
-        max_examples_per_shard=3,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
-    writer.initialize_splits(["train", "bad"])
+    features = {
+        "question": tfds.features.Text(),
+        "answer": tfds.features.Text(),
+        "level": tfds.features.Scalar(dtype=np.int32),
+    }
     train = [
         {"question": f"{i} + {i} = ½?", "answer": "" if i == 1 else str(2 * i), "level": i}
         for i in range(5)
     ]
-    writer.add_examples({"train": train})
-    writer.add_examples({"bad": [train[0], {"question": b"\xff", "answer": "", "level": 0}]})
-    writer.close_all()
-    return folder
+    bad = [train[0], {"question": b"\xff", "answer": "", "level": 0}]
+    folder, splits = tmp_path_factory.mktemp("tfds"), {"train": train, "bad": bad}
+    return tfds_data.write(folder, "sums", "1.0.0", features, splits, per_shard=3)
 
 
 def test_tfds(tfds_folder, monkeypatch):

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+import tfds_data
 
 from easy_jax.data import DataError, TfdsSource, scoring_loader, training_loader
-
-# TensorFlow Datasets, offline and without TensorFlow.
 
 
 @pytest.fixture(scope="module")
@@ -13,40 +12,17 @@ def tfds_folder(tmp_path_factory):
     """A prepared data set of 20 examples in three ArrayRecord shards."""
     import tensorflow_datasets as tfds
 
-    folder = tmp_path_factory.mktemp("tfds")
-    version = folder / "tiny" / "1.2.3"
-    version.mkdir(parents=True)
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Tensor(shape=(4, 4, 1), dtype=np.float32),
-            "label": tfds.features.ClassLabel(num_classes=10),
-            "name": tfds.features.Text(),
-        }
-    )
-    identity = tfds.core.DatasetIdentity(
-        name="tiny", version=tfds.core.Version("1.2.3"), data_dir=str(version), module_name="tiny"
-    )
-    writer = tfds.core.SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features),
-        max_examples_per_shard=7,
-        file_format=tfds.core.FileFormat.ARRAY_RECORD,
-    )
-    writer.initialize_splits(["train", "test"])
-    for split, size in (("train", 20), ("test", 3)):
-        writer.add_examples(
-            {
-                split: [
-                    {
-                        "image": np.full((4, 4, 1), i / 4, np.float32),
-                        "label": (3 * i) % 10,
-                        "name": f"example {i}",
-                    }
-                    for i in range(size)
-                ]
-            }
-        )
-    writer.close_all()
-    return folder
+    features = {
+        "image": tfds.features.Tensor(shape=(4, 4, 1), dtype=np.float32),
+        "label": tfds.features.ClassLabel(num_classes=10),
+        "name": tfds.features.Text(),
+    }
+    records = [
+        {"image": np.full((4, 4, 1), i / 4, np.float32), "label": (3 * i) % 10, "name": f"{i}"}
+        for i in range(20)
+    ]
+    splits = {"train": records, "test": records[:3]}
+    return tfds_data.write(tmp_path_factory.mktemp("tfds"), "tiny", "1.2.3", features, splits)
 
 
 FIELDS = {"image": "image", "label": "y"}
