@@ -15,7 +15,6 @@ from image_data import write_folder
 
 import easy_jax as ej
 from easy_jax.config import RESNETS, ConfigError
-from easy_jax.core import compatibility
 from easy_jax.data import ArraySource, DataError, DataWarning, Splits
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.images import Views
@@ -23,7 +22,7 @@ from easy_jax.experiments.image_networks import ImageNetworks
 from easy_jax.models.classifier import ClassifierInfo
 from easy_jax.models.resnet import head_params
 from easy_jax.pretrained.weight_files import WeightsError
-from easy_jax.train import fitting, scoring
+from easy_jax.train import compatibility, fitting, scoring
 
 TINY = ej.ResNetConfig(in_channels=3, width=4, depths=(1,))
 

@@ -15,11 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from easy_jax import data
 from easy_jax.core.losses import ContractError
-from easy_jax.data import text
-from easy_jax.data.loader import PADDING_ID
-from easy_jax.data.sources import check_numbers
 from easy_jax.io.code_fingerprint import name_of
 from easy_jax.parallel import processes
 
@@ -52,37 +48,6 @@ def check_model(model: Any, who: str) -> None:
     elif isinstance(model, nnx.State | tuple):
         cure = ": give the module, nnx.merge(graphdef, state)"
     raise ContractError(f"{who} takes a Flax NNX module, not {what}{cure}")
-
-
-def check_source(source: data.AnySource) -> None:
-    """Raises DataError for what is no source, and for fields in memory that are no numbers."""
-    if isinstance(source, data.TokenSource):
-        raise data.DataError(
-            "a TokenSource has examples of different lengths; give "
-            "PackedSource(examples, row_length=...)"
-        )
-    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) and not isinstance(
-        source, data.PackedSource
-    ):
-        raise data.DataError(
-            f"a {type(source).__name__} is no source: it needs a length and a record for every "
-            "position below it, as ArraySource has; a generator can be read once only"
-        )
-    for name, array in source.fields.items() if isinstance(source, data.ArraySource) else ():
-        check_numbers(name, array, 0)
-
-
-def check_tokens(
-    model: nnx.Module, source: data.AnySource, used_N: np.ndarray | None = None
-) -> None:
-    """Raises DataError, with the ids, for examples with tokens outside of the model's vocabulary.
-
-    Args:
-      used_N: bool by example id: those that are looked at; default: all.
-    """
-    vocab = getattr(getattr(model, "config", None), "vocab", None)
-    if isinstance(source, data.PackedSource) and isinstance(vocab, int):
-        text.check_vocabulary(source.examples, vocab, used_N)
 
 
 def call(
@@ -256,5 +221,5 @@ def _changes(before: np.ndarray, after: np.ndarray, ids: np.ndarray) -> list[Any
     return [
         (int(i), float(b), float(a))
         for i, b, a in zip(ids[~same], before[~same], after[~same], strict=True)
-        if i != PADDING_ID
+        if i >= 0  # padding has none
     ]

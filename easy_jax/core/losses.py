@@ -31,7 +31,7 @@ _outputs: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("out
 def recorded_outputs() -> Iterator[list[int]]:
     """Collects how many classes every call of `softmax_cross_entropy` inside distinguishes.
 
-    So `easy_jax.core.compatibility` learns, from an abstract trace, what any loss function that is
+    So `easy_jax.train.compatibility` learns, from an abstract trace, what any loss function that is
     built on it expects of the data.
 
     Example:

@@ -48,7 +48,7 @@ class Source(Protocol):
 
     Optional, of labelled data: `num_classes`, which all labels are below; `classes`, their names;
     `mean` and `std`, by channel, that images are normalised with. A model that was made for
-    others is refused or told (`easy_jax.core.compatibility`).
+    others is refused or told (`easy_jax.train.compatibility`).
     """
 
     def __len__(self) -> int: ...
@@ -94,7 +94,7 @@ class ArraySource:
     Args:
       fields: arrays with equal leading axes, for example `image` and `label`.
       num_classes: if given, `label` must be integers in [0, num_classes), and a classifier must
-        have as many outputs (`easy_jax.core.compatibility`).
+        have as many outputs (`easy_jax.train.compatibility`).
 
     Raises:
       DataError: no examples, unequal lengths, non-finite values, or labels out of range;

@@ -7,7 +7,6 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax.core import compatibility
 from easy_jax.data import Splits
 from easy_jax.io.checks import ConfigError
 from easy_jax.models import resnet
@@ -15,6 +14,7 @@ from easy_jax.models.config import ResNetConfig
 from easy_jax.models.modes import eval_view, train_view
 from easy_jax.parallel import sharding
 from easy_jax.pretrained import timm_weights
+from easy_jax.train import compatibility
 
 
 class ImageNetworks:

@@ -51,7 +51,6 @@ _BOOKKEEPING = {
 # Names under which fingerprints of version 0.1 know these modules: a move within the package is no
 # change of what a function does, and artefacts on disk stay valid.
 _FIRST_NAMES = {
-    "easy_jax.core.compatibility": "easy_jax.compatibility",
     "easy_jax.core.losses": "easy_jax.losses",
     "easy_jax.core.merge": "easy_jax.merge",
     "easy_jax.core.optim": "easy_jax.optim",
@@ -67,6 +66,7 @@ _FIRST_NAMES = {
     "easy_jax.parallel.sharding": "easy_jax.sharding",
     "easy_jax.pretrained.hugging_face": "easy_jax.models.hugging_face",
     "easy_jax.pretrained.timm_weights": "easy_jax.models.timm_weights",
+    "easy_jax.train.compatibility": "easy_jax.compatibility",
     "easy_jax.train.evaluate": "easy_jax.evaluate",
     "easy_jax.train.loss_table": "easy_jax.loss_table",
 }

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easy_jax import data
-from easy_jax.core import compatibility, losses
+from easy_jax.core import losses
 from easy_jax.models.modes import eval_view
 from easy_jax.parallel import processes, sharding
-from easy_jax.train import scoring
+from easy_jax.train import compatibility, scoring
 
 
 def nll_and_correct(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -46,7 +46,7 @@ def classification(
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
-      DataError: a head that is not of the data's classes (`easy_jax.core.compatibility`).
+      DataError: a head that is not of the data's classes (`easy_jax.train.compatibility`).
 
     Example:
       >>> source = data.ArraySource({"image": np.eye(2, dtype="f"), "label": np.arange(2)})

@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easy_jax import data
-from easy_jax.core import compatibility, contract, merge, optim
+from easy_jax.core import contract, optim
 from easy_jax.core.config import OptimizerConfig, Reduction
 from easy_jax.core.losses import LossFn
 from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.core.step import StepFn, TrainState, init_train_state, make_train_step
-from easy_jax.data.loader import PADDING_ID
 from easy_jax.io import files
 from easy_jax.io.code_fingerprint import name_of
 from easy_jax.io.metrics_log import MetricsLog
@@ -32,14 +28,21 @@ from easy_jax.io.terminal import shown
 from easy_jax.io.throughput import Throughput
 from easy_jax.models.modes import eval_view
 from easy_jax.parallel import lock, processes, sharding
-from easy_jax.train import checkpoint, identity, scoring
+from easy_jax.train import checkpoint, checks, identity, scoring
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.config import StageConfig
+from easy_jax.train.hooks import (
+    Averaging,
+    Bar,
+    Evaluation,
+    Hook,
+    Hooks,
+    Loop,
+    Metrics,
+    Speed,
+    TrainingError,
+)
 from easy_jax.train.identity import ANCHORED
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names stage, step and examples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ def fit(
     on_epoch: Callable[[int, nnx.State], None] | None = None,
     progress: bool | Callable[[int], None] | Part = True,
     on_speed: Callable[[dict[str, float]], None] | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> Fit:
     """Trains a model on weighted examples; called again, it continues or returns the result.
 
@@ -124,6 +128,7 @@ def fit(
       on_speed: called every `log_every_steps` with `examples_per_second`, `steps_per_second` and
         `input_wait`, the share of time in which the devices waited for data
         (`easy_jax.io.throughput`).
+      hooks: called after those of `fit` itself (`easy_jax.train.hooks.Hook`).
 
     Raises:
       TrainingError: the loss, its gradient, or something that is about to be saved, is not finite.
@@ -135,31 +140,16 @@ def fit(
       DisagreementError: several processes, and not the same data, weights or checkpoints in all.
       Stopped: after a SIGTERM, once the state is saved (`processes.stop_on_sigterm`).
       ConfigError, DataError: as the loaders and the mesh; a head that is not of the data's classes
-        (`easy_jax.core.compatibility`).
+        (`easy_jax.train.compatibility`).
 
     Warns:
       InputBoundWarning: the devices wait for data a fifth of the time.
       LostUpdatesWarning: most parameters are too coarse for the learning rate.
     """
-    contract.check_model(model, "fit")
-    contract.check_source(source)
+    checks.check_call("fit", model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
-    loader = data.training_loader(
-        source,
-        stage.batch_size,
-        epochs=stage.epochs,
-        seed=seed,
-        weight_N=weight_N,
-        token_weight=token_weight,
-        rows=sharding.process_rows(stage.batch_size, mesh),
-    )
-    used_N = None if weight_N is None else ~np.isnan(weight_N)
-    if token_weight is not None:  # an example without any was dropped while scoring
-        used_N = np.diff(token_weight.offsets) > 0 if used_N is None else used_N
-    contract.check_tokens(model, source, used_N)
-    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
-    total = loader.steps
+    loader = _loader(source, stage, weight_N, token_weight, seed, mesh, name)
+    checks.check_match(model, source, loss_fn, _used(weight_N, token_weight))
     run = identity.of_stage(
         model,
         source,
@@ -175,115 +165,171 @@ def fit(
     )
     if overwrite:
         processes.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
-    optimizer, train_step = _compiled(
-        nnx.graphdef(model),
-        loss_fn,
-        anchored,
-        (run["the loss function"], run[ANCHORED]),
-        _without_rate(stage.optimizer),
-        total,
-        stage.reduction,
-        stage.micro_batches,
-        mesh,
-    )
-    state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
-    optim.warn_of_lost_updates(state.params, stage.optimizer.learning_rate)
-    state = _set_learning_rate(state, stage.optimizer.learning_rate, mesh)
-    start_params = jax.tree.map(jnp.copy, state.params) if sfa_beta is not None else None
-    average_at = merge.sfa_steps(total) if sfa_beta is not None else ()
-
-    first, seconds = 0, 0.0
-    steps_per_epoch = total / stage.epochs
-    present = data.present_ids(source)
-    weight_n = np.ones(len(present)) if weight_N is None else np.asarray(weight_N)[present]
-    examples = np.count_nonzero(~np.isnan(weight_n))
-    examples_per_step = examples / steps_per_epoch
-    epoch_ends = {round(steps_per_epoch * epoch): epoch for epoch in range(1, stage.epochs + 1)}
-    pending: _Step | None = None
-    told = False  # of a step without any weight
-    losses: list[float] = []  # since the last checkpoint
-    stopped = False
-
-    def record(step: _Step) -> None:
-        nonlocal told
-        values = _record(name, step, log, log_every_steps)
-        losses.append(values["loss"])
-        if step.weightless and values["loss"] == values["grad_norm"] == 0 and not told:
-            told = True
-            warnings.warn(
-                f"{name}: nothing is learnt in step {step.number}: all weights of its batch are 0, "
-                f"{step.examples()}. Later steps of the kind are not told",
-                data.DataWarning,
-                stacklevel=3,
-            )
-
+    state, train_step = _start(model, loss_fn, stage, run, trainable, anchored, loader.steps, mesh)
+    loop = Loop(name, loader.steps, stage.epochs, state)
+    examples_per_step = _num_used(source, weight_N) * stage.epochs / loader.steps
+    metrics = Metrics(log, log_every_steps)
+    averaging = [] if sfa_beta is None else [Averaging(state.params, sfa_beta)]
+    speed = Speed(log, log_every_steps, examples_per_step, on_speed)
+    evaluation = [] if on_epoch is None else [Evaluation(on_epoch)]
+    check = functools.partial(_check_first_batch, model, loss_fn, run, stage, mesh)
     with (
         contextlib.closing(iter(loader)) as batches,
         Checkpointer(directory, run, keep, keep_best) as checkpointer,
         shown(progress, name, "steps", quiet=not processes.is_main_process()) as part,
     ):
-        latest = checkpointer.latest_step()
-        processes.assert_equal_across_processes(
-            f"the start of {name}", **{**run, "steps": total, "checkpoint": latest}
+        _restore(loop, checkpointer, batches, run)
+        every = Hooks([*averaging, metrics, speed, Bar(part), *evaluation, *hooks])
+        saving = _Saving(checkpointer, batches, save_every_steps, metrics)
+        place = functools.partial(_placed, online=online, mesh=mesh)
+        return _train(loop, batches, train_step, place, check, saving, every)
+
+
+def _train(
+    loop: Loop,
+    batches: Iterator[dict[str, np.ndarray]],
+    train_step: StepFn,
+    place: Callable[[dict[str, np.ndarray], Loop], Mapping[str, jax.Array]],
+    check: Callable[[TrainState, dict[str, np.ndarray]], None],
+    saving: "_Saving",
+    hooks: Hook,
+) -> Fit:
+    """The loop itself, from `loop.first` to `loop.total` or to where it is stopped."""
+    hooks.on_start(loop)
+    loop.throughput = Throughput(loop.name)
+    loop.restart_clock()
+    with jax.transfer_guard("disallow"):
+        for step in range(loop.first + 1, loop.total + 1):
+            loop.step = step
+            batch = loop.throughput.fetch(batches)
+            if loop.step == 1:
+                check(loop.state, batch)
+            loop.state, loop.metrics = train_step(loop.state, place(batch, loop))
+            hooks.on_step(loop)
+            if loop.ends_epoch():
+                hooks.on_epoch(loop)
+            loop.stopped = loop.stopped or processes.should_stop(f"{loop.name}, step {loop.step}")
+            if saving.is_due(loop):
+                hooks.on_save(loop)
+                saving.save(loop)
+            if loop.stopped:
+                break
+    hooks.on_stop(loop)
+    if loop.stopped:
+        raise processes.Stopped(
+            f"{loop.name}: stopped after step {loop.step} of {loop.total}, which is saved"
         )
-        if latest is not None:
-            state, saved = checkpointer.restore(state, batches)
-            first, seconds = int(jax.device_get(state.step)), saved["seconds"]
-        part.begin(total, first)
-        elapsed = seconds
-        throughput = Throughput(name)
-        clock = time.perf_counter()
-        with jax.transfer_guard("disallow"):
-            for step in range(first + 1, total + 1):
-                batch = throughput.fetch(batches)
-                if step == 1 and not contract.knows(model, loss_fn):
-                    _check_first_batch(model, state, loss_fn, run, batch, stage, mesh)
-                example_id = batch.pop("example_id")
-                weightless = online is not None or _is_weightless(batch)
-                placed = sharding.shard_batch(batch, mesh)
-                state, metrics = train_step(state, placed if online is None else online(placed))
-                if step in average_at:
-                    state = dataclasses.replace(
-                        state, params=_average(state.params, start_params, sfa_beta)
-                    )
-                if pending is not None:  # one step late: the device is busy with the next one
-                    record(pending)
-                pending = _Step(step, example_id, metrics, weightless)
-                if step % log_every_steps == 0:
-                    speed = throughput.read(metrics)
-                    speed["examples_per_second"] = examples_per_step * speed["steps_per_second"]
-                    if log is not None:
-                        log.write(name, "speed", step, speed)
-                    if on_speed is not None:
-                        on_speed(speed)
-                part.advance(1)
-                if step in epoch_ends and on_epoch is not None:
-                    seconds += time.perf_counter() - clock
-                    with jax.transfer_guard("allow"):
-                        try:
-                            on_epoch(epoch_ends[step], state.model_state())
-                        except processes.Stopped:  # while it evaluated; what is trained is saved
-                            stopped = True
-                    clock = time.perf_counter()
-                    throughput.restart()
-                stopped = stopped or processes.should_stop(f"{name}, step {step}")
-                if stopped or step % save_every_steps == 0 or step == total:
-                    record(pending)
-                    pending = None
-                    if log is not None:
-                        log.flush()  # steps before a checkpoint are not logged again
-                    elapsed = seconds + time.perf_counter() - clock
-                    with jax.transfer_guard("allow"):
-                        _check_finite(name, step, state)
-                        mean = sum(losses) / len(losses)
-                        checkpointer.save(state, batches, step, {"seconds": elapsed}, mean)
-                    losses = []
-                    throughput.restart()
-                if stopped:
-                    break
-    if stopped:
-        raise processes.Stopped(f"{name}: stopped after step {step} of {total}, which is saved")
-    return Fit(state.model_state(), total, elapsed, first)
+    return Fit(loop.state.model_state(), loop.total, loop.saved_seconds, loop.first)
+
+
+def _loader(
+    source: data.AnySource,
+    stage: StageConfig,
+    weight_N: np.ndarray | None,
+    token_weight: data.Ragged | None,
+    seed: int,
+    mesh: Mesh,
+    name: str,
+) -> data.Loader:
+    sharding.check_batch_size(stage.batch_size // stage.micro_batches, mesh, f"{name} batch_size")
+    return data.training_loader(
+        source,
+        stage.batch_size,
+        epochs=stage.epochs,
+        seed=seed,
+        weight_N=weight_N,
+        token_weight=token_weight,
+        rows=sharding.process_rows(stage.batch_size, mesh),
+    )
+
+
+def _used(weight_N: np.ndarray | None, token_weight: data.Ragged | None) -> np.ndarray | None:
+    """Which examples are trained on, bool by example id; None: all."""
+    used_N = None if weight_N is None else ~np.isnan(weight_N)
+    if token_weight is not None:  # an example without any was dropped while scoring
+        used_N = np.diff(token_weight.offsets) > 0 if used_N is None else used_N
+    return used_N
+
+
+def _num_used(source: data.AnySource, weight_N: np.ndarray | None) -> int:
+    """How many of the source's examples have a weight."""
+    present = data.present_ids(source)
+    weight_n = np.ones(len(present)) if weight_N is None else np.asarray(weight_N)[present]
+    return int(np.count_nonzero(~np.isnan(weight_n)))
+
+
+def _start(
+    model: nnx.Module,
+    loss_fn: LossFn,
+    stage: StageConfig,
+    run: dict[str, Any],
+    trainable: Any,
+    anchored: Callable[[Any, Any], bool] | None,
+    total_steps: int,
+    mesh: Mesh,
+) -> tuple[TrainState, StepFn]:
+    """The state before the first step, on the mesh, and the compiled step."""
+    rate = stage.optimizer.learning_rate
+    optimizer, train_step = _compiled(
+        nnx.graphdef(model),
+        loss_fn,
+        anchored,
+        (run["the loss function"], run[ANCHORED]),
+        dataclasses.replace(stage.optimizer, learning_rate=0.0),
+        total_steps,
+        stage.reduction,
+        stage.micro_batches,
+        mesh,
+    )
+    state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
+    optim.warn_of_lost_updates(state.params, rate)
+    return _set_learning_rate(state, rate, mesh), train_step
+
+
+def _restore(
+    loop: Loop, checkpointer: Checkpointer, batches: Iterator[Any], run: dict[str, Any]
+) -> None:
+    """Continues from the latest checkpoint, if there is one, which must be the same everywhere."""
+    latest = checkpointer.latest_step()
+    processes.assert_equal_across_processes(
+        f"the start of {loop.name}", **{**run, "steps": loop.total, "checkpoint": latest}
+    )
+    if latest is not None:
+        loop.state, saved = checkpointer.restore(loop.state, batches)
+        loop.first = int(jax.device_get(loop.state.step))
+        loop.seconds = loop.saved_seconds = saved["seconds"]
+
+
+def _placed(
+    batch: dict[str, np.ndarray], loop: Loop, *, online: OnlineWeights | None, mesh: Mesh
+) -> Mapping[str, jax.Array]:
+    """A batch on the devices, with the weights made by `online`; notes its ids in the loop."""
+    loop.example_id = batch.pop("example_id")
+    weights = [batch[name] for name in ("weight", "token_weight") if name in batch]
+    loop.weightless = online is not None or not all(weight.any() for weight in weights)
+    placed = sharding.shard_batch(batch, mesh)
+    return placed if online is None else online(placed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saving:
+    """When checkpoints are written, and what with."""
+
+    checkpointer: Checkpointer
+    batches: Iterator[Any]
+    every: int
+    metrics: Metrics
+
+    def is_due(self, loop: Loop) -> bool:
+        return loop.stopped or loop.step % self.every == 0 or loop.step == loop.total
+
+    def save(self, loop: Loop) -> None:
+        loop.saved_seconds = loop.elapsed()
+        with jax.transfer_guard("allow"):
+            _check_finite(loop.name, loop.step, loop.state)
+            seconds, mean = {"seconds": loop.saved_seconds}, self.metrics.mean_loss()
+            self.checkpointer.save(loop.state, self.batches, loop.step, seconds, mean)
+        loop.throughput.restart()
 
 
 @functools.lru_cache(maxsize=32)
@@ -292,7 +338,7 @@ def _compiled(
     loss_fn: LossFn,
     anchored: Callable[[Any, Any], bool] | None,
     fingerprints: tuple[str, str | None],  # of these two: what one object does may have changed
-    optimizer_json: str,
+    optimizer_config: OptimizerConfig,
     total_steps: int,
     reduction: Reduction,
     micro_batches: int,
@@ -300,8 +346,7 @@ def _compiled(
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
     del fingerprints
-    config = OptimizerConfig(**json.loads(optimizer_json))
-    optimizer = optim.make_optimizer(config, total_steps, anchored)
+    optimizer = optim.make_optimizer(optimizer_config, total_steps, anchored)
     step = make_train_step(
         graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches, mesh=mesh
     )
@@ -310,23 +355,21 @@ def _compiled(
 
 def _check_first_batch(
     model: nnx.Module,
-    state: TrainState,
     loss_fn: LossFn,
     run: dict[str, Any],
-    batch: dict[str, np.ndarray],
     stage: StageConfig,
     mesh: Mesh,
+    state: TrainState,
+    batch: dict[str, np.ndarray],
 ) -> None:
     """Checks that a loss function is per example; in eval mode, where BatchNorm couples nothing."""
+    if contract.knows(model, loss_fn):
+        return
     graphdef = nnx.graphdef(eval_view(model))
     score_step = scoring.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
     rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
     part = {name: array[:rows] for name, array in batch.items()}
     scoring.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))
-
-
-def _without_rate(config: OptimizerConfig) -> str:
-    return json.dumps(dataclasses.asdict(dataclasses.replace(config, learning_rate=0.0)))
 
 
 def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> TrainState:
@@ -335,51 +378,6 @@ def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> T
     opt_state: Any = state.opt_state
     opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
     return dataclasses.replace(state, opt_state=opt_state)
-
-
-@functools.partial(jax.jit, static_argnames="beta", donate_argnums=0)
-def _average(params: Any, start: Any, beta: float) -> Any:
-    return merge.interpolate(params, start, beta)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    """A step that has been dispatched. `weightless`: every weight that the host gave it is 0."""
-
-    number: int
-    example_id: np.ndarray
-    metrics: dict[str, jax.Array]
-    weightless: bool
-
-    def examples(self) -> str:
-        ids = self.example_id[self.example_id != PADDING_ID]
-        return f"example ids {ids[:10].tolist()}{' ...' if ids.size > 10 else ''}"
-
-
-def _is_weightless(batch: dict[str, np.ndarray]) -> bool:
-    return not all(batch[name].any() for name in ("weight", "token_weight") if name in batch)
-
-
-def _record(
-    name: str, step: _Step, log: MetricsLog | None, log_every_steps: int
-) -> dict[str, float]:
-    """Logs a step's metrics; returns them."""
-    values = {key: float(value) for key, value in jax.device_get(step.metrics).items()}
-    loss, norm = values["loss"], values["grad_norm"]
-    if not np.isfinite(loss):
-        raise TrainingError(
-            f"{name}: the loss is {loss} at step {step.number}, on {step.examples()}. Either one "
-            "of them is bad (a label out of range?), or training diverged: lower the learning rate"
-        )
-    if not np.isfinite(norm):
-        raise TrainingError(
-            f"{name}: the loss is {loss:.4g} at step {step.number}, but the norm of its gradient "
-            f"is {norm}, on {step.examples()}. Either the loss of one of them has no derivative "
-            "there (a root or a logarithm of 0?), or training diverged: lower the learning rate"
-        )
-    if log is not None and (step.number % log_every_steps == 0 or step.number == 1):
-        log.write(name, "train", step.number, values)
-    return values
 
 
 def _check_finite(name: str, step: int, state: TrainState) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -171,3 +172,46 @@ def _check_same(directory: Path, twice_N: np.ndarray) -> None:
             f"the loss table in {directory} has duplicate example ids with different losses: "
             f"{sorted(different)[:10]}; delete it and score again"
         )
+
+
+class PartWriter:
+    """Collects rows, sorts them by id, and writes a part when there are enough.
+
+    Packing hands examples over a little out of order. A row is written when all that come
+    before it have been seen, so that the table is in order over its parts, too.
+    """
+
+    def __init__(self, directory: Path, rows_per_part: int, todo: np.ndarray):
+        self._directory = directory
+        self._rows_per_part = rows_per_part
+        self._todo = todo
+        self._buffer: list[tuple[Any, ...]] = []  # id, good, loss, count[, token losses]
+
+    def add(
+        self,
+        ids: np.ndarray,
+        good: np.ndarray,
+        loss: np.ndarray,
+        count: np.ndarray,
+        tokens: list[np.ndarray] | None = None,
+    ) -> None:
+        columns = [ids, good, loss, count, *([tokens] if tokens is not None else [])]
+        self._buffer += zip(*columns, strict=True)
+        if len(self._buffer) >= self._rows_per_part:
+            self.flush()
+
+    def flush(self, last: bool = False) -> None:
+        self._buffer.sort(key=lambda row: row[0])
+        found = np.array([row[0] for row in self._buffer], np.int64)
+        in_turn = found == self._todo[: len(found)]
+        # At the end nothing is waited for: other processes have seen the rest.
+        ready = len(found) if last or in_turn.all() else int(np.argmin(in_turn))
+        rows = [row for row in self._buffer[:ready] if row[1]]
+        self._buffer, self._todo = self._buffer[ready:], self._todo[ready:]
+        if rows:
+            ids, _, loss, count, *tokens = zip(*rows, strict=True)
+            table: Any = (
+                np.array(ids, np.int64),
+                *(np.array(x, np.float32) for x in (loss, count)),
+            )
+            write_part(self._directory, jax.process_index(), table, *tokens)

@@ -1,6 +1,7 @@
 """Scoring: one frozen, jitted, mesh-sharded pass over the data, into a loss table."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easy_jax import data
-from easy_jax.core import compatibility, contract
+from easy_jax.core import contract
 from easy_jax.data.packing import split_tokens
 from easy_jax.io import code_fingerprint, files
 from easy_jax.io import fingerprint as fingerprints
@@ -23,7 +24,7 @@ from easy_jax.io.terminal import shown
 from easy_jax.io.throughput import Throughput
 from easy_jax.models.modes import eval_view
 from easy_jax.parallel import lock, processes, sharding
-from easy_jax.train import loss_parts, loss_table
+from easy_jax.train import checks, loss_parts, loss_table
 from easy_jax.train.loss_table import LossTable
 
 _SPEED_EVERY = 50  # batches
@@ -88,7 +89,7 @@ def score(
       DisagreementError: several processes, and not the same model, data or rows in all.
       ConfigError: a batch size that does not divide over the mesh.
       DataError: what the loaders refuse; a head that is not of the data's classes
-        (`easy_jax.core.compatibility`); labels or tokens that the model has no output for.
+        (`easy_jax.train.compatibility`); labels or tokens that the model has no output for.
       ValueError: a loss function with token losses where none are asked for, or without.
 
     Example:
@@ -102,14 +103,12 @@ def score(
       5
     """
     directory = files.path(directory)
-    contract.check_model(model, "score")
-    contract.check_source(source)
+    checks.check_call("score", model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "scoring batch_size")
+    drop = on_bad_example == "drop"
     # With "drop", labels and tokens out of range are dropped with the other bad examples.
-    used_N = np.zeros(len(source), bool) if on_bad_example == "drop" else None
-    contract.check_tokens(model, source, used_N)
-    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
+    checks.check_match(model, source, loss_fn, np.zeros(len(source), bool) if drop else None)
     graphdef, state = nnx.split(eval_view(model))
     identity = {
         "model": fingerprints.of_state(state),
@@ -119,96 +118,153 @@ def score(
         "num_examples": len(source),
         "token_losses": token_losses,
     }
-    processes.assert_equal_across_processes(
-        "the start of scoring", **identity, batch_size=batch_size
-    )
+    start: dict[str, Any] = {**identity, "batch_size": batch_size}
+    processes.assert_equal_across_processes("the start of scoring", **start)
     if overwrite:
         processes.broadcast("the start of scoring", lambda: loss_table.clear(directory))
-    metadata = processes.broadcast(
-        "reading the loss table's metadata", lambda: loss_table.read_metadata(directory)
-    )
-    if metadata is not None:
-        loss_table.check_metadata(directory, metadata, identity)
-    done_N = loss_parts.seen_ids(directory, len(source))
-    # Examples dropped before are looked at again where they are to be errors now.
-    dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
-    absent = np.setdiff1d(np.arange(len(source)), data.present_ids(source))
-    done_N[[*dropped, *absent]] = True
-    found = f"{done_N.sum()} of {len(source)}, {fingerprints.of_arrays({'done': done_N})}"
-    processes.assert_equal_across_processes(
-        "reading the loss table", rows=found
-    )  # before anybody writes
-    if metadata is not None and metadata["complete"] and done_N.all():
-        table = LossTable(directory, metadata)
-        table.check_rows()
-        return table
-    with files.writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    header = {"format_version": loss_table.FORMAT_VERSION, **identity}
-
+    job = _Job(directory, source, identity, batch_size, rows_per_part, drop, mesh)
+    done_N, complete = job.read()
+    if complete is not None:
+        return complete
     bad: dict[int, str] = {}
     stopped = False
-    todo = np.flatnonzero(~done_N)
-    if todo.size:
-        rows = sharding.process_rows(batch_size, mesh)
-        loader = data.scoring_loader(source, batch_size, ids=todo, rows=rows)
-        owned = rows[sharding.owned_rows(batch_size, mesh)]
-        writer = _PartWriter(directory, rows_per_part, loader.ids_in(owned, batch_size))
+    if not done_N.all():
+        loader, writer = job.loader_and_writer(np.flatnonzero(~done_N))
         state = sharding.shard_tree(state, mesh)
         results = per_example(graphdef, state, loss_fn, loader, mesh, check=True)
         with shown(progress, "scoring", "examples", quiet=not processes.is_main_process()) as part:
-            part.begin(len(source), len(source) - todo.size, jax.process_count())
-            for number, (ids, nll_sum, count, *tokens) in enumerate(results):
+            part.begin(len(source), int(done_N.sum()), jax.process_count())
+            for number, (ids, loss_sum, count, *tokens) in enumerate(results):
                 if number == 0:
-                    if bool(tokens) != token_losses:
-                        raise ValueError(
-                            f"token_losses is {token_losses}, but {name_of(loss_fn)} returns "
-                            f"{2 + len(tokens)} arrays; token losses are the third"
-                        )
-                    # Not earlier: a call with a mistake would leave a table that refuses the next.
-                    # Not later: a part must never be there without it.
-                    if processes.is_main_process():
-                        loss_table.write_metadata(directory, {**header, "complete": False})
-                    processes.barrier("writing the loss table's metadata")
-                with np.errstate(invalid="ignore", divide="ignore"):
-                    loss = nll_sum / count
-                usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
-                reason = np.where(count == 0, "no target", np.where(usable, "", "loss"))
-                good = reason == ""
-                bad.update(
-                    (int(i), "has no target token" if r == "no target" else f"has loss {x}")
-                    for i, r, x in zip(ids[~good], reason[~good], loss[~good], strict=True)
-                )
+                    job.begin(bool(tokens), name_of(loss_fn))
+                good, loss, found = _judged(ids, loss_sum, count)
+                bad |= found
                 writer.add(ids, good, loss, count, *tokens)
                 part.advance(len(ids))
-                if processes.should_stop(f"scoring batch {number + 1}"):
-                    stopped = True
+                stopped = processes.should_stop(f"scoring batch {number + 1}")
+                if stopped:
                     break
-        if bad and on_bad_example == "drop":
-            loss_table.write_dropped(directory, jax.process_index(), dropped | set(bad))
+        if bad and drop:
+            job.write_dropped(bad)
         writer.flush(last=True)
     if stopped:
         raise processes.Stopped(f"stopped while scoring; what is done is in {directory}")
-    if on_bad_example == "error":
+    if not drop:
         _raise_bad(bad, len(source))
-    lock.check(directory)
-    processes.barrier("the end of scoring")
+    return job.complete()
 
-    def complete() -> dict[str, Any]:
-        dropped = loss_table.read_dropped(directory) if on_bad_example == "drop" else set()
-        summary = loss_table.summarise(directory, token_losses)
-        dropped_ids = sorted(dropped | set(absent.tolist()))
-        metadata = {**header, **summary, "complete": True, "dropped_ids": dropped_ids}
-        table = LossTable(directory, metadata)
+
+def _judged(
+    ids: np.ndarray, loss_sum: np.ndarray, count: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Which examples have a usable loss, the losses, and of the others what is wrong."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        loss = loss_sum / count
+    usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
+    good = usable & (count != 0)
+    wrong = zip(ids[~good], count[~good], loss[~good], strict=True)
+    return (
+        good,
+        loss,
+        {int(i): "has no target token" if n == 0 else f"has loss {x}" for i, n, x in wrong},
+    )
+
+
+@dataclasses.dataclass
+class _Job:
+    """A loss table in the making: what of it is there, what is written first and last."""
+
+    directory: Path
+    source: data.AnySource
+    identity: dict[str, Any]
+    batch_size: int
+    rows_per_part: int
+    drop: bool
+    mesh: Mesh
+    absent: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    dropped: set[int] = dataclasses.field(default_factory=set)
+
+    def read(self) -> tuple[np.ndarray, LossTable | None]:
+        """Which examples are done, bool by id; and the table, if it is complete.
+
+        Raises:
+          LossTableError: the directory has a table with other inputs.
+        """
+        directory, size = self.directory, len(self.source)
+        metadata = processes.broadcast(
+            "reading the loss table's metadata", lambda: loss_table.read_metadata(directory)
+        )
+        if metadata is not None:
+            loss_table.check_metadata(directory, metadata, self.identity)
+        done_N = loss_parts.seen_ids(directory, size)
+        # Examples dropped before are looked at again where they are to be errors now.
+        self.dropped = loss_table.read_dropped(directory) if self.drop else set()
+        self.absent = np.setdiff1d(np.arange(size), data.present_ids(self.source))
+        done_N[[*self.dropped, *self.absent]] = True
+        found = f"{done_N.sum()} of {size}, {fingerprints.of_arrays({'done': done_N})}"
+        # Before anybody writes.
+        processes.assert_equal_across_processes("reading the loss table", rows=found)
+        if metadata is not None and metadata["complete"] and done_N.all():
+            table = LossTable(directory, metadata)
+            table.check_rows()
+            return done_N, table
+        with files.writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+        return done_N, None
+
+    def loader_and_writer(self, todo: np.ndarray) -> tuple[data.Loader, loss_parts.PartWriter]:
+        """Reads the examples that are missing, and writes this process's part of their rows."""
+        rows = sharding.process_rows(self.batch_size, self.mesh)
+        loader = data.scoring_loader(self.source, self.batch_size, ids=todo, rows=rows)
+        owned = rows[sharding.owned_rows(self.batch_size, self.mesh)]
+        ids = loader.ids_in(owned, self.batch_size)
+        return loader, loss_parts.PartWriter(self.directory, self.rows_per_part, ids)
+
+    def begin(self, has_token_losses: bool, name: str) -> None:
+        """Writes the metadata, once the first batch has been scored.
+
+        Not earlier: a call with a mistake would leave a table that refuses the next. Not later: a
+        part must never be there without it.
+        """
+        wanted = self.identity["token_losses"]
+        if has_token_losses != wanted:
+            raise ValueError(
+                f"token_losses is {wanted}, but {name} returns {2 + has_token_losses} arrays; "
+                "token losses are the third"
+            )
+        if processes.is_main_process():
+            loss_table.write_metadata(self.directory, {**self._header, "complete": False})
+        processes.barrier("writing the loss table's metadata")
+
+    def write_dropped(self, bad: Mapping[int, str]) -> None:
+        ids = self.dropped | set(bad)
+        loss_table.write_dropped(self.directory, jax.process_index(), ids)
+
+    def complete(self) -> LossTable:
+        """Writes the summary of all processes' rows; returns the table."""
+        lock.check(self.directory)
+        processes.barrier("the end of scoring")
+        metadata = processes.broadcast("the loss table's summary", self._summary)
+        table = LossTable(self.directory, metadata)
+        if not processes.is_main_process():  # it has
+            table.check_rows()
+        return table
+
+    def _summary(self) -> dict[str, Any]:
+        dropped = loss_table.read_dropped(self.directory) if self.drop else set()
+        summary = loss_table.summarise(self.directory, self.identity["token_losses"])
+        dropped_ids = sorted(dropped | set(self.absent.tolist()))
+        ends = {"complete": True, "dropped_ids": dropped_ids}
+        metadata = {**self._header, **summary, **ends}
+        table = LossTable(self.directory, metadata)
         table.check_ids()  # the median is of all rows, or of none
         metadata["losses"] = table.fingerprint()
-        loss_table.write_metadata(directory, metadata)
+        loss_table.write_metadata(self.directory, metadata)
         return metadata
 
-    table = LossTable(directory, processes.broadcast("the loss table's summary", complete))
-    if not processes.is_main_process():  # it has
-        table.check_rows()
-    return table
+    @property
+    def _header(self) -> dict[str, Any]:
+        return {"format_version": loss_table.FORMAT_VERSION, **self.identity}
 
 
 def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
@@ -321,46 +377,3 @@ def _collect(
         mask = mask & owned_b.reshape(-1, *[1] * (mask.ndim - 1))
     rows = (batch["example_id"][mask], first[mask], second[mask])
     return (*rows, *(split_tokens({**batch, "mask": mask}, values) for values in tokens))
-
-
-class _PartWriter:
-    """Collects rows, sorts them by id, and writes a part when there are enough.
-
-    Packing hands examples over a little out of order. A row is written when all that come
-    before it have been seen, so that the table is in order over its parts, too.
-    """
-
-    def __init__(self, directory: Path, rows_per_part: int, todo: np.ndarray):
-        self._directory = directory
-        self._rows_per_part = rows_per_part
-        self._todo = todo
-        self._buffer: list[tuple[Any, ...]] = []  # id, good, loss, count[, token losses]
-
-    def add(
-        self,
-        ids: np.ndarray,
-        good: np.ndarray,
-        loss: np.ndarray,
-        count: np.ndarray,
-        tokens: list[np.ndarray] | None = None,
-    ) -> None:
-        columns = [ids, good, loss, count, *([tokens] if tokens is not None else [])]
-        self._buffer += zip(*columns, strict=True)
-        if len(self._buffer) >= self._rows_per_part:
-            self.flush()
-
-    def flush(self, last: bool = False) -> None:
-        self._buffer.sort(key=lambda row: row[0])
-        found = np.array([row[0] for row in self._buffer], np.int64)
-        in_turn = found == self._todo[: len(found)]
-        # At the end nothing is waited for: other processes have seen the rest.
-        ready = len(found) if last or in_turn.all() else int(np.argmin(in_turn))
-        rows = [row for row in self._buffer[:ready] if row[1]]
-        self._buffer, self._todo = self._buffer[ready:], self._todo[ready:]
-        if rows:
-            ids, _, loss, count, *tokens = zip(*rows, strict=True)
-            table: Any = (
-                np.array(ids, np.int64),
-                *(np.array(x, np.float32) for x in (loss, count)),
-            )
-            loss_parts.write_part(self._directory, jax.process_index(), table, *tokens)

@@ -1,0 +1,82 @@
+"""Checks of what `score` and `fit` are called with, before anything is compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from easy_jax import data
+from easy_jax.core import contract
+from easy_jax.data import text
+from easy_jax.data.sources import check_numbers
+from easy_jax.train import compatibility
+
+
+def check_call(who: str, model: Any, source: data.AnySource) -> None:
+    """Checks that a model is an NNX module and that a source can be read.
+
+    Args:
+      who: the function that was called, for the message.
+
+    Raises:
+      ContractError: the model is not a Flax NNX module.
+      DataError: what is given as source is none, or has fields in memory that are not numbers.
+
+    Example:
+      >>> check_call("score", nnx.Linear(1, 1, rngs=nnx.Rngs(0)), iter([]))  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      easy_jax.data.sources.DataError: a list_iterator is no source: it needs a length ...
+    """
+    contract.check_model(model, who)
+    check_source(source)
+
+
+def check_match(
+    model: nnx.Module,
+    source: data.AnySource,
+    loss_fn: Callable[..., Any],
+    used_N: np.ndarray | None = None,
+) -> None:
+    """Checks that a model is made for the data: vocabulary, number and names of classes, pixels.
+
+    Args:
+      loss_fn: `(model, batch) -> losses`.
+      used_N: bool by example id: the examples whose labels and tokens are checked; default: all.
+
+    Raises:
+      DataError: see `check_tokens` and `compatibility.check_classifier`.
+    """
+    check_tokens(model, source, used_N)
+    compatibility.check_classifier(model, source, loss_fn, used_N=used_N)
+
+
+def check_source(source: data.AnySource) -> None:
+    """Raises DataError for what is no source, and for fields in memory that are no numbers."""
+    if isinstance(source, data.TokenSource):
+        raise data.DataError(
+            "a TokenSource has examples of different lengths; give "
+            "PackedSource(examples, row_length=...)"
+        )
+    if not (hasattr(source, "__len__") and hasattr(source, "__getitem__")) and not isinstance(
+        source, data.PackedSource
+    ):
+        raise data.DataError(
+            f"a {type(source).__name__} is no source: it needs a length and a record for every "
+            "position below it, as ArraySource has; a generator can be read once only"
+        )
+    for name, array in source.fields.items() if isinstance(source, data.ArraySource) else ():
+        check_numbers(name, array, 0)
+
+
+def check_tokens(
+    model: nnx.Module, source: data.AnySource, used_N: np.ndarray | None = None
+) -> None:
+    """Raises DataError, with the ids, for examples with tokens outside of the model's vocabulary.
+
+    Args:
+      used_N: bool by example id: those that are looked at; default: all.
+    """
+    vocab = getattr(getattr(model, "config", None), "vocab", None)
+    if isinstance(source, data.PackedSource) and isinstance(vocab, int):
+        text.check_vocabulary(source.examples, vocab, used_N)
