@@ -72,7 +72,7 @@ def main() -> None:
         "label": rng.integers(0, NUM_CLASSES, BATCH_SIZE).astype(np.int32),
         "mask": np.ones(BATCH_SIZE, bool),
     }
-    loss_B, _ = jax.jit(lambda batch: ej.classification_loss(ej.eval_view(model), batch))(batch)
+    loss_B, _ = jax.jit(lambda batch: ej.classification_loss(ej.eval_mode(model), batch))(batch)
     batch["frozen_loss"] = np.asarray(loss_B)
     batch["weight"] = np.exp(-batch["frozen_loss"] / np.median(batch["frozen_loss"]))
     mesh = ej.make_mesh()
@@ -83,7 +83,7 @@ def main() -> None:
         optax.add_decayed_weights(SGD["weight_decay"]),
         optax.sgd(SGD["learning_rate"], SGD["momentum"]),
     )
-    trained = ej.train_view(model)
+    trained = ej.train_mode(model)
     weighted_step = ej.make_train_step(
         nnx.graphdef(trained),
         ej.classification_loss,

@@ -27,7 +27,7 @@ def main() -> None:
     tasks = glyphs.load(GlyphDataConfig(pretrain_train=26), seed=0, label_noise=0.3)
     source = tasks.target.train
     weight_N = (1.0 - np.random.default_rng(0).random(len(source))).astype(np.float32)
-    model = ej.train_view(ej.ResNet(ej.ResNetConfig(), tasks.target.num_classes, rngs=nnx.Rngs(0)))
+    model = ej.train_mode(ej.ResNet(ej.ResNetConfig(), tasks.target.num_classes, rngs=nnx.Rngs(0)))
     stage = ej.StageConfig(
         epochs=EPOCHS, batch_size=64, optimizer=ej.OptimizerConfig(learning_rate=0.01)
     )

@@ -26,7 +26,7 @@ NUM_CLASSES = 10
 
 
 def main() -> None:
-    model = ej.eval_view(ej.ResNet(ej.ResNetConfig(), NUM_CLASSES, rngs=nnx.Rngs(0)))
+    model = ej.eval_mode(ej.ResNet(ej.ResNetConfig(), NUM_CLASSES, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     mesh = ej.make_mesh()
     rng = np.random.default_rng(0)

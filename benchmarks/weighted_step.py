@@ -60,7 +60,7 @@ def several_steps(step: Callable[..., Any], state: Any, batch: Any) -> Callable[
 
 
 def main() -> None:
-    model = ej.train_view(ej.ResNet(ej.ResNetConfig(), NUM_CLASSES, rngs=nnx.Rngs(0)))
+    model = ej.train_mode(ej.ResNet(ej.ResNetConfig(), NUM_CLASSES, rngs=nnx.Rngs(0)))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.sgd(0.01, momentum=0.9)
     mesh = ej.make_mesh()

@@ -10,6 +10,9 @@ weights, fine-tune with the weighted loss, and show what was learnt against what
   step = ej.make_train_step(graphdef, ej.classification_loss, optimizer, reduction="example_mean")
 """
 
+import warnings
+from typing import Any
+
 from etils import epy
 
 # Each name is imported when it is first used: `easy-jax --help` needs none of JAX.
@@ -61,7 +64,7 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.kernels.linear_cross_entropy import linear_cross_entropy
     from easy_jax.models import lora
     from easy_jax.models.classifier import ClassifierInfo, new_head
-    from easy_jax.models.modes import eval_view, train_view
+    from easy_jax.models.modes import eval_mode, train_mode
     from easy_jax.models.resnet import ResNet
     from easy_jax.models.transformer import Transformer
     from easy_jax.models.transformer_config import TransformerConfig
@@ -72,6 +75,19 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.train.fitting import Fit, fit
     from easy_jax.train.loss_table import LossTable
     from easy_jax.train.scoring import score
+
+# Names of earlier versions, which still work for one version.
+_FORMER = {"eval_view": "eval_mode", "train_view": "train_mode"}
+_lazy = globals()["__getattr__"]  # of `lazy_api_imports`
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FORMER:
+        message = f"easy_jax.{name} is now easy_jax.{_FORMER[name]}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        name = _FORMER[name]
+    return _lazy(name)
+
 
 __all__ = [
     "ArraySource",
@@ -105,7 +121,7 @@ __all__ = [
     "classification_loss",
     "control_weights",
     "entropic_objective",
-    "eval_view",
+    "eval_mode",
     "fit",
     "flow_weights",
     "flow_weights_token",
@@ -129,7 +145,7 @@ __all__ = [
     "temperature",
     "text",
     "timm_weights",
-    "train_view",
+    "train_mode",
     "training_loader",
     "wise_ft",
     "with_task_parts",

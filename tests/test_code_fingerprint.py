@@ -124,7 +124,7 @@ def test_structure_of_a_model():
         return self.factor * self.linear(x)
 
     Other = type("Model", (nnx.Module,), {"__init__": Model.__init__, "__call__": other_call})
-    models = [Model(0.1), Model(0.2), Model(0.1, 2.0), ej.eval_view(Model(0.1)), Other(0.1)]
+    models = [Model(0.1), Model(0.2), Model(0.1, 2.0), ej.eval_mode(Model(0.1)), Other(0.1)]
     found = [code_fingerprint.of_structure(nnx.graphdef(model)) for model in models]
     assert len(set(found)) == len(models)
     again = Model(0.1)
@@ -186,7 +186,7 @@ def test_artefacts_of_version_0_1_stay_valid(tmp_path):
         config = ej.ResNetConfig(in_channels=3, width=4, depths=(1, 1), block=block, stem=stem)
         model = ej.ResNet(config, 5, rngs=nnx.Rngs(0))
         assert code_fingerprint.of_structure(nnx.graphdef(model)) == training
-        assert code_fingerprint.of_structure(nnx.graphdef(ej.eval_view(model))) == evaluating
+        assert code_fingerprint.of_structure(nnx.graphdef(ej.eval_mode(model))) == evaluating
     model = ej.hugging_face.load(tiny_language.write_folder(tmp_path), remat="full")
     assert code_fingerprint.of_structure(nnx.graphdef(model)) == "0336eb6b2f98d11f"
     assert code_fingerprint.of_function(ej.causal_lm_loss) == "causal_lm_loss"

@@ -9,7 +9,7 @@ from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.core.losses import classification_loss
 from easy_jax.data import ArraySource
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.train import evaluate
 from easy_jax.train.fitting import fit
 
@@ -31,7 +31,7 @@ def _trained(model, source, directory, learning_rate, trainable=nnx.Param):
         epochs=2, batch_size=16, optimizer=OptimizerConfig(learning_rate=learning_rate)
     )
     return fit(
-        train_view(model),
+        train_mode(model),
         source,
         directory,
         stage=stage,
@@ -44,7 +44,7 @@ def _trained(model, source, directory, learning_rate, trainable=nnx.Param):
 def test_accuracy_and_loss_equal_numpy_for_any_batch_and_device_count():
     model = resnet.ResNet(CONFIG, 3, rngs=nnx.Rngs(0))
     source = _source(45, 3)
-    logits = np.float64(eval_view(model)(source.fields["image"]))
+    logits = np.float64(eval_mode(model)(source.fields["image"]))
     label = source.fields["label"]
     accuracy = 100.0 * np.mean(logits.argmax(axis=1) == label)
     shifted = logits - logits.max(axis=1, keepdims=True)
@@ -58,14 +58,14 @@ def test_accuracy_and_loss_equal_numpy_for_any_batch_and_device_count():
 
 
 def _predictions(graphdef, state, image):
-    return np.asarray(eval_view(nnx.merge(graphdef, state))(image)).argmax(axis=1)
+    return np.asarray(eval_mode(nnx.merge(graphdef, state))(image)).argmax(axis=1)
 
 
 def test_the_swap_is_exact(tmp_path):
     old = resnet.ResNet(CONFIG, 5, rngs=nnx.Rngs(0))
     letters, digits = _source(64, 5), _source(48, 3, seed=1)
     pretrained = _trained(old, letters, tmp_path / "pretrain", 0.05)
-    graphdef = nnx.graphdef(train_view(old))
+    graphdef = nnx.graphdef(train_mode(old))
     before = _predictions(graphdef, pretrained, letters.fields["image"])
 
     new = resnet.ResNet(CONFIG, 3, rngs=nnx.Rngs(1))

@@ -16,7 +16,7 @@ from easy_jax.core.losses import classification_loss, squared_error
 from easy_jax.data import ArraySource
 from easy_jax.io import metrics_log
 from easy_jax.models import resnet
-from easy_jax.models.modes import train_view
+from easy_jax.models.modes import train_mode
 from easy_jax.parallel import processes
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.fitting import fit
@@ -31,7 +31,7 @@ class InterruptionError(Exception):
 @pytest.fixture(scope="module")
 def model():
     config = ResNetConfig(width=4, depths=(1, 1))
-    return train_view(resnet.ResNet(config, CLASSES, rngs=nnx.Rngs(0)))
+    return train_mode(resnet.ResNet(config, CLASSES, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture(scope="module")

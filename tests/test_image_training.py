@@ -15,7 +15,7 @@ from easy_jax.config import ImageDataConfig, OptimizerConfig, ResNetConfig, Stag
 from easy_jax.core.losses import classification_loss, normalised_images
 from easy_jax.data import ArraySource, Reading, load_images
 from easy_jax.models import resnet
-from easy_jax.models.modes import train_view
+from easy_jax.models.modes import train_mode
 from easy_jax.train import evaluate
 from easy_jax.train.checkpoint import CheckpointError
 from easy_jax.train.fitting import fit
@@ -85,7 +85,7 @@ def test_a_table_is_scored_once_whatever_training_sees(config, tmp_path):
 
 def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
     source = load_images(config, "train")
-    model = train_view(network(source))
+    model = train_mode(network(source))
     weight_N = np.random.default_rng(0).random(len(source)).astype(np.float32)
 
     def run(directory, source=source, **options):
@@ -133,7 +133,7 @@ def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
 
 def test_training_learns(config, tmp_path):
     source = load_images(config, "train")
-    model = train_view(network(source))
+    model = train_mode(network(source))
     stage = StageConfig(epochs=10, batch_size=8, optimizer=OptimizerConfig(learning_rate=0.05))
     result = fit(model, source, tmp_path, stage=stage, loss_fn=classification_loss)
     trained = nnx.merge(nnx.graphdef(model), result.model_state)

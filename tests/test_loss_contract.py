@@ -174,7 +174,7 @@ class Normed(nnx.Module):
 
 
 def test_batch_norm_and_dropout_in_training_are_no_trouble(tmp_path):
-    assert fit(losses, tmp_path, model=ej.train_view(Normed())).steps == 3
+    assert fit(losses, tmp_path, model=ej.train_mode(Normed())).steps == 3
 
 
 def test_batch_norm_of_ones_own_is_told(tmp_path):

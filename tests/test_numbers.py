@@ -109,7 +109,7 @@ def test_a_weight_of_zero_is_out_of_the_batch_statistics():
         return ej.squared_error(model(batch["x"], batch["mask"]), batch["y"])
 
     def step(batch):
-        model, optimizer, mesh = ej.train_view(Normed()), optax.sgd(RATE), devices_mesh(1)
+        model, optimizer, mesh = ej.train_mode(Normed()), optax.sgd(RATE), devices_mesh(1)
         take = ej.make_train_step(nnx.graphdef(model), loss_fn, optimizer, reduction="weight_mean")
         state = ej.init_train_state(model, optimizer, mesh=mesh)
         return jax.device_get(take(state, sharding.shard_batch(batch, mesh))[0].model_state())

@@ -11,7 +11,7 @@ from flax import nnx
 
 from easy_jax.config import ConfigError, ResNetConfig
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.train import evaluate
 
 FEATURES = 3
@@ -75,7 +75,7 @@ def test_running_statistics_normalise_in_eval_mode():
     scale_C, bias_C, mean_C, var_C = (
         np.float64(getattr(norm, name)[...]) for name in ("scale", "bias", "mean", "var")
     )
-    y_BHWC = eval_view(norm)(x_BHWC)
+    y_BHWC = eval_mode(norm)(x_BHWC)
     expected_BHWC = (x_BHWC - mean_C) / np.sqrt(var_C + 1e-5) * scale_C + bias_C
     np.testing.assert_allclose(y_BHWC, expected_BHWC, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(np.float64(norm.mean[...]), mean_C)
@@ -84,7 +84,7 @@ def test_running_statistics_normalise_in_eval_mode():
 def test_padding_alone_has_no_gradient():
     """In a network so deep that values which grow with every layer overflow."""
     config = ResNetConfig(depths=(9,), width=2)
-    model = train_view(resnet.ResNet(config, 5, rngs=nnx.Rngs(0)))
+    model = train_mode(resnet.ResNet(config, 5, rngs=nnx.Rngs(0)))
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     image_BHWC, mask_B = jnp.ones((2, 4, 4, 1)), jnp.zeros(2, bool)
 
@@ -169,7 +169,7 @@ def network(**changes):
         else:
             value = rng.uniform(0.5, 1.5, size=shape)
         variables.append((path, variable.replace(jnp.asarray(value, jnp.float32))))
-    return nnx.from_flat_state(variables), nnx.graphdef(train_view(model))
+    return nnx.from_flat_state(variables), nnx.graphdef(train_mode(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,7 +13,7 @@ from helpers import devices_mesh
 from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource, training_loader
 from easy_jax.io import code_fingerprint
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.parallel import sharding
 from easy_jax.train import loss_parts, loss_table, scoring
 from easy_jax.train.loss_table import LossTable, LossTableError
@@ -223,7 +223,7 @@ class NormThenLinear(nnx.Module):
         return self.linear(self.dropout(self.norm(x)))
 
 
-@pytest.mark.parametrize("view", [train_view, eval_view])
+@pytest.mark.parametrize("view", [train_mode, eval_mode])
 def test_model_runs_in_eval_mode_and_stays_as_it_is(view, tmp_path):
     model = view(NormThenLinear())
     before = [np.array(leaf) for leaf in variables(model)]
@@ -236,7 +236,7 @@ def test_model_runs_in_eval_mode_and_stays_as_it_is(view, tmp_path):
         table.loss_N(), float64_losses(model.linear, normalised), rtol=1e-5, atol=1e-6
     )
     assert (model.norm.use_running_average, model.dropout.deterministic) == flags
-    assert flags == (view is eval_view,) * 2
+    assert flags == (view is eval_mode,) * 2
     for leaf, old in zip(variables(model), before, strict=True):
         np.testing.assert_array_equal(np.array(leaf), old)
 
@@ -319,7 +319,7 @@ def test_one_compilation(tmp_path):
         for size in (1, 20, 65):
             source = ArraySource(make_arrays(size))
             score(make_model(seed), source, tmp_path / f"{seed}-{size}", **options)
-    graphdef = nnx.graphdef(eval_view(make_model()))
+    graphdef = nnx.graphdef(eval_mode(make_model()))
     step = scoring.make_score_step(
         graphdef, traced, sharding.make_mesh(), code_fingerprint.of_function(traced)
     )

@@ -16,7 +16,7 @@ from easy_jax.core.losses import causal_lm_loss, classification_loss
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource, PackedSource, TokenSource, scoring_loader, training_loader
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.parallel import sharding
@@ -70,7 +70,7 @@ def _source(family):
 def _losses(family, shape):
     mesh = _mesh(shape)
     model, loss_fn = _model(family)
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     state = sharding.shard_tree(state, mesh)
     loader = scoring_loader(_source(family), ROWS)
     ((_, nll_sum, count),) = scoring.per_example(graphdef, state, loss_fn, loader, mesh)
@@ -81,7 +81,7 @@ def _trained(family, shape):
     """State before and after a step, and the step's compiled text."""
     mesh = _mesh(shape)
     model, loss_fn = _model(family)
-    model = train_view(model) if family == "resnet" else model
+    model = train_mode(model) if family == "resnet" else model
     optimizer = optim.make_optimizer(OptimizerConfig(name="sgd", learning_rate=0.1), 10)
     state = init_train_state(model, optimizer, mesh=mesh)
     weight_N = np.random.default_rng(1).random(ROWS).astype(np.float32)

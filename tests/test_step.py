@@ -12,7 +12,7 @@ from helpers import devices_mesh
 from easy_jax.core.losses import classification_loss
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import sharding
 
 RATE = 0.1
@@ -102,7 +102,7 @@ def test_one_step_equals_numpy_and_finite_differences(reduction):
 
 def _resnet():
     # Eval mode: BatchNorm couples the examples of a batch, and these laws are about the loss.
-    return eval_view(
+    return eval_mode(
         resnet.ResNet(resnet.ResNetConfig(width=4, depths=(1, 1)), 3, rngs=nnx.Rngs(0))
     )
 

@@ -37,7 +37,7 @@ from easy_jax.experiments.plan import plan
 from easy_jax.experiments.tasks import load_tasks
 from easy_jax.io.sealed import ArtefactError
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.pretrained import timm_weights
 from easy_jax.report import images as report
 from easy_jax.train import evaluate
@@ -144,7 +144,7 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
     runner.run("train")
     for method, name in (("probe", "probe"), ("static", "lr0.02/probe-all-flow")):
         model = runner.networks.merge(runner.fit(f"seed0/noise0.3/{name}").model_state, 10)
-        logits_NK = nnx.jit(eval_view(model))(tasks.target.test.fields["image"])
+        logits_NK = nnx.jit(eval_mode(model))(tasks.target.test.fields["image"])
         right_N = np.argmax(logits_NK, axis=1) == tasks.target.test.fields["label"]
         expected = [100 * np.mean(right_N[group_N == decile]) for decile in range(10)]
         np.testing.assert_allclose(row(results, method)["target_by_decile"], expected)
@@ -209,7 +209,7 @@ def photos(tmp_path_factory):
 
 def test_online_weights_are_of_the_view_trained_on(photos):
     source = data.load_images(photos.target, "train")
-    model = eval_view(resnet.ResNet(ResNetConfig(in_channels=3, width=4), 2, rngs=nnx.Rngs(0)))
+    model = eval_mode(resnet.ResNet(ResNetConfig(in_channels=3, width=4), 2, rngs=nnx.Rngs(0)))
     loader = data.training_loader(source, 8, epochs=2, seed=3)
     batch = list(loader)[-1]  # of the second epoch, with padding
     assert not batch["mask"].all()

@@ -31,7 +31,7 @@ from easy_jax.experiments.vision import TRAINABLE
 from easy_jax.io.checks import ConfigError
 from easy_jax.models import resnet
 from easy_jax.models.config import ResNetConfig
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.train.scoring import make_score_step
 
 # Models that an experiment keeps: the pre-trained and the probed one, and, where the head is
@@ -98,7 +98,7 @@ def train_program(
     size, num_classes = _task(config, pretraining)
     model = _abstract_model(config, num_classes)
     resident = _kept(config, stage) * tree_bytes(placed(nnx.state(model), mesh))
-    view = eval_view if stage.frozen_norm else train_view
+    view = eval_mode if stage.frozen_norm else train_mode
     trainable: Any = TRAINABLE[stage.trainable]
     graphdef, *states = nnx.split(view(model), trainable, ...)
     optimizer = optim.make_optimizer(settings.optimizer, STEPS, resnet.is_backbone)
@@ -134,7 +134,7 @@ def score_program(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
     """The scoring step on global batches of `rows` images; evaluation is the same to an argmax."""
     size, num_classes = _task(config, pretraining=False)
     model = _abstract_model(config, num_classes)
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     state = placed(state, mesh)
     step: Any = make_score_step(graphdef, losses.classification_loss, mesh)
     flops = rows * sum(forward_flops(config.model, size, num_classes))

@@ -24,7 +24,7 @@ from easy_jax.core import losses, optim
 from easy_jax.core.step import make_train_step
 from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
 from easy_jax.experiments.language_config import LanguageConfig, LanguageMethodConfig
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
 from easy_jax.pretrained import hugging_face
@@ -112,7 +112,7 @@ def train_program(
 def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
     """The scoring step on global batches of `rows` rows."""
     model = _abstract_model(config)
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     state = placed(state, mesh)
     step: Any = make_score_step(graphdef, losses.causal_lm_token_losses, mesh)
     batch = _batch(config, mesh, rows, token_weights=False)

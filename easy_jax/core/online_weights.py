@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from easy_jax.core import contract, weightings
 from easy_jax.io import code_fingerprint
 from easy_jax.io import fingerprint as fingerprints
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import sharding
 
 
@@ -38,7 +38,7 @@ class OnlineWeights:
         weightings.flow_weights([0.0], tau)  # raises
         if not 1e-37 < tau < 1e37:
             raise ValueError(f"tau is {tau}, which devices take for 0 or infinity; give another")
-        graphdef, state = nnx.split(eval_view(model))
+        graphdef, state = nnx.split(eval_mode(model))
         self._state = sharding.shard_tree(state, mesh)
         loss = code_fingerprint.of_function(loss_fn)
         self._weigh = _make_weigh(graphdef, loss_fn, loss, tau, mesh)

@@ -11,7 +11,7 @@ from easy_jax.data import Splits
 from easy_jax.io.checks import ConfigError
 from easy_jax.models import resnet
 from easy_jax.models.config import ResNetConfig
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.parallel import sharding
 from easy_jax.pretrained import timm_weights
 from easy_jax.train import compatibility
@@ -61,7 +61,7 @@ class ImageNetworks:
         """A network of these variables, in train mode; or in eval mode, with BatchNorm frozen."""
         if (num_classes, frozen_norm) not in self._graphdefs:
             model = nnx.eval_shape(lambda: self._build(num_classes, jax.random.key(0)))
-            view = eval_view if frozen_norm else train_view
+            view = eval_mode if frozen_norm else train_mode
             self._graphdefs[num_classes, frozen_norm] = nnx.graphdef(view(model))
         return nnx.merge(self._graphdefs[num_classes, frozen_norm], model_state)
 

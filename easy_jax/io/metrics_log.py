@@ -5,14 +5,13 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.summary import scalar
+from typing import TYPE_CHECKING, Any
 
 from easy_jax.io import files, sealed
 from easy_jax.io.sealed import ArtefactError
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
 
 _KEYS = {"stage": str, "kind": str, "step": int}
 _FIX = "delete that line, which the curves of the report then lack"
@@ -41,6 +40,10 @@ class MetricsLog:
         """Logs values of a stage after `step` steps; `kind` is `train` or `validation`."""
         if self._file is None:
             return
+        from tensorboardX.event_file_writer import EventsWriter  # imports torch, where there is one
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         entry = {"stage": stage, "kind": kind, "step": step, **values}
         self._file.append(json.dumps(entry))
         with files.writing(self._board):

@@ -1,4 +1,4 @@
-"""The train and eval modes of a model."""
+"""Train and eval mode of a model."""
 
 from typing import TypeVar
 
@@ -7,11 +7,27 @@ from flax import nnx
 M = TypeVar("M", bound=nnx.Module)
 
 
-def eval_view(model: M) -> M:
-    """The same variables, with BatchNorm on running statistics and dropout off."""
+def eval_mode(model: M) -> M:
+    """Returns the model in eval mode: BatchNorm uses running statistics, dropout is off.
+
+    Args:
+      model: a Flax NNX module, which stays as it is; the variables are shared with the result.
+
+    Example:
+      >>> eval_mode(nnx.Dropout(0.5)).deterministic
+      True
+    """
     return nnx.view(model, use_running_average=True, deterministic=True, raise_if_not_found=False)
 
 
-def train_view(model: M) -> M:
-    """The same variables, with BatchNorm on batch statistics and dropout on."""
+def train_mode(model: M) -> M:
+    """Returns the model in train mode: BatchNorm uses batch statistics, dropout is on.
+
+    Args:
+      model: a Flax NNX module, which stays as it is; the variables are shared with the result.
+
+    Example:
+      >>> train_mode(nnx.BatchNorm(2, rngs=nnx.Rngs(0))).use_running_average
+      False
+    """
     return nnx.view(model, use_running_average=False, deterministic=False, raise_if_not_found=False)

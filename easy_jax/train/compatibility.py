@@ -19,7 +19,7 @@ from easy_jax.core import contract, losses
 from easy_jax.data.loader import read_records
 from easy_jax.data.sources import check_labels
 from easy_jax.models.classifier import ClassifierInfo, info_of
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 
 
 def check_classifier(
@@ -175,7 +175,7 @@ def _outputs(
     model: nnx.Module, source: data.Source, loss_fn: Callable[..., Any]
 ) -> tuple[int, ...]:
     """How many classes the loss function distinguishes, by call of `softmax_cross_entropy`."""
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     record = read_records(source, [0])
     batch = {**record, "mask": np.ones(1, bool), "weight": np.ones(1, np.float32)}
     shapes = {

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from easy_jax import data
 from easy_jax.core import losses
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import processes, sharding
 from easy_jax.train import compatibility, scoring
 
@@ -136,7 +136,7 @@ def _sums(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     loader = data.scoring_loader(source, batch_size, rows=sharding.process_rows(batch_size, mesh))
     processes.assert_equal_across_processes(
         "the start of an evaluation", examples=len(source), batches=loader.steps

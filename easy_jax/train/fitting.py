@@ -26,7 +26,7 @@ from easy_jax.io.metrics_log import MetricsLog
 from easy_jax.io.progress import Part
 from easy_jax.io.terminal import shown
 from easy_jax.io.throughput import Throughput
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import lock, processes, sharding
 from easy_jax.train import checkpoint, checks, identity, scoring
 from easy_jax.train.checkpoint import Checkpointer
@@ -98,7 +98,7 @@ def fit(
     anything else is refused. A source without a method `fingerprint` is read once for this.
 
     Args:
-      model: in the mode to train it in (`easy_jax.models.train_view` or `eval_view`); its
+      model: in the mode to train it in (`easy_jax.models.train_mode` or `eval_mode`); its
         variables are copied, not changed.
       source: the training data.
       directory: of this stage's checkpoints.
@@ -365,7 +365,7 @@ def _check_first_batch(
     """Checks that a loss function is per example; in eval mode, where BatchNorm couples nothing."""
     if contract.knows(model, loss_fn):
         return
-    graphdef = nnx.graphdef(eval_view(model))
+    graphdef = nnx.graphdef(eval_mode(model))
     score_step = scoring.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
     rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
     part = {name: array[:rows] for name, array in batch.items()}

@@ -22,7 +22,7 @@ from easy_jax.io.code_fingerprint import name_of
 from easy_jax.io.progress import Part
 from easy_jax.io.terminal import shown
 from easy_jax.io.throughput import Throughput
-from easy_jax.models.modes import eval_view
+from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import lock, processes, sharding
 from easy_jax.train import checks, loss_parts, loss_table
 from easy_jax.train.loss_table import LossTable
@@ -109,7 +109,7 @@ def score(
     drop = on_bad_example == "drop"
     # With "drop", labels and tokens out of range are dropped with the other bad examples.
     checks.check_match(model, source, loss_fn, np.zeros(len(source), bool) if drop else None)
-    graphdef, state = nnx.split(eval_view(model))
+    graphdef, state = nnx.split(eval_mode(model))
     identity = {
         "model": fingerprints.of_state(state),
         "structure": code_fingerprint.of_structure(graphdef),

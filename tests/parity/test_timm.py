@@ -20,7 +20,7 @@ from easy_jax.core.losses import classification_loss
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource
 from easy_jax.models import resnet
-from easy_jax.models.modes import eval_view, train_view
+from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.parallel.sharding import shard_batch
 from easy_jax.pretrained import timm_weights
 from easy_jax.train import scoring
@@ -117,7 +117,7 @@ def test_logits(name, make):
     with torch.no_grad():
         expected_BK = _timm(make(name))(_torch(image_BHWC)).numpy()
     assert expected_BK.std(axis=0).min() > 0.02  # they depend on the image
-    logits_BK = nnx.jit(eval_view(_load(make(name))))(image_BHWC)
+    logits_BK = nnx.jit(eval_mode(_load(make(name))))(image_BHWC)
     np.testing.assert_allclose(logits_BK, expected_BK, rtol=0, atol=TOLERANCE)
 
 
@@ -130,7 +130,7 @@ def trainer(make):
 
     @functools.cache
     def build(name):
-        model = train_view(_load(make(name)))
+        model = train_mode(_load(make(name)))
         optimizer = optim.make_optimizer(SGD, total_steps=3)
         step = make_train_step(
             nnx.graphdef(model), classification_loss, optimizer, reduction="example_mean"
@@ -262,5 +262,5 @@ def test_a_state_dict_of_torchvision(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     with torch.no_grad():
         expected_BK = theirs(_torch(_images())).numpy()
-    logits_BK = nnx.jit(eval_view(_load(tmp_path)))(_images())
+    logits_BK = nnx.jit(eval_mode(_load(tmp_path)))(_images())
     np.testing.assert_allclose(logits_BK, expected_BK, rtol=0, atol=TOLERANCE)

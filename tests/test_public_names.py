@@ -1,0 +1,51 @@
+"""What `import easy_jax` gives, and what it does not load."""
+
+import subprocess
+import sys
+
+import pytest
+
+import easy_jax as ej
+
+HEAVY = "grain matplotlib orbax pyarrow sklearn tensorboardX tensorflow tokenizers torch"
+PROGRAM = f"""
+import sys
+import easy_jax
+for name in sys.argv[1:]:
+    getattr(easy_jax, name)
+print(*sorted({{module.partition(".")[0] for module in sys.modules}} & set({HEAVY.split()!r})))
+"""
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        (),
+        ("flow_weights", "temperature", "make_train_step", "TrainState", "wise_ft"),
+        ("Transformer", "ResNet", "causal_lm_loss", "linear_cross_entropy", "make_mesh"),
+        ("ExperimentConfig", "LanguageConfig"),
+    ],
+)
+def test_nothing_heavy_is_loaded_before_it_is_used(used):
+    run = [sys.executable, "-c", PROGRAM, *used]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_every_public_name_is_there():
+    assert sorted(ej.__all__) == ej.__all__
+    for name in ej.__all__:
+        assert getattr(ej, name) is not None
+    assert set(ej.__all__) <= set(dir(ej))
+
+
+@pytest.mark.parametrize(("former", "now"), ej._FORMER.items())
+def test_a_former_name_works_and_says_the_new_one(former, now):
+    with pytest.warns(DeprecationWarning, match=f"^easy_jax.{former} is now easy_jax.{now}$"):
+        assert getattr(ej, former) is getattr(ej, now)
+    assert former not in ej.__all__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nope"):
+        ej.nope  # noqa: B018
