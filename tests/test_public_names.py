@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from public_surface import lines
 
 import easy_jax as ej
 
@@ -49,3 +50,8 @@ def test_a_former_name_works_and_says_the_new_one(former, now):
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nope"):
         ej.nope  # noqa: B018
+
+
+def test_the_public_signatures_are_those_of_the_file(root):
+    """A change is meant if the file changes with it: `tests/public_surface.py` writes it."""
+    assert (root / "tests" / "public_surface.txt").read_text().splitlines() == lines()
