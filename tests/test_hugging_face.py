@@ -1,7 +1,9 @@
 """Checkpoints in and out, and what is said about those that cannot be read."""
 
 import json
+import sys
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import llama_folder
@@ -133,11 +135,16 @@ def test_a_folder_that_is_not_there(name):
 
 
 def test_a_name_while_offline(monkeypatch, tmp_path):
-    constants = pytest.importorskip("huggingface_hub.constants")
+    constants = huggingface_hub.constants
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read once, at import
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert_refused("hf://no-one/nothing", r"hf://no-one/nothing cannot be downloaded: ")
+
+
+def test_the_hub_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert_refused("hf://no-one/nothing", r"huggingface_hub: pip install 'easy-jax\[hub\]'")
 
 
 @pytest.mark.parametrize("name", ["no-one/nothing", "timm/resnet50.a1_in1k"])

@@ -1,6 +1,7 @@
 """What text has that is not used, or may not be meant: told, with counts and the first ids."""
 
 import json
+import sys
 import warnings
 
 import numpy as np
@@ -370,3 +371,14 @@ def test_fields_of_a_configuration_are_distinct():
     config = InstructionsConfig(format="gsm_symbolic", size=3, input_field="x")
     with pytest.raises(ConfigError, match=r"fields is \['query', 'response', 'x'\]; it must be an"):
         config.validate("train")
+
+
+def test_generated_text_without_its_package(monkeypatch):
+    for module in ("reasoning_gym", "reasoning_gym.data"):
+        monkeypatch.setitem(sys.modules, module, None)
+    config = InstructionsConfig(format="gsm_symbolic", size=3)
+    advice = r' needs reasoning-gym: pip install "\.\[smollm2\]"'
+    with pytest.raises(DataError, match="^gsm_symbolic" + advice):
+        instructions.load(config, TextConfig(eos_token=EOS), words())
+    with pytest.raises(DataError, match="^the text 'verne'" + advice):
+        instructions.general("verne", 100, TextConfig(eos_token=EOS), words())

@@ -48,8 +48,11 @@ def resolve(location: str | os.PathLike[str]) -> Path:
         if not path.is_dir():
             raise WeightsError(f"there is no folder {path} with a model{_hub_advice(path)}")
         return path
-    from huggingface_hub import snapshot_download
-
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        advice = "pip install 'easy-jax[hub]'"
+        raise WeightsError(f"{HUB}{name} needs huggingface_hub: {advice}") from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
     except Exception as error:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from flax import nnx
 from helpers import devices_mesh
 from safetensors.numpy import load_file
@@ -22,9 +24,6 @@ from easy_jax.kernels.linear_cross_entropy import NO_TARGET, linear_cross_entrop
 from easy_jax.models.lora import TARGETS, add_adapters
 from easy_jax.parallel import sharding
 from easy_jax.pretrained import hugging_face
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch's and transformers' own are theirs
 
