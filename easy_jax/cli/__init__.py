@@ -1,4 +1,4 @@
 """The command line: sub-commands, flags, help and exit codes.
 
-What takes long to import is imported when a command runs.
+Slow imports happen inside the commands.
 """

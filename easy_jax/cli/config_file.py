@@ -1,4 +1,4 @@
-"""`--config=FILE.py:ARG` and `--config.field=value`: read, with every mistake told in one line."""
+"""Reads `--config=FILE.py:ARG` and `--config.field=value`; a mistake in them is one line."""
 
 import ast
 import dataclasses
@@ -24,13 +24,13 @@ _OVERRIDE = re.compile(r"--?(?:no)?(config[.\[][^=]*)")
 
 
 class ConfigFile(flags.ArgumentParser):
-    """Reads a configuration file for the flag `--config`, and checks what is to be overridden."""
+    """Reads a configuration file for the flag `--config`, and checks what overrides it."""
 
     def parse(self, location: str) -> ExperimentConfig | LanguageConfig:
         """Reads `FILE.py` or `FILE.py:ARG`; returns a copy whose fields can be assigned.
 
         Raises:
-          ConfigError: there is no such file, it fails, or an override of `sys.argv` does not fit.
+          ConfigError: there is no such file, it fails, or `sys.argv` sets an unknown field.
         """
         config = read(location)
         for name in _overridden(sys.argv[1:]):
@@ -102,13 +102,13 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def read(location: str) -> ExperimentConfig | LanguageConfig:
-    """The configuration that a file gives.
+    """Returns the configuration that a file makes.
 
     Args:
       location: `FILE.py`, or `FILE.py:ARG`, whose `get_config` is called with `ARG`.
 
     Raises:
-      ConfigError: names the file and, where it fails, the line.
+      ConfigError: there is no such file, or it fails; the message names file and line.
 
     Example:
       >>> read("nope.py")
@@ -118,20 +118,22 @@ def read(location: str) -> ExperimentConfig | LanguageConfig:
     name, colon, argument = location.partition(":")
     path = Path(name)
     if not name or path.is_dir():
-        raise ConfigError(f"--config={location} is no file; write --config=FILE.py or FILE.py:ARG")
+        raise ConfigError(
+            f"--config={location} is not a file; write --config=FILE.py or FILE.py:ARG"
+        )
     if not path.exists():
         others = [str(other) for other in sorted(path.parent.glob("*.py"))]
         raise ConfigError(f"there is no file {name}{nearest(name, others) if others else ''}")
     try:
         make = getattr(_module(path), "get_config", None)
         if make is None:
-            raise ConfigError(f"{name} has no function get_config, which makes the configuration")
+            raise ConfigError(f"{name} has no function get_config that returns the configuration")
         config = make(argument) if colon else make()
     except ConfigError:
         raise
     except SyntaxError as error:
         where = f"{error.filename or name}, line {error.lineno}"
-        raise ConfigError(f"{where}: this is not Python: {error.msg}") from error
+        raise ConfigError(f"{where}: invalid Python: {error.msg}") from error
     except dataclasses.FrozenInstanceError as error:
         raise ConfigError(
             f"{_place(error, path)}: {error}: a configuration is not changed but copied: "
@@ -156,11 +158,13 @@ def check_override(config: Any, name: str) -> None:
       name: of a field, such as `config.heldout[0].path`.
 
     Raises:
-      ConfigError: there is no such field, or it is not one value; the nearest field is named.
+      ConfigError: there is no such field (the nearest one is suggested), or it has fields itself.
     """
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", name)
     if "config" + "".join(f".{field}" if field else f"[{i}]" for field, i in steps) != name:
-        raise ConfigError(f"--{name} is no field; write such as --config.heldout[0].path=FILE")
+        raise ConfigError(
+            f"--{name} is not a field; an example of one is --config.heldout[0].path=FILE"
+        )
     value, where = config, "config"
     for field, index in steps:
         if field:
@@ -171,7 +175,9 @@ def check_override(config: Any, name: str) -> None:
         first = dataclasses.fields(value)[0].name
         raise ConfigError(f"--{where} has fields; set one of them, such as --{where}.{first}")
     if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
-        raise ConfigError(f"--{where} is made in the file; set fields of an entry: --{where}[0]")
+        raise ConfigError(
+            f"--{where} can only be made in the file; set fields of an entry: --{where}[0]"
+        )
     if steps and steps[-1][1]:
         whole = where.rpartition("[")[0]
         raise ConfigError(f"--{where} cannot be set alone; give all of them: --{whole}=A,B")
@@ -207,7 +213,7 @@ def _overridden(arguments: list[str]) -> Iterator[str]:
 
 
 def _literal(text: str) -> Any:
-    """A number, or whatever else Python's literals are; text, where it is none."""
+    """The value of a Python literal; the text itself if it is not a literal."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -218,7 +224,7 @@ def _module(path: Path) -> ModuleType:
     name = "easy_jax_configuration"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is no Python file: its name must end in .py")
+        raise ConfigError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where its dataclasses look themselves up
     spec.loader.exec_module(module)
@@ -226,7 +232,7 @@ def _module(path: Path) -> ModuleType:
 
 
 def _place(error: Exception, path: Path) -> str:
-    """The file, and its last line that was on the way to an error."""
+    """The file, with its last line in the traceback of an error."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)

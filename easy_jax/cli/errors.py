@@ -1,4 +1,4 @@
-"""The errors that a user can mend: their message says what is wrong, where, and how to mend it."""
+"""Errors that a user can fix: the message says what is wrong, where, and how to fix it."""
 
 from easy_jax.core.losses import ContractError
 from easy_jax.data import DataError

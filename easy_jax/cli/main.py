@@ -1,6 +1,6 @@
 """The command line: `easy-jax run --config=configs/x.py:arg --config.field=value`.
 
-What takes long to import is imported when a command runs: `--help` and mistakes answer at once.
+Slow imports happen inside the commands, so that help and error messages appear at once.
 """
 
 import importlib.metadata
@@ -52,7 +52,7 @@ _JSON = flags.DEFINE_bool("json", False, _text("json"))
 
 
 def cli() -> None:
-    """The `easy-jax` console script: errors that a user can mend are one line, exit code 2."""
+    """The `easy-jax` console script. A mistake of the user is one line, with exit code 2."""
     print_whatever_the_encoding()
     warnings.showwarning = _Warnings()
     try:
@@ -64,13 +64,13 @@ def cli() -> None:
     except (UsageError, ConfigError) as error:
         print(f"easy-jax: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before anything was begun
+    except KeyboardInterrupt:  # before the run has started
         print("easy-jax: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
 def information(arguments: list[str]) -> str | None:
-    """What `--help`, `--version` or `help` ask for; None if there is something to run.
+    """Returns the text that `--help`, `--version` or `help` ask for; None if they are not given.
 
     Raises:
       UsageError: help for a command that does not exist.
@@ -91,18 +91,20 @@ def parse(argv: list[str]) -> str:
     """Parses absl's flags, before and after the sub-command; returns the sub-command.
 
     Raises:
-      UsageError: no such command or flag, or one that it needs is missing.
-      ConfigError: the configuration cannot be used.
+      UsageError: an unknown command or flag, or a required one is missing.
+      ConfigError: the configuration is invalid.
     """
     if len(argv) > 1 and not argv[1].startswith("-"):
         usage.find_command(argv[1])  # before anything else is read
     words = _parse_flags(argv)[1:]
     if not words:
-        raise UsageError(f"which command? There are {', '.join(usage.COMMANDS)} (easy-jax --help)")
+        raise UsageError(
+            f"no command given; choose from {', '.join(usage.COMMANDS)} (easy-jax --help)"
+        )
     command = usage.find_command(words[0])
     if len(words) > 1:
-        file = f"; for a file write --config={words[1]}" if ".py" in words[1] else ""
-        raise UsageError(f"{words[1]!r} is neither a flag nor the value of one{file}")
+        file = f"; give a file as --config={words[1]}" if ".py" in words[1] else ""
+        raise UsageError(f"unexpected argument {words[1]!r}{file}")
     if flags.FLAGS["config"].present > 1:
         raise UsageError("--config is given twice")
     if command.needs_config and _CONFIG.value is None:
@@ -120,7 +122,7 @@ def parse(argv: list[str]) -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's part; all that it or the configuration complains of, in one line."""
+    """Lets absl parse the flags; errors of absl and of the configuration become one line."""
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -134,7 +136,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 
 def main(command: str) -> int:
-    """Runs a sub-command with the flags that were parsed; returns the exit code."""
+    """Runs a sub-command with the parsed flags and returns the exit code."""
     config: ExperimentConfig | LanguageConfig | Any = config_file.frozen(_CONFIG.value)
     if command == "theory":
         from easy_jax.report import theory as theory_report
@@ -143,7 +145,7 @@ def main(command: str) -> int:
     if command == "compile":
         from easy_jax.ahead_of_time import command as ahead_of_time
 
-        topology = _TOPOLOGY.value or ""  # not empty: `parse` has looked
+        topology = _TOPOLOGY.value or ""  # `parse` has checked that it is not empty
         ahead_of_time.restart(topology)
         fits = ahead_of_time.run(
             config,
@@ -177,7 +179,7 @@ def main(command: str) -> int:
 
 
 def _run(command: str) -> None:
-    """Runs a sub-command; ends the process, and the others of a run, with its exit code."""
+    """Runs a sub-command, then exits with its code; after an error, other processes exit, too."""
     from absl import logging as absl_logging
 
     from easy_jax.cli.errors import USER_ERRORS
@@ -186,7 +188,7 @@ def _run(command: str) -> None:
 
     absl_logging.use_absl_handler()
     absl_logging.get_absl_handler().addFilter(_is_no_interruption)
-    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax tells every save at INFO
+    absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax logs every save at INFO
     logging.getLogger("jax").setLevel(logging.ERROR)
     try:
         sys.exit(main(command))
@@ -206,12 +208,12 @@ def _run(command: str) -> None:
 
 
 def _is_no_interruption(record: logging.LogRecord) -> bool:
-    """Orbax logs a traceback where Ctrl-C ends its waiting for a save; we tell it in one line."""
+    """Hides the traceback that Orbax logs if Ctrl-C interrupts a save; `_run` prints one line."""
     return not record.exc_info or record.exc_info[0] is not KeyboardInterrupt
 
 
 class _Warnings:
-    """Prints a warning as one line, without the line of source, and each message once."""
+    """Prints each warning once, in one line, without the source line that caused it."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()

@@ -1,4 +1,4 @@
-"""What `easy-jax --help` says: the sub-commands and their options. Imports nothing but Python."""
+"""The sub-commands, their options and the help pages. Imports only the standard library."""
 
 import dataclasses
 import difflib
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """A command line that cannot be meant; the message says what to type instead."""
+    """A mistake on the command line; the message says what to type instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +14,10 @@ class Command:
     """A sub-command.
 
     Attributes:
-      summary: one line.
-      details: for its own help page.
-      examples: command lines after `easy-jax`.
-      needs_config: whether it is about an experiment.
+      summary: one line, for the list of commands.
+      details: more lines, for the command's own help page.
+      examples: command lines without `easy-jax`.
+      needs_config: whether `--config` is required.
     """
 
     summary: str
@@ -28,7 +28,13 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A flag: how it is written, what it does, and the only sub-command that has it, if any."""
+    """A flag.
+
+    Attributes:
+      form: how it is written.
+      text: what it does, one line.
+      command: the only sub-command that has it; empty if all experiment commands do.
+    """
 
     form: str
     text: str
@@ -37,8 +43,8 @@ class Option:
 
 _QUICKSTART = "--config=configs/quickstart.py"
 _RUN = """\
-Does what is left of: pre-training, linear probe, scoring, fine-tuning by every method,
-evaluation, report. Whatever stops it, the same command again continues. `run`, `compare`
+Runs all steps that are not done yet: pre-training, linear probe, scoring, fine-tuning by every
+method, evaluation, report. If it is interrupted, the same command continues. `run`, `compare`
 and `report` are three names of one command."""
 
 COMMANDS = {
@@ -57,33 +63,33 @@ COMMANDS = {
         ("compare --config=configs/resnet_transfer.py:resnet50,cifar10",),
     ),
     "report": Command(
-        "the same as run: where all is done, it writes report.html again",
+        "the same as run; if everything is done, it only writes report.html again",
         _RUN,
         (f"report {_QUICKSTART}",),
     ),
     "score": Command(
-        "up to the loss table: pre-training and linear probe of images, then scoring",
-        "Writes loss_table/ of the workdir: Parquet with example_id, loss and count.",
+        "everything up to the loss table; with images, pre-training and linear probe first",
+        "Writes Parquet files with example_id, loss and count to loss_table/ in the workdir.",
         ("score --config=configs/smollm2_gsm.py",),
     ),
     "train": Command(
-        "up to the checkpoints of every fine-tuning stage",
-        "Writes checkpoints/ of the workdir, a folder for each stage.",
+        "everything up to the checkpoints of every fine-tuning stage",
+        "Writes one folder for each stage to checkpoints/ in the workdir.",
         (f"train {_QUICKSTART}",),
     ),
     "evaluate": Command(
-        "up to the results of every method: results.json",
-        "Measures what was learnt and what was forgotten; `report` draws it, too.",
+        "everything up to the results of every method: results.json",
+        "Measures what was learnt and what was forgotten; `report` also draws figures of it.",
         (f"evaluate {_QUICKSTART}",),
     ),
     "export": Command(
-        "of a language model: a folder that transformers loads, for each method",
-        "Fine-tunes what is not yet fine-tuned, and writes exported/ of the workdir.",
+        "write each fine-tuned language model as a folder that transformers loads",
+        "Runs the fine-tuning stages that are missing, and writes to exported/ in the workdir.",
         ("export --config=configs/smollm2_gsm.py",),
     ),
     "compile": Command(
-        "compile for TPUs that are not there: does it fit, memory, time, collectives",
-        "Needs no data, no weights and no TPU, but TPU's compiler: pip install 'easy-jax[tpu]'.\n"
+        "compile the steps for TPUs, without a TPU: does it fit, memory, time, collectives",
+        "Needs no data, weights or TPU, only the TPU compiler: pip install 'easy-jax[tpu]'.\n"
         "The exit code is 1 if something does not fit.",
         (
             "compile --config=configs/gemma2_2b_metamath.py --topology=v5e:4x4",
@@ -92,7 +98,7 @@ COMMANDS = {
         ),
     ),
     "theory": Command(
-        "check the paper's linear regression, claim by claim, and draw it",
+        "check the paper's results on linear regression, and draw figures",
         "Takes under a minute. The exit code is 1 if a claim does not hold.",
         ("theory", "theory --workdir=runs/theory"),
         needs_config=False,
@@ -104,34 +110,38 @@ OPTIONS = {
         "--config=FILE.py[:ARG]", "the experiment: a Python file with get_config(ARG)"
     ),
     "config.FIELD": Option(
-        "--config.FIELD=VALUE", "another value of a field, such as --config.finetune.epochs=2"
+        "--config.FIELD=VALUE", "set a field of the experiment, such as --config.finetune.epochs=2"
     ),
-    "workdir": Option("--workdir=DIR", "folder of all outputs (default: runs/ and the name)"),
-    "take-over": Option("--take-over", "take the folder from a run that is known to be gone"),
+    "workdir": Option("--workdir=DIR", "folder for all outputs (default: runs/NAME)"),
+    "take-over": Option(
+        "--take-over", "take the workdir from another run, if you know that it is gone"
+    ),
     "coordinator_address": Option(
-        "--coordinator_address=HOST:PORT", "of several processes: where process 0 is"
+        "--coordinator_address=HOST:PORT", "with several processes: where process 0 listens"
     ),
-    "num_processes": Option("--num_processes=N", "how many there are"),
-    "process_id": Option("--process_id=I", "which of them this one is, from 0"),
-    "peer_timeout": Option("--peer_timeout=SECONDS", "how long to wait for the others (300)"),
-    "topology": Option("--topology=KIND:SIZES", "the chips, such as v5e:4x4", "compile"),
+    "num_processes": Option("--num_processes=N", "with several processes: their number"),
+    "process_id": Option("--process_id=I", "with several processes: which one this is, from 0"),
+    "peer_timeout": Option("--peer_timeout=SECONDS", "how long to wait for other processes (300)"),
+    "topology": Option("--topology=KIND:SIZES", "the TPU chips, such as v5e:4x4", "compile"),
     "program": Option("--program=all|train|score", "which steps to compile (all)", "compile"),
-    "largest_batch": Option("--largest_batch", "also the largest batch that fits", "compile"),
-    "json": Option("--json", "print JSON, not a table", "compile"),
+    "largest_batch": Option(
+        "--largest_batch", "also search for the largest batch that fits", "compile"
+    ),
+    "json": Option("--json", "print JSON instead of a table", "compile"),
 }
-_ALWAYS = (Option("--help", "this text"), Option("--version", "the version"))
+_ALWAYS = (Option("--help", "show this help"), Option("--version", "show the version"))
 _OF_A_RUN = ("take-over", "coordinator_address", "num_processes", "process_id", "peer_timeout")
 _FOOT = """\
-Several processes find each other on TPU slices, GKE and SLURM without options.
-README.md and docs/ tell more; exit codes: 0 done, 2 something for you to mend,
-75 stopped and saved, 130 Ctrl-C."""
+On TPU slices, GKE and SLURM, several processes find each other without options.
+Exit codes: 0 finished, 2 a mistake for you to fix, 75 stopped after saving,
+76 other processes are missing or lost, 130 Ctrl-C. README.md and docs/ have more."""
 
 
 def help_text(command: str | None = None) -> str:
-    """The help page of a sub-command, or of all of them.
+    """Returns the help page of a sub-command, or the overview of all of them.
 
     Raises:
-      UsageError: no such sub-command.
+      UsageError: there is no such sub-command.
 
     Example:
       >>> print(help_text("theory").splitlines()[0])
@@ -145,7 +155,7 @@ def help_text(command: str | None = None) -> str:
             _section("commands", [(name, each.summary) for name, each in COMMANDS.items()]),
             _section("options", _rows(OPTIONS)),
             _examples(examples),
-            "easy-jax COMMAND --help has the options and examples of a command.\n" + _FOOT,
+            "easy-jax COMMAND --help shows the options and examples of a command.\n" + _FOOT,
         ]
     else:
         found = find_command(command)
@@ -160,7 +170,7 @@ def help_text(command: str | None = None) -> str:
 
 
 def options_of(command: str) -> list[str]:
-    """The names of the options that a sub-command has."""
+    """Returns the names of the options that a sub-command has."""
     if command == "theory":
         return ["workdir"]
     names = [name for name, option in OPTIONS.items() if option.command in ("", command)]
@@ -168,10 +178,10 @@ def options_of(command: str) -> list[str]:
 
 
 def find_command(name: str) -> Command:
-    """A sub-command by its name.
+    """Returns a sub-command by its name.
 
     Raises:
-      UsageError: there is none of that name; the nearest is named.
+      UsageError: there is no such sub-command; the message suggests the nearest name.
 
     Example:
       >>> find_command("trian")
@@ -185,7 +195,7 @@ def find_command(name: str) -> Command:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what it may be meant to be, or what there is.
+    """Returns the end of a message about an unknown name: the nearest known name, or all of them.
 
     Example:
       >>> nearest("epoch", ["seed", "epochs"])
@@ -198,7 +208,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_flag(name: str) -> str:
-    """The message about a flag that does not exist.
+    """Returns the message about a flag that does not exist.
 
     Example:
       >>> unknown_flag("workdri")
@@ -218,7 +228,7 @@ def _rows(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:
-    """Two columns; what is too long for the first has a line of its own."""
+    """Formats two columns; an entry that is too long for the first has a line of its own."""
     width = max(len(left) for left, _ in rows if len(left) <= 24)
     lines = [
         f"  {left:{width}}  {right}" if len(left) <= width else f"  {left}\n  {'':{width}}  {right}"
