@@ -1,4 +1,4 @@
-"""A decoder-only transformer in Flax NNX: Llama 3, SmolLM2 and Gemma 2.
+"""A decoder-only transformer in Flax NNX, with the features of the families in `families.py`.
 
 Shape suffixes: B rows, T positions, P rows times positions, D embed, N heads, K key-value
 heads, H head_dim, F mlp, V vocabulary, R rank of an adapter, G groups of layers (scanned over).
@@ -8,7 +8,9 @@ the attention pattern (two layers in Gemma 2: sliding, full), and every paramete
 has a leading axis over the groups. Parameters carry `logical_axes`, as in `resnet.py`.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import chex
@@ -32,6 +34,10 @@ _POLICIES: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "outputs": jax.checkpoint_policies.save_only_these_names(*_OUTPUTS),
+}
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
 _INIT_SCALE = 0.02  # of random kernels and embeddings; Llama's and Gemma's initializer_range
 
@@ -83,10 +89,10 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, in float32; Gemma's scale is 1 + w, Llama's is w."""
+    """Root-mean-square norm, in float32; its scale is w plus the family's `norm_offset`."""
 
     def __init__(self, shape: dict[str, int], config: TransformerConfig, param_dtype: Any):
-        self.offset = 1.0 if config.family == "gemma2" else 0.0
+        self.offset = config.features.norm_offset
         self.eps = config.norm_eps
         scale = jnp.full(tuple(shape.values()), 1.0 - self.offset, param_dtype)
         self.scale = nnx.Param(scale, logical_axes=tuple(shape))
@@ -122,7 +128,7 @@ class Block(nnx.Module):
         self.down = linear(mlp, embed)
         self.attention_norm = RMSNorm(norm, config, param_dtype)
         self.mlp_norm = RMSNorm(norm, config, param_dtype)
-        self.has_post_norms = config.family == "gemma2"
+        self.has_post_norms = config.features.post_norm
         if self.has_post_norms:
             self.attention_post_norm = RMSNorm(norm, config, param_dtype)
             self.mlp_post_norm = RMSNorm(norm, config, param_dtype)
@@ -151,10 +157,7 @@ class Block(nnx.Module):
 
     def mlp(self, x_BTD: jax.Array) -> jax.Array:
         gate_BTF = checkpoint_name(self.gate(x_BTD), "gate")
-        if self.config.family == "gemma2":
-            gate_BTF = jax.nn.gelu(gate_BTF, approximate=True)
-        else:
-            gate_BTF = jax.nn.silu(gate_BTF)
+        gate_BTF = _ACTIVATIONS[self.config.features.activation](gate_BTF)
         up_BTF = checkpoint_name(self.up(x_BTD), "up")
         return checkpoint_name(self.down(gate_BTF * up_BTF), "down")
 
@@ -163,7 +166,7 @@ class Transformer(nnx.Module):
     """A causal language model.
 
     Args:
-      config: sizes, from `transformer_config.from_hugging_face` or by hand.
+      config: sizes, and the family.
       dtype: of the computation; softmax, norms, soft caps and the loss are float32.
       param_dtype: of the parameters.
       remat: what the backward pass computes again instead of keeping it: attention's
@@ -236,7 +239,7 @@ class Transformer(nnx.Module):
             segment_ids_BT = jnp.zeros((batch, length), jnp.int32)
         chex.assert_equal_shape([tokens_BT, positions_BT, segment_ids_BT])
         x_BTD = look_up(self.embedding[...], tokens_BT, self.dtype)
-        if self.config.family == "gemma2":
+        if self.config.features.scaled_embeddings:
             x_BTD = x_BTD * jnp.asarray(self.config.embed**0.5, self.dtype)
         rope = _rope(positions_BT, self.config)
         windows = tuple(None if w is None or w >= length else w for w in self.config.windows)

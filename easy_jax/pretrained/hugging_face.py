@@ -21,11 +21,12 @@ from safetensors.numpy import save_file
 
 from easy_jax.io import files
 from easy_jax.io.checks import ConfigError
-from easy_jax.models import transformer_config
 from easy_jax.models.lora import merged_kernel
 from easy_jax.models.transformer import Linear, Remat, Transformer, abstract
+from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.parallel import processes, sharding
 from easy_jax.pretrained import weight_files
+from easy_jax.pretrained.hugging_face_config import parse_config
 from easy_jax.pretrained.weight_files import WeightsError, resolve
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -41,24 +42,6 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 _CONVERT = "transformers' save_pretrained(..., safe_serialization=True)"
-_LINEAR = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_NORMS = {
-    "llama": {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
-    "gemma2": {
-        "attention_norm": "input_layernorm",
-        "attention_post_norm": "post_attention_layernorm",
-        "mlp_norm": "pre_feedforward_layernorm",
-        "mlp_post_norm": "post_feedforward_layernorm",
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,11 +195,11 @@ def _write_eos(folder: Path, eos_token_id: int) -> None:
             files.write_json(path, {**content, "eos_token_id": eos_token_id})
 
 
-def read_config(folder: Path) -> transformer_config.TransformerConfig:
-    """The configuration in a checkpoint's `config.json`."""
+def read_config(folder: Path) -> TransformerConfig:
+    """Returns the configuration in a checkpoint's `config.json`."""
     content = weight_files.read_config(folder)
     try:
-        return transformer_config.from_hugging_face(content)
+        return parse_config(content)
     except ConfigError as error:
         raise ConfigError(f"{folder}/{error}") from error
 
@@ -232,14 +215,13 @@ def _places(model: Transformer) -> dict[str, _Place]:
     period = len(model.config.windows)
     for layer in range(model.config.layers):
         group, index = divmod(layer, period)
-        for ours, theirs in _LINEAR.items():
-            linear: Linear = getattr(model.blocks[index], ours)
+        for ours, theirs in model.config.features.tensors.items():
+            part = getattr(model.blocks[index], ours)
+            linear = isinstance(part, Linear)
             places[f"model.layers.{layer}.{theirs}.weight"] = _Place(
-                ("blocks", index, ours, "kernel"), group, len(linear.outputs)
-            )
-        for ours, theirs in _NORMS[model.config.family].items():
-            places[f"model.layers.{layer}.{theirs}.weight"] = _Place(
-                ("blocks", index, ours, "scale"), group
+                ("blocks", index, ours, "kernel" if linear else "scale"),
+                group,
+                len(part.outputs) if linear else 0,
             )
     return places
 
@@ -247,23 +229,25 @@ def _places(model: Transformer) -> dict[str, _Place]:
 def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
     """By path: functions that give a stack of kernels with its adapters merged in."""
     return {
-        ("blocks", index, name, "kernel"): functools.partial(merged_kernel, getattr(block, name))
+        ("blocks", index, name, "kernel"): functools.partial(merged_kernel, part)
         for index, block in enumerate(model.blocks)
-        for name in _LINEAR
+        for name, part in vars(block).items()
+        if isinstance(part, Linear)
     }
 
 
 # Reading.
 
 
-def _check_sizes(config: transformer_config.TransformerConfig, files: Mapping[str, Path]) -> None:
+def _check_sizes(config: TransformerConfig, files: Mapping[str, Path]) -> None:
     """Compares sizes with shapes in the files before anything of such a size is made."""
+    tensors = config.features.tensors
     layer = "model.layers.0."
     rows = {
         "model.embed_tokens.weight": config.vocab,
-        f"{layer}{_LINEAR['q']}.weight": config.heads * config.head_dim,
-        f"{layer}{_LINEAR['k']}.weight": config.kv_heads * config.head_dim,
-        f"{layer}{_LINEAR['gate']}.weight": config.mlp,
+        f"{layer}{tensors['q']}.weight": config.heads * config.head_dim,
+        f"{layer}{tensors['k']}.weight": config.kv_heads * config.head_dim,
+        f"{layer}{tensors['gate']}.weight": config.mlp,
     }
     for name, size in rows.items():
         if name in files:  # what is missing is told with all else that is
