@@ -5,8 +5,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+from processes import CHEAP_COMPILATION
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        CHEAP_COMPILATION,
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -19,6 +25,7 @@ _HOOK = install_import_hook(
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from cpu_time import CpuTime  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # The same examples in every run: what fails here fails everywhere.
@@ -32,10 +39,14 @@ sys.path.insert(0, str(_ROOT))  # configs/ is no part of the package
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="easy_jax_compilations_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(CpuTime(), "cpu_time")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,11 @@ import socket
 import subprocess
 import sys
 
+from forks import Forked
+
 DEVICES = 8
+# Programs are small here: compiling them takes most of the time, and this a third of it.
+CHEAP_COMPILATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def has_ipv6():
@@ -23,6 +27,17 @@ def free_port():
         return server.getsockname()[1]
 
 
+def _start(prefix, command, folder, environment):
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-m", "easy_jax.main", *command],
+        cwd=folder,
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
 class Processes:
     """The processes of one run, started together; killed at the end of a `with` block.
 
@@ -33,8 +48,8 @@ class Processes:
       devices: in all.
       timeout: their `--peer_timeout`, seconds.
       only: start these alone of them.
-      prefix: of the command, for example of a shell.
-      program: what Python is to run.
+      prefix: of the command, for example of a shell; then Python starts anew.
+      program: a file to run instead of `easy-jax`, and its first arguments.
       host: of the coordinator's address.
       folders: where each process is started; default: all in the root.
     """
@@ -48,16 +63,16 @@ class Processes:
         timeout=60,
         only=None,
         prefix=(),
-        program=("-m", "easy_jax.main"),
+        program=None,
         folders=None,
         host="127.0.0.1",
     ):
-        env = {
-            **os.environ,
+        environment = {
             "PYTHONPATH": str(root),
             "COLUMNS": "200",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // count}",
+            "XLA_FLAGS": f"{CHEAP_COMPILATION} --xla_force_host_platform_device_count="
+            f"{devices // count}",
         }
         cluster = []
         if count > 1:
@@ -66,24 +81,17 @@ class Processes:
                 f"--num_processes={count}",
                 f"--peer_timeout={timeout}",
             ]
-        self.all = [
-            subprocess.Popen(
-                [
-                    *prefix,
-                    sys.executable,
-                    *program,
-                    *arguments,
-                    *cluster,
-                    *([f"--process_id={index}"] if count > 1 else []),
-                ],
-                cwd=folders[index] if folders else root,
-                env=env,
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for index in (range(count) if only is None else only)
-        ]
+        self.all = []
+        for index in range(count) if only is None else only:
+            command = [*arguments, *cluster]
+            if count > 1:
+                command.append(f"--process_id={index}")
+            folder = folders[index] if folders else root
+            if prefix:
+                started = _start(prefix, command, folder, environment)
+            else:
+                started = Forked(command, folder, environment, program)
+            self.all.append(started)
 
     def __enter__(self):
         return self

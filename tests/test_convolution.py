@@ -74,9 +74,15 @@ def test_convolve(case, piece_bytes, monkeypatch):
     monkeypatch.setattr(convolution, "_PIECE_BYTES", piece_bytes)
     image_BHWC, kernel = _arrays(case)
     conv = functools.partial(convolve, **_settings(case), dimension_numbers=LAYOUT)
-    actual_BHWC, backward = jax.vjp(conv, image_BHWC, kernel)
-    gradient_BHWC = np.random.default_rng(1).normal(size=actual_BHWC.shape).astype(np.float32)
-    actual = (actual_BHWC, *backward(gradient_BHWC))
+    shape = jax.eval_shape(conv, image_BHWC, kernel).shape
+    gradient_BHWC = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+    @jax.jit
+    def values(image_BHWC, kernel, gradient_BHWC):
+        actual_BHWC, backward = jax.vjp(conv, image_BHWC, kernel)
+        return actual_BHWC, *backward(gradient_BHWC)
+
+    actual = values(image_BHWC, kernel, gradient_BHWC)
     expected = _numpy_gradients(image_BHWC, kernel, gradient_BHWC, case[-1])
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -196,13 +202,14 @@ def test_max_pool(size, dtype):
     assert actual_BHWC.dtype == dtype
     gradient_BHWC = rng.integers(1, 9, size=actual_BHWC.shape).astype(np.float32)
     (actual_gradient,) = backward(jnp.asarray(gradient_BHWC, dtype))
+    actual_BHWC = np.float32(actual_BHWC)
 
     padded = np.pad(image_BHWC, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
     padded_gradient = np.zeros_like(padded)
     assert actual_BHWC.shape[1:3] == tuple(-(-each // 2) for each in size)
     for b, row, column, c in itertools.product(*map(range, actual_BHWC.shape)):
         window = padded[b, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3, c]
-        assert float(actual_BHWC[b, row, column, c]) == window.max()
+        assert actual_BHWC[b, row, column, c] == window.max()
         i, j = np.unravel_index(window.argmax(), window.shape)
         gradient = gradient_BHWC[b, row, column, c]
         padded_gradient[b, 2 * row + i, 2 * column + j, c] += gradient

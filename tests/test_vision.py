@@ -4,13 +4,12 @@ import dataclasses
 import json
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
+from forks import Forked
 from helpers import devices_mesh
 from image_data import write_folder
 
@@ -371,25 +370,21 @@ main.cli()
 def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
     names = ("standard", "l2", "wise_ft", "flow", "flow_wise_ft")
 
+    (tmp_path / "program.py").write_text(PROGRAM)
+    arguments = [
+        "compare",
+        f"--config={root}/configs/quickstart.py:tiny",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.only={','.join(names)}",
+    ]
+
     def compare(cells_until_killed):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                PROGRAM,
-                str(cells_until_killed),
-                "compare",
-                f"--config={root}/configs/quickstart.py:tiny",
-                f"--workdir={tmp_path / 'run'}",
-                f"--config.only={','.join(names)}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        lines = [line.split() for line in done.stdout.splitlines()]
+        program = [tmp_path / "program.py", cells_until_killed]
+        process = Forked(arguments, root, program=program)
+        out, err = process.communicate()
+        lines = [line.split() for line in out.splitlines()]
         evaluated = [line[1] for line in lines if line[:1] == ["evaluates"]]
-        return done.returncode, evaluated, done.stderr
+        return process.returncode, evaluated, err
 
     path = tmp_path / "run" / "cells.jsonl"
     code, evaluated, _ = compare(3)

@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.datasets import load_digits
 
 from easy_jax.data.config import GlyphDataConfig
 from easy_jax.data.sources import ArraySource, Splits, Tasks
@@ -144,6 +143,8 @@ def _digits(config: GlyphDataConfig, seed: int, label_noise: float) -> tuple[Spl
 @functools.lru_cache(maxsize=4)
 def read_digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All 1,797 digits: float32 [N, image_size, image_size, 1] in [-1, 1], and int32 [N]."""
+    from sklearn.datasets import load_digits  # takes a second or two, and few runs need it
+
     digits = load_digits()
     image = normalise(np.stack([_enlarge(image, image_size) for image in digits.images]))
     return image, digits.target.astype(np.int32)

@@ -79,10 +79,10 @@ def new_head(model: M, num_classes: int, *, classes: Sequence[str] = (), seed: i
     Example:
       >>> from easy_jax.config import ResNetConfig
       >>> from easy_jax.models.resnet import ResNet
-      >>> pretrained = ResNet(ResNetConfig(width=8), num_classes=1000, rngs=nnx.Rngs(0))
+      >>> pretrained = ResNet(ResNetConfig(width=4, depths=(1,)), num_classes=99, rngs=nnx.Rngs(0))
       >>> model = new_head(pretrained, 3, classes=["cat", "dog", "owl"])
       >>> model.head.out_features, pretrained.head.out_features, model.info.classes
-      (3, 1000, ('cat', 'dog', 'owl'))
+      (3, 99, ('cat', 'dog', 'owl'))
     """
     head = getattr(model, "head", None)
     if not isinstance(head, nnx.Linear):

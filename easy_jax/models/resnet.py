@@ -252,7 +252,7 @@ class ResNet(nnx.Module):
     Example:
       >>> from flax import nnx
       >>> from easy_jax.config import ResNetConfig
-      >>> model = ResNet(ResNetConfig(width=8), num_classes=10, rngs=nnx.Rngs(0))
+      >>> model = ResNet(ResNetConfig(width=4, depths=(1,)), num_classes=10, rngs=nnx.Rngs(0))
       >>> model(jax.numpy.zeros((2, 16, 16, 1))).shape
       (2, 10)
     """

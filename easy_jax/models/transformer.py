@@ -176,7 +176,7 @@ class Transformer(nnx.Module):
       rngs: NNX random streams; `params` is used.
 
     Example:
-      >>> config = TransformerConfig("llama", vocab=11, embed=8, mlp=16, layers=2, heads=2,
+      >>> config = TransformerConfig("llama", vocab=11, embed=8, mlp=16, layers=1, heads=2,
       ...                            kv_heads=1, head_dim=4, query_scale=0.5)
       >>> model = Transformer(config, rngs=nnx.Rngs(0))
       >>> model(jnp.zeros((1, 5), int)).shape

@@ -8,11 +8,9 @@ import collections
 import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -24,13 +22,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
 import tiny_language  # noqa: E402
+from forks import Forked  # noqa: E402
 
 from easy_jax.cli import errors  # noqa: E402
 from easy_jax.train.loss_table import LossTable  # noqa: E402
 
 LANGUAGE, VISION = "language", "vision"
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["easy_jax.main", "easy_jax.pipeline", "easy_jax.report.images"])
 
 
 def arguments(description, count, argv=None):
@@ -137,53 +134,20 @@ class Ended:
         return (self.err.strip().splitlines() or [""])[-1]
 
 
-def _command(arguments, out, err, environment):
-    """In the forked process: the command line, with its output in files."""
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(environment)
-    sys.argv = ["easy-jax", *arguments]
-    os.chdir(ROOT)
-    from easy_jax.cli import main
+class Run(Forked):
+    """A command line in a process of its own."""
 
-    main.cli()
-
-
-class Run:
-    """A command line in a process of its own, forked from one that has imported the library.
-
-    That spares most of a start; it has its own number, and JAX starts anew in it.
-    """
-
-    def __init__(self, arguments, folder, environment=None):
-        handle, name = tempfile.mkstemp(dir=folder, prefix="printed-")
-        os.close(handle)
-        self._paths = Path(name), Path(f"{name}.err")
-        paths = map(str, self._paths)
-        self._process = FORKS.Process(
-            target=_command, args=(arguments, *paths, environment or {}), daemon=True
-        )
-        self._process.start()
-
-    @property
-    def printed(self):
-        """So far, to both."""
-        return "".join(path.read_text() for path in self._paths if path.exists())
+    def __init__(self, arguments, environment=None):
+        super().__init__(arguments, ROOT, environment)
 
     @property
     def is_over(self):
-        return self._process.exitcode is not None
-
-    def kill(self, number=signal.SIGKILL):
-        os.kill(self._process.pid, number)
+        return self.poll() is not None
 
     def wait(self, timeout=300):
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            self._process.kill()
-            raise TimeoutError(f"no end after {timeout} s: {self.printed[-500:]}")
-        texts = [path.read_text() if path.exists() else "" for path in self._paths]
-        return Ended(self._process.exitcode, *texts)
+        """How it ended."""
+        texts = self.communicate(timeout)
+        return Ended(self.returncode, *texts)
 
 
 class Bench:
@@ -218,7 +182,7 @@ class Bench:
 
     def start(self, workdir, kind=LANGUAGE, command="run", extra=(), environment=None):
         given = self.arguments(workdir, kind, command, extra)
-        return Run(given, self.folder, environment)
+        return Run(given, environment)
 
     def again(self, workdir, kind=LANGUAGE, command="run", extra=()):
         """To the end."""

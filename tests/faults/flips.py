@@ -61,7 +61,6 @@ class Workdir:
     """A finished run, copied anew for every flip, always to the same place."""
 
     def __init__(self, folder):
-        self._folder = folder
         model = folder / "model"
         model.mkdir()
         tiny_language.write_folder(model, train=16)
@@ -110,7 +109,7 @@ class Workdir:
 
     def command_line(self):
         """The same through the command line."""
-        ended = attacks.Run(self.arguments, self._folder).wait()
+        ended = attacks.Run(self.arguments).wait()
         if ended.outcome != "finished":
             return {"refused": "told"}.get(ended.outcome, ended.outcome), ended.err
         calm = {name: value for name, value in self._all.items() if name != "returned"}

@@ -92,8 +92,9 @@ def measure(by, count, fault, lost, exchanges, timeout):
     ) as run:
         others = dict(zip(only, run.all, strict=True))
         for process in run.all:
-            while (READY if fault != "missing" else HERE) not in process.stdout.readline():
+            while (READY if fault != "missing" else HERE) not in process.printed:
                 assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
         begin = time.monotonic()
         if fault != "missing":
             time.sleep(1.0)

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import attacks
 import processes
+from forks import CONTEXT
 
 TIMEOUT = 40.0  # of the roll call, seconds
 MAX_FILES = 160  # that process 0 may have open where many connections come
@@ -55,7 +56,7 @@ class Member:
     def __init__(self, folder, address, index, max_files=0):
         self._paths = [Path(folder) / f"{index}.{name}" for name in ("out", "err")]
         arguments = (address, index, max_files, *map(str, self._paths))
-        self.process = attacks.FORKS.Process(target=member, args=arguments, daemon=True)
+        self.process = CONTEXT.Process(target=member, args=arguments, daemon=True)
         self.process.start()
 
     def wait(self, seconds):
