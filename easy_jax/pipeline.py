@@ -43,6 +43,11 @@ def run(
       ConfigError: a bad configuration, a workdir of another one or one that cannot be
         written.
       LockError: another run is at work in the workdir.
+
+    Example:
+      >>> import easy_jax as ej
+      >>> config = ej.ExperimentConfig(name="mine")
+      >>> results = run(config, "runs/mine")  # doctest: +SKIP
     """
     config.validate()
     if until == "export" and isinstance(config, ExperimentConfig):

@@ -1,10 +1,12 @@
 """What `import easy_jax` gives, and what it does not load."""
 
+import inspect
+import re
 import subprocess
 import sys
 
 import pytest
-from public_surface import lines
+from public_surface import lines, public_callables
 
 import easy_jax as ej
 
@@ -55,3 +57,16 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_the_public_signatures_are_those_of_the_file(root):
     """A change is meant if the file changes with it: `tests/public_surface.py` writes it."""
     assert (root / "tests" / "public_surface.txt").read_text().splitlines() == lines()
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for name, entry in public_callables().items():
+        if inspect.isclass(entry) and issubclass(entry, Exception):
+            continue
+        known = inspect.isclass(entry) or inspect.isfunction(entry)
+        documented = entry if known else type(entry)  # an object that is called like a function
+        text = inspect.getdoc(documented) or ""
+        assert ">>> " in text, f"{name} has no example"
+        called = entry if known else type(entry).__call__
+        if {*inspect.signature(called).parameters} - {"self"}:
+            assert re.search(r"Args:|Attributes:|`\w+", text), f"{name} does not tell its arguments"

@@ -22,6 +22,10 @@ class OptimizerConfig:
     `anchor_strength` is the lambda of the l1 or l2 distance to the starting weights
     (paper.md section 3); `anchor_per_parameter` divides it by the number of trainable
     parameters, as the paper does for language models.
+
+    Example:
+      >>> OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_ratio=0.1).schedule
+      'cosine'
     """
 
     name: Literal["sgd", "adamw"] = "sgd"

@@ -192,12 +192,47 @@ def _call(model: Any) -> str:
 
 def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
     """`softmax_cross_entropy` of an image model on a batch with `image` (see
-    `normalised_images`), `label`, `mask`."""
+    `normalised_images`), `label`, `mask`.
+
+    Args:
+      model: called as `model(image, mask)`; returns logits [B, K].
+      batch: with `image` [B, ...], `label` int [B] and `mask` bool [B].
+
+    Returns:
+      `(loss_sum_B, count_B)`, float32 [B]: negative log-likelihoods in nats; counts of 1.
+
+    Example:
+      >>> def model(image, mask=None):
+      ...     return jnp.zeros((len(image), 3))
+      >>> batch = {"image": jnp.ones((1, 2, 2, 1)), "label": jnp.array([0])}
+      >>> batch["mask"] = jnp.array([True])  # False for padding
+      >>> loss_B, count_B = classification_loss(model, batch)
+      >>> [round(float(loss), 4) for loss in loss_B]  # log 3
+      [1.0986]
+    """
     return softmax_cross_entropy(image_logits(model, batch), batch["label"])
 
 
 class CausalLMLoss:
-    """`causal_lm_loss`: the class of one instance, so that the loss can have a second form."""
+    """`causal_lm_loss`: the class of one instance, so that the loss can have a second form.
+
+    Args:
+      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+      batch: of a packed source; see `__call__`.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
+      ...                               kv_heads=1, head_dim=4)
+      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
+      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
+      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
+      >>> nll_sum_RS, count_RS = causal_lm_loss(model, next(iter(loader)))
+      >>> nll_sum_RS.shape, count_RS.tolist()
+      ((1, 1), [[2.0]])
+    """
 
     def __init__(self) -> None:
         self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
@@ -247,7 +282,28 @@ causal_lm_loss = CausalLMLoss()
 def causal_lm_token_losses(
     model: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target."""
+    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target.
+
+    Args:
+      model: as of `causal_lm_loss`.
+      batch: as of `causal_lm_loss`; R rows of T tokens with at most S examples.
+
+    Returns:
+      `(nll_sum_RS, count_RS, nll_RT)`, float32, in nats.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
+      ...                               kv_heads=1, head_dim=4)
+      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
+      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
+      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
+      >>> nll_sum_RS, count_RS, nll_RT = causal_lm_token_losses(model, next(iter(loader)))
+      >>> count_RS.tolist(), nll_RT.shape, bool(jnp.allclose(nll_sum_RS[0, 0], nll_RT.sum()))
+      ([[2.0]], (1, 4), True)
+    """
     nll_RT = linear_cross_entropy(
         _hidden_states(model, batch),
         model.head_VD(),

@@ -49,6 +49,11 @@ def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float 
     Example:
       >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
       [1.0]
+
+    Args:
+      pretrained: the weights before fine-tuning.
+      finetuned: the weights after it, with the same structure and shapes.
+      alpha: in [0, 1]; 0 gives the pre-trained weights.
     """
     return interpolate(pretrained, finetuned, alpha)
 

@@ -41,6 +41,12 @@ class TrainState:
       params: the trainable parameters, what the optimiser sees.
       rest: frozen parameters and other variables, such as BatchNorm's statistics.
       opt_state: the optimiser's state, for `params` only.
+
+    Example:
+      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+      >>> state = init_train_state(model, optax.sgd(0.1), trainable=nnx.PathContains("kernel"))
+      >>> sorted(state.params), sorted(state.model_state())
+      (['kernel'], ['bias', 'kernel'])
     """
 
     step: jax.Array

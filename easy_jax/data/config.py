@@ -94,6 +94,11 @@ class ImageDataConfig:
       threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
         above which Python's lock is what they wait for.
       workers: processes that decode in place of this one.
+
+    Example:
+      >>> config = ImageDataConfig(name="caltech101", format="folder", path="data/caltech101")
+      >>> config.image_size
+      224
     """
 
     name: ImageDataName = "cifar10"

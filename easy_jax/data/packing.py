@@ -32,6 +32,10 @@ class Ragged:
 
     Raises:
       DataError: offsets that do not go up from 0 to the number of values.
+
+    Example:
+      >>> Ragged(np.float32([1, 2, 3]), np.array([0, 1, 3]))[1].tolist()
+      [2.0, 3.0]
     """
 
     values: np.ndarray

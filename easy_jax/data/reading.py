@@ -18,6 +18,10 @@ class Reading:
       workers: processes that read instead of this one, for sources that hold Python's lock.
         They begin as fresh interpreters: a script that uses them needs the guard
         `if __name__ == "__main__"`.
+
+    Example:
+      >>> Reading(threads=8).workers
+      0
     """
 
     threads: int = 2

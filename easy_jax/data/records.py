@@ -124,6 +124,15 @@ def read_parquet(
     Raises:
       DataError: no file, a file that cannot be read or no rows; or a column is missing, is
         not of strings or has nulls.
+
+    Example:
+      >>> import tempfile
+      >>> import pyarrow as pa
+      >>> from pyarrow import parquet
+      >>> path = Path(tempfile.mkdtemp()) / "sums.parquet"
+      >>> parquet.write_table(pa.table({"q": ["2 + 2 ="], "a": ["4"]}), path)
+      >>> read_parquet(path, ["q", "a"])
+      {'q': ['2 + 2 ='], 'a': ['4']}
     """
     files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
     if not files:
@@ -185,6 +194,9 @@ def read_tfds(
     Raises:
       DataError: the data set is not prepared there, or a feature is missing, no text or no
         UTF-8.
+
+    Example:
+      >>> read_tfds("gsm8k", "train", "data", ["question", "answer"])  # doctest: +SKIP
     """
     builder, _ = open_tfds(name, split, data_dir, fields)
     features = builder.info.features.keys()

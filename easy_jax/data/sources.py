@@ -161,6 +161,13 @@ class TfdsSource:
 
     Raises:
       DataError: the data set is not prepared there.
+
+    Example:
+      >>> source = TfdsSource(
+      ...     "mnist", "train", "data", {"image": "image", "label": "label"}
+      ... )  # doctest: +SKIP
+      >>> len(source)  # doctest: +SKIP
+      60000
     """
 
     def __init__(

@@ -142,7 +142,20 @@ def check_vocabulary(
     data: TokenSource | int, vocab_size: int, used_N: np.ndarray | None = None
 ) -> None:
     """Raises DataError if a token (of the source, or the greatest id) is none of the model's; with
-    the examples' ids. `used_N`, bool: the examples that are looked at; default: all."""
+    the examples' ids. `used_N`, bool: the examples that are looked at; default: all.
+
+    Args:
+      data: the source, or the greatest id of a token.
+      vocab_size: of the model.
+      used_N: see above.
+
+    Example:
+      >>> check_vocabulary(7, vocab_size=8)
+      >>> check_vocabulary(8, vocab_size=8)
+      Traceback (most recent call last):
+      easy_jax.data.sources.DataError: the data has token id 8, the model a vocabulary of 8: \
+tokenizer and model do not belong together
+    """
     examples = ""
     if isinstance(data, TokenSource):
         bad = np.flatnonzero(data.tokens >= vocab_size)

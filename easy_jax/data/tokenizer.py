@@ -20,6 +20,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
     Raises:
       DataError: the file is missing or broken.
+
+    Args:
+      path: of the file, or of the folder with it.
+
+    Example:
+      >>> load_tokenizer("models/smollm2").encode("2 + 2").ids  # doctest: +SKIP
     """
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     fix = "only the fast format, `tokenizer.json`, is read: look for that file next to the model"

@@ -37,6 +37,10 @@ class MethodConfig:
       head_stage: a last stage that trains the head alone, with or without the weights.
       learning_rates: of this method, in place of the experiment's.
       head_learning_rate: of its last stage; 0: the fine-tuning's.
+
+    Example:
+      >>> flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
+      >>> flow.validate("methods[flow]")
     """
 
     name: str = "standard"
@@ -102,6 +106,11 @@ class ExperimentConfig:
       keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
         damaged, the one before it is continued from; each holds the model and the optimiser's
         state); and whether to keep the one with the lowest training loss, too.
+
+    Example:
+      >>> config = ExperimentConfig(name="mine", seeds=(0, 1), learning_rates=(0.01, 0.03))
+      >>> config.finetune.batch_size
+      64
     """
 
     name: str = "experiment"

@@ -60,6 +60,10 @@ class LanguageMethodConfig:
       anchor, anchor_strength: l1 or l2 distance to the pre-trained weights.
       averaging, alpha: WiSE-FT after training (the share of the fine-tuned weights), or SFA
         during it (the share of the pre-trained weights).
+
+    Example:
+      >>> LanguageMethodConfig("flow_lora", weighting="flow", trainable="lora").averaging
+      'none'
     """
 
     name: str = "standard"
@@ -102,6 +106,11 @@ class LanguageConfig:
       keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
         damaged, the one before it is continued from; each holds the model and the optimiser's
         state); and whether to keep the one with the lowest training loss, too.
+
+    Example:
+      >>> methods = (LanguageMethodConfig(), LanguageMethodConfig("flow", weighting="flow"))
+      >>> [method.name for method in LanguageConfig(methods=methods).selected_methods()]
+      ['standard', 'flow']
     """
 
     name: str = "language"

@@ -18,6 +18,10 @@ class ClassifierInfo:
     Attributes:
       classes: names of the outputs, in order; empty: not known.
       mean, std: by channel, of the images that it wants, of pixels in [0, 1]; empty: not known.
+
+    Example:
+      >>> ClassifierInfo(classes=("cat", "dog")).classes
+      ('cat', 'dog')
     """
 
     classes: tuple[str, ...] = ()

@@ -29,6 +29,10 @@ class ResNetConfig:
       path: of pre-trained weights of timm or torchvision: a folder, or `hf://OWNER/NAME` for a
         model of the Hugging Face Hub, such as `hf://timm/resnet50.a1_in1k`. Empty: random ones.
       dtype: of the computation; parameters, BatchNorm and the head are float32.
+
+    Example:
+      >>> ResNetConfig.named("resnet50").depths
+      (3, 4, 6, 3)
     """
 
     in_channels: int = 1

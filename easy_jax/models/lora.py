@@ -77,7 +77,20 @@ def add_adapters(
 
 
 def merged_kernel(linear: Linear) -> jax.Array:
-    """The stack of kernels with the adapters merged in, in the kernels' dtype."""
+    """The stack of kernels with the adapters merged in, in the kernels' dtype.
+
+    Args:
+      linear: one of the transformer's linear maps, with or without adapters.
+
+    Example:
+      >>> from easy_jax.models.transformer_config import TransformerConfig
+      >>> model = Transformer(TransformerConfig("llama", vocab=8, embed=4, mlp=8, layers=1,
+      ...     heads=1, kv_heads=1, head_dim=4), rngs=nnx.Rngs(0))
+      >>> add_adapters(model, rank=2, alpha=4.0, rngs=nnx.Rngs(1))  # B begins as zeros
+      >>> layer = model.blocks[0].q
+      >>> bool((merged_kernel(layer) == layer.kernel[...]).all())
+      True
+    """
     kernel = linear.kernel[...]
     if linear.lora_a is None or linear.lora_b is None:
         return kernel

@@ -29,6 +29,13 @@ class TransformerConfig:
       query_scale: what queries are multiplied by before the softmax.
       attention_cap, final_cap: soft caps of attention logits and of the head's logits.
       tied: the head is the embedding.
+
+    Example:
+      >>> config = TransformerConfig(
+      ...     "llama", vocab=256, embed=64, mlp=128, layers=2, heads=4, kv_heads=2, head_dim=16
+      ... )
+      >>> config.tied, config.windows
+      (True, (None,))
     """
 
     family: str

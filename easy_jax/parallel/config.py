@@ -7,7 +7,17 @@ from easy_jax.io.checks import require
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MeshConfig:
-    """Axis sizes of the device mesh; one of them may be -1, "all remaining devices"."""
+    """Axis sizes of the device mesh; one of them may be -1, "all remaining devices".
+
+    Attributes:
+      data: devices, or groups of them, that each take a part of the batch.
+      fsdp: devices that share the parameters of a group, and its part of the batch.
+      tensor: devices that share heads, features and vocabulary.
+
+    Example:
+      >>> MeshConfig(data=-1, fsdp=4).tensor
+      1
+    """
 
     data: int = -1
     fsdp: int = 1

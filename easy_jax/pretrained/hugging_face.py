@@ -79,6 +79,10 @@ def load(
       WeightsError: no folder, no safetensors (a pickle is refused), missing or extra tensors,
         wrong shapes, damaged files.
       ConfigError: an architecture or a field of `config.json` that is not supported.
+
+    Example:
+      >>> model = load("models/smollm2")  # doctest: +SKIP
+      >>> model = load("hf://HuggingFaceTB/SmolLM2-135M")  # doctest: +SKIP
     """
     folder = resolve(folder)
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -133,6 +137,10 @@ def export(
 
     Raises:
       WeightsError: the folder is not empty, or the base is another model.
+
+    Example:
+      >>> model = load("models/smollm2")  # doctest: +SKIP
+      >>> export(model, "fine-tuned", base="models/smollm2")  # doctest: +SKIP
     """
     folder, base = Path(folder), resolve(base)
     if read_config(base) != model.config:
@@ -196,7 +204,15 @@ def _write_eos(folder: Path, eos_token_id: int) -> None:
 
 
 def read_config(folder: Path) -> TransformerConfig:
-    """Returns the configuration in a checkpoint's `config.json`."""
+    """Returns the configuration in a checkpoint's `config.json`.
+
+    Args:
+      folder: with `config.json`.
+
+    Example:
+      >>> read_config(Path("models/smollm2")).layers  # doctest: +SKIP
+      30
+    """
     content = weight_files.read_config(folder)
     try:
         return parse_config(content)

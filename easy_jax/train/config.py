@@ -9,7 +9,19 @@ from easy_jax.io.checks import choice, require
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageConfig:
-    """One training stage: how long, in what batches, with which optimiser."""
+    """One training stage: how long, in what batches, with which optimiser.
+
+    Attributes:
+      epochs: passes over the data.
+      batch_size: examples per step over all devices and processes; rows, of packed text.
+      micro_batches: parts that a batch is computed in, one after the other, to save memory.
+      reduction: how per-example losses become one number (`easy_jax.core.step`).
+      optimizer: the optimiser and its schedule.
+
+    Example:
+      >>> StageConfig(epochs=2, batch_size=128, reduction="token_mean").micro_batches
+      1
+    """
 
     epochs: int = 1
     batch_size: int = 64

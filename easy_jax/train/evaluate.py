@@ -170,6 +170,12 @@ def with_task_parts(
 
     Raises:
       ValueError: the rest of the two differs in its paths.
+
+    Example:
+      >>> tuned = nnx.State({"body": nnx.Param(1), "head": nnx.Param(2)})
+      >>> before = nnx.State({"body": nnx.Param(3), "head": nnx.Param(4)})
+      >>> nnx.to_pure_dict(with_task_parts(tuned, before, lambda path, _: path[0] == "head"))
+      {'body': 1, 'head': 4}
     """
     ours = {path: v for path, v in nnx.to_flat_state(body) if not is_task_specific(path, v)}
     theirs = {path: v for path, v in nnx.to_flat_state(task) if is_task_specific(path, v)}

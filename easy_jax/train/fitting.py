@@ -54,6 +54,10 @@ class Fit:
       steps: how many were taken in all.
       seconds: spent in the stage's loop, over all its runs.
       resumed_from: the step this call started from; `steps` if nothing was left to do.
+
+    Example:
+      >>> result = fit(model, source, "checkpoints", stage=stage, loss_fn=loss_fn)  # doctest: +SKIP
+      >>> nnx.update(model, result.model_state)  # doctest: +SKIP
     """
 
     model_state: nnx.State
@@ -145,6 +149,17 @@ def fit(
     Warns:
       InputBoundWarning: the devices wait for data a fifth of the time.
       LostUpdatesWarning: most parameters are too coarse for the learning rate.
+
+    Example:
+      >>> import tempfile
+      >>> from easy_jax.core.losses import squared_error
+      >>> from easy_jax.train.config import StageConfig
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> source = data.ArraySource({"x": np.ones((16, 1), "f"), "y": np.ones((16, 1), "f")})
+      >>> result = fit(model, source, tempfile.mkdtemp(), stage=StageConfig(epochs=2, batch_size=8),
+      ...              loss_fn=lambda model, batch: squared_error(model(batch["x"]), batch["y"]))
+      >>> result.steps
+      4
     """
     checks.check_call("fit", model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh

@@ -37,6 +37,20 @@ class LossTable:
     Attributes:
       directory: where it is.
       metadata: the content of `metadata.json`.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> source = ej.ArraySource({"x": np.ones((3, 1), "f"), "y": np.float32([[1], [2], [3]])})
+      >>> def loss_fn(model, batch):
+      ...     return ej.squared_error(model(batch["x"]), batch["y"])
+      >>> folder = tempfile.mkdtemp()
+      >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+      >>> _ = ej.score(model, source, folder, loss_fn=loss_fn, batch_size=8)
+      >>> table = LossTable.open(folder)
+      >>> table.num_examples, bool(np.isclose(np.median(table.flow_weights()), np.exp(-1)))
+      (3, True)
     """
 
     directory: Path
