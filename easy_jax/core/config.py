@@ -20,7 +20,7 @@ class OptimizerConfig:
 
     `weight_decay` is added to the gradient for SGD and decoupled for AdamW.
     `anchor_strength` is the lambda of the l1 or l2 distance to the starting weights
-    (paper.md section 3); `anchor_per_parameter` divides it by the number of trainable
+    (arXiv:2502.02797); `anchor_per_parameter` divides it by the number of trainable
     parameters, as the paper does for language models.
 
     Example:

@@ -244,8 +244,8 @@ class CausalLMLoss:
           model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
           batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
             token's term is multiplied by its weight, and the count is that of the tokens all the
-            same: the reduction `token_mean` then is FLOW's token-wise objective (paper.md
-            section 3).
+            same: the reduction `token_mean` then is FLOW's token-wise objective
+            (arXiv:2502.02797).
 
         Returns:
           `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.

@@ -44,7 +44,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any
 
 
 def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float = 0.5) -> Any:
-    """WiSE-FT: `alpha` is the share of the fine-tuned weights (paper.md section 3).
+    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797).
 
     Example:
       >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
@@ -59,7 +59,7 @@ def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float 
 
 
 def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
-    """The steps after which SFA averages: every quarter of the run (paper.md section 3).
+    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797).
 
     Example:
       >>> sfa_steps(10)

@@ -148,7 +148,7 @@ def anchor(
     """Adds the gradient of a distance to the weights at `init`, the pre-trained ones.
 
     l2: `strength * sum |theta - theta*|^2`; l1: `strength * sum |theta - theta*|`
-    (paper.md section 3, with `per_parameter` dividing by the number of trainable ones).
+    (arXiv:2502.02797, with `per_parameter` dividing by the number of trainable ones).
     It is a term of the loss, so it stands before momentum or Adam in a chain.
 
     Args:

@@ -1,6 +1,6 @@
 """From losses to weights: the temperature, FLOW's weights, and what they minimise.
 
-Pure functions of arrays (paper.md section 1; the paper's Prop. 4.3). Values are checked
+Pure functions of arrays (arXiv:2502.02797, Prop. 4.3). Values are checked
 whenever they are concrete; under `jit`, where they are not, the caller checks.
 """
 
@@ -49,7 +49,7 @@ def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
       tau: the temperature; default: `temperature(loss_N)`.
 
     Returns:
-      w_N in (0, 1], of the losses' dtype. Not normalised (paper.md section 1).
+      w_N in (0, 1], of the losses' dtype. Not normalised (arXiv:2502.02797).
 
     Raises:
       ValueError: as `temperature`; or `tau` is not positive and finite.

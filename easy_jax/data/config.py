@@ -72,7 +72,7 @@ class ImageDataConfig:
       num_classes: of `other` in Parquet; elsewhere 0, for the data set's own.
       image_size: side of what the model sees, in pixels.
       resize_size: what the shorter side is resized to before the crop; 0: 8/7 of `image_size`
-        for photos (256 for 224), `image_size` for CIFAR (paper.md section 2).
+        for photos (256 for 224), `image_size` for CIFAR (arXiv:2502.02797).
       interpolation: of the resize.
       mean, std: by channel, of pixels in [0, 1], that images are normalised with; empty: the data
         set's (ImageNet's, or CIFAR's own). A checkpoint that wants others has them in its

@@ -202,7 +202,7 @@ def scoring_view(image: Image.Image, views: Views) -> Image.Image:
 
 
 def training_view(image: Image.Image, views: Views, uniform: np.ndarray) -> Image.Image:
-    """A random view: shorter side resized, random square, flip, colours (paper.md section 2).
+    """A random view: shorter side resized, random square, flip, colours (arXiv:2502.02797).
 
     Args:
       image: RGB.

@@ -94,7 +94,7 @@ class ExperimentConfig:
       seeds: one full repetition each: data split, label noise, initialisation and order.
       learning_rates: every method is trained at each, but those that have rates of their own; the
         choice uses validation data only.
-      pretrain, probe, finetune, head: the stages (paper.md section 2, a to d). The peak
+      pretrain, probe, finetune, head: the stages (arXiv:2502.02797). The peak
         learning rate of `finetune` and `head` comes from the grid. Weights that are given
         (`model.path`) are not trained: `pretrain` is not read.
       frozen_batch_norm: stages, of `probe`, `finetune` and `head`, in which BatchNorm normalises

@@ -55,7 +55,7 @@ class LanguageMethodConfig:
 
     Attributes:
       name: the row in the results.
-      weighting: none, FLOW by sequence, or FLOW by token (paper.md section 3).
+      weighting: none, FLOW by sequence, or FLOW by token (arXiv:2502.02797).
       trainable: everything, the language-model head, or low-rank adapters.
       anchor, anchor_strength: l1 or l2 distance to the pre-trained weights.
       averaging, alpha: WiSE-FT after training (the share of the fine-tuned weights), or SFA

@@ -31,7 +31,7 @@ def add_adapters(
 
     Args:
       model: changed in place.
-      rank, alpha: the paper has 64 and 64 (paper.md section 3).
+      rank, alpha: the paper has 64 and 64 (arXiv:2502.02797).
       rngs: NNX random streams; `params` is used.
       targets: which maps: out of `q k v o gate up down`.
 

@@ -309,7 +309,7 @@ def is_batch_norm(path: Sequence[Any], variable: Any) -> bool:
 
 
 def is_task_specific(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter: the parts that belong to one task, head and BatchNorm (paper.md section 2).
+    """NNX filter: the parts that belong to one task, head and BatchNorm (arXiv:2502.02797).
 
     To measure the pre-training ability of a fine-tuned network, the pre-trained
     values of exactly these are put back.

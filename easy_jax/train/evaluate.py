@@ -161,7 +161,7 @@ def with_task_parts(
     """The body of one model with the task-specific parts of another.
 
     Evaluation on the pre-training task: `body` is the fine-tuned model, `task` the
-    pre-trained one, whose head and BatchNorm are put back (paper.md section 2).
+    pre-trained one, whose head and BatchNorm are put back (arXiv:2502.02797).
 
     Args:
       body: everything else is taken from here.

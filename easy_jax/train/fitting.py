@@ -114,7 +114,7 @@ def fit(
       trainable: NNX filter of the parameters to train.
       anchored: NNX filter of those that the anchor pulls back.
       sfa_beta: if given, after every quarter of the steps the trainable parameters become
-        `(1 - beta) * current + beta * starting` (SFA, paper.md section 3).
+        `(1 - beta) * current + beta * starting` (SFA, arXiv:2502.02797).
       seed: of the order of the examples.
       mesh: default: all devices on the data axis.
       name: in logs and errors.
