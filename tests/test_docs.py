@@ -8,7 +8,7 @@ from flax import nnx
 
 import easy_jax as ej
 
-PAGES = ["README.md", "launch/README.md", "benchmarks/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "launch/README.md", "benchmarks/README.md"]
 PAGES += [
     f"docs/{name}.md"
     for name in ("architecture", "images", "reliability", "reproduce", "results", "scale", "theory")
