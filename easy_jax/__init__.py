@@ -11,7 +11,7 @@ weights, fine-tune with the weighted loss, and show what was learnt against what
 """
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from etils import epy
 
@@ -80,13 +80,14 @@ with epy.lazy_api_imports(globals()):
 _FORMER = {"eval_view": "eval_mode", "train_view": "train_mode"}
 _lazy = globals()["__getattr__"]  # of `lazy_api_imports`
 
+if not TYPE_CHECKING:  # to a type checker it would say that every name exists
 
-def __getattr__(name: str) -> Any:
-    if name in _FORMER:
-        message = f"easy_jax.{name} is now easy_jax.{_FORMER[name]}"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        name = _FORMER[name]
-    return _lazy(name)
+    def __getattr__(name: str) -> Any:
+        if name in _FORMER:
+            message = f"easy_jax.{name} is now easy_jax.{_FORMER[name]}"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            name = _FORMER[name]
+        return _lazy(name)
 
 
 __all__ = [

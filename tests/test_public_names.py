@@ -1,6 +1,7 @@
 """What `import easy_jax` gives, and what it does not load."""
 
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -40,6 +41,24 @@ def test_every_public_name_is_there():
     for name in ej.__all__:
         assert getattr(ej, name) is not None
     assert set(ej.__all__) <= set(dir(ej))
+
+
+def test_a_star_imports_the_public_names_and_functions_can_be_pickled():
+    names = {}
+    exec("from easy_jax import *", names)
+    assert {name for name in names if name[:2] != "__"} == {*ej.__all__}
+    for each in (ej.flow_weights, ej.TrainState, ej.causal_lm_token_losses):
+        assert pickle.loads(pickle.dumps(each)) is each
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_public_names(root, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import easy_jax as ej\nej.flow_weights([1.0])\nej.nope\nej.fit()\n")
+    checked = [sys.executable, "-m", "mypy", str(program)]
+    done = subprocess.run(checked, cwd=root, capture_output=True, text=True)
+    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert {line.split(":")[1] for line in errors} == {"3", "4"}, done.stdout
 
 
 @pytest.mark.parametrize(("former", "now"), ej._FORMER.items())
