@@ -30,9 +30,9 @@ def ours(remat: str) -> Any:
     """The product's training step: float32 parameters and AdamW, bfloat16 computation."""
     from easy_jax.config import (
         LanguageConfig,
-        LanguageMethodConfig,
         LanguageModelConfig,
         MeshConfig,
+        MethodConfig,
         OptimizerConfig,
         StageConfig,
         TextConfig,
@@ -48,7 +48,7 @@ def ours(remat: str) -> Any:
         ),
     )
     mesh = sharding.make_mesh(config.mesh, command.devices(TOPOLOGY))
-    return language_programs.train_program(config, LanguageMethodConfig(), mesh, ROWS).lowered
+    return language_programs.train_program(config, MethodConfig(), mesh, ROWS).lowered
 
 
 def tunix() -> Any:

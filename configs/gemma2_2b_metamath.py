@@ -22,9 +22,9 @@ from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
     LanguageConfig,
-    LanguageMethodConfig,
     LanguageModelConfig,
     MeshConfig,
+    MethodConfig,
     OptimizerConfig,
     ScoringConfig,
     StageConfig,
@@ -32,13 +32,13 @@ from easy_jax.config import (
 )
 
 METHODS = (
-    LanguageMethodConfig("flow", weighting="flow"),
-    LanguageMethodConfig("standard"),
-    LanguageMethodConfig("flow_token", weighting="flow_token"),
-    LanguageMethodConfig("lora", trainable="lora"),
-    LanguageMethodConfig("flow_lora", weighting="flow", trainable="lora"),
-    LanguageMethodConfig("l2", anchor="l2", anchor_strength=1e-3),
-    LanguageMethodConfig("flow_l2", weighting="flow", anchor="l2", anchor_strength=1e-3),
+    MethodConfig("flow", weighting="flow"),
+    MethodConfig("standard"),
+    MethodConfig("flow_token", weighting="flow_token"),
+    MethodConfig("lora", trainable="lora"),
+    MethodConfig("flow_lora", weighting="flow", trainable="lora"),
+    MethodConfig("l2", anchor="l2_sp", anchor_strength=1e-3),
+    MethodConfig("flow_l2", weighting="flow", anchor="l2_sp", anchor_strength=1e-3),
 )
 ARGUMENTS = tuple(method.name for method in METHODS)
 

@@ -32,7 +32,7 @@ METHODS = (
     MethodConfig("probe_standard", start="probe"),
     MethodConfig("linear_probe", trainable="head"),
     MethodConfig("bn_head", trainable="bn_head"),
-    MethodConfig("l2", start="probe", anchor="l2", anchor_strength=0.1),
+    MethodConfig("l2", start="probe", anchor="l2_sp", anchor_strength=0.1),
     MethodConfig("wise_ft", start="probe", averaging="wise_ft", alpha=0.5),
     MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted"),
     MethodConfig("flow_weighted_head", start="probe", weighting="flow", head_stage="weighted"),

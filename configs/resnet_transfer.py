@@ -113,7 +113,7 @@ def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
         MethodConfig("standard", learning_rates=standard),
         # The paper does not tell its lambda for images.
         MethodConfig(
-            "l2", start="probe", anchor="l2", anchor_strength=0.01, learning_rates=standard
+            "l2", start="probe", anchor="l2_sp", anchor_strength=0.01, learning_rates=standard
         ),
         *wise_ft,
         MethodConfig("linear_probe", trainable="head", learning_rates=head),

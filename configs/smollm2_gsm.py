@@ -18,8 +18,8 @@ from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
     LanguageConfig,
-    LanguageMethodConfig,
     LanguageModelConfig,
+    MethodConfig,
     OptimizerConfig,
     ScoringConfig,
     StageConfig,
@@ -27,11 +27,11 @@ from easy_jax.config import (
 )
 
 METHODS = (
-    LanguageMethodConfig("standard"),
-    LanguageMethodConfig("flow", weighting="flow"),
-    LanguageMethodConfig("flow_token", weighting="flow_token"),
+    MethodConfig("standard"),
+    MethodConfig("flow", weighting="flow"),
+    MethodConfig("flow_token", weighting="flow_token"),
     *(
-        LanguageMethodConfig(f"wise_ft_{alpha:g}", averaging="wise_ft", alpha=alpha)
+        MethodConfig(f"wise_ft_{alpha:g}", averaging="wise_ft", alpha=alpha)
         for alpha in (0.3, 0.5, 0.7)
     ),
 )

@@ -21,7 +21,6 @@ with epy.lazy_api_imports(globals()):
         ExperimentConfig,
         ImageDataConfig,
         LanguageConfig,
-        LanguageMethodConfig,
         MeshConfig,
         MethodConfig,
         OptimizerConfig,
@@ -77,7 +76,11 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.train.scoring import score
 
 # Names of earlier versions, which still work for one version.
-_FORMER = {"eval_view": "eval_mode", "train_view": "train_mode"}
+_FORMER = {
+    "LanguageMethodConfig": "MethodConfig",
+    "eval_view": "eval_mode",
+    "train_view": "train_mode",
+}
 _lazy = globals()["__getattr__"]  # of `lazy_api_imports`
 
 if not TYPE_CHECKING:  # to a type checker it would say that every name exists
@@ -100,7 +103,6 @@ __all__ = [
     "ImageDataConfig",
     "ImageSource",
     "LanguageConfig",
-    "LanguageMethodConfig",
     "LossTable",
     "MeshConfig",
     "MethodConfig",

@@ -4,11 +4,14 @@ A configuration file in `configs/` defines `get_config(arg="")`, which returns a
 `ExperimentConfig` (images) or a `LanguageConfig`, and imports nothing of the package but this.
 """
 
+import warnings
+from typing import Any
+
 from etils import epy
 
 # Each name is imported when it is first used.
 with epy.lazy_api_imports(globals()):
-    from easy_jax.core.config import Averaging, OptimizerConfig, Reduction, Regularizer
+    from easy_jax.core.config import OptimizerConfig, Reduction
     from easy_jax.data.config import (
         ALPACA,
         ALPACA_INPUT,
@@ -24,11 +27,9 @@ with epy.lazy_api_imports(globals()):
         HeadStage,
         MethodConfig,
         Trainable,
-        Weighting,
     )
     from easy_jax.experiments.language_config import (
         LanguageConfig,
-        LanguageMethodConfig,
         LanguageModelConfig,
     )
     from easy_jax.io.checks import ConfigError, differences, replace, to_json
@@ -36,11 +37,22 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.parallel.config import MeshConfig
     from easy_jax.train.config import ScoringConfig, StageConfig
 
+_FORMER = {"LanguageMethodConfig": "MethodConfig"}  # of the version before
+_lazy = globals()["__getattr__"]  # of `lazy_api_imports`
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FORMER:
+        message = f"easy_jax.config.{name} is now easy_jax.config.{_FORMER[name]}"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        name = _FORMER[name]
+    return _lazy(name)
+
+
 __all__ = [
     "ALPACA",
     "ALPACA_INPUT",
     "RESNETS",
-    "Averaging",
     "ConfigError",
     "ExperimentConfig",
     "GlyphDataConfig",
@@ -49,20 +61,17 @@ __all__ = [
     "ImageDataName",
     "InstructionsConfig",
     "LanguageConfig",
-    "LanguageMethodConfig",
     "LanguageModelConfig",
     "MeshConfig",
     "MethodConfig",
     "OptimizerConfig",
     "Reduction",
-    "Regularizer",
     "ResNetConfig",
     "ScoringConfig",
     "StageConfig",
     "TextConfig",
     "Trainable",
     "TransferDataConfig",
-    "Weighting",
     "differences",
     "replace",
     "to_json",

@@ -1,6 +1,7 @@
 """Bad input: every mistake gets an error of the right type that names it."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,7 @@ from points import classify, linear, points
 
 from configs import quickstart
 from easy_jax import pipeline as train
-from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, StageConfig, replace
+from easy_jax.config import ConfigError, MeshConfig, MethodConfig, OptimizerConfig, StageConfig, replace
 from easy_jax.core import step
 from easy_jax.parallel import sharding
 from easy_jax.train.checkpoint import CheckpointError
@@ -275,3 +276,48 @@ def test_method_with_a_weighted_head_but_no_weights(config):
     config = replace(config, methods=(bad, *config.methods[1:]))
     with pytest.raises(ConfigError, match=r"methods\[standard\]\.weighting is 'none'"):
         config.validate()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("images", {"weighting": "flwo"}, r"\.weighting is 'flwo'; did you mean 'flow'\?"),
+        ("images", {"weighting": "flow_token"}, r"\.weighting is 'flow_token'.*no tokens"),
+        ("images", {"anchor": "l3_sp"}, r"\.anchor is 'l3_sp'; did you mean 'l2_sp'\?|l1_sp"),
+        ("images", {"averaging": "wiseft"}, r"\.averaging is 'wiseft'; did you mean 'wise_ft'\?"),
+        ("images", {"trainable": "lora"}, r"\.trainable is 'lora'.*bn_head"),
+        ("images", {"anchor_strength": 0.1}, r"\.anchor_strength is 0.1; it must be 0"),
+        ("language", {"weighting": "flow_online"}, r"\.weighting is 'flow_online'.*loss table"),
+        ("language", {"head_stage": "unweighted"}, r"\.head_stage is 'unweighted'.*'none'"),
+        ("language", {"learning_rates": (0.1,)}, r"\.learning_rates is \(0.1,\)"),
+        ("language", {"trainable": "bn_head"}, r"\.trainable is 'bn_head'.*lora"),
+    ],
+)
+def test_a_method_that_cannot_be(kind, changes, message):
+    with pytest.raises(ConfigError, match=rf"^config\.methods\[m\]{message}"):
+        MethodConfig("m", **changes).validate("config.methods[m]", kind)
+
+
+def test_a_former_name_of_an_anchor():
+    with pytest.warns(DeprecationWarning, match="anchor 'l2' is now 'l2_sp'"):
+        method = MethodConfig("m", anchor="l2", anchor_strength=0.1)
+    assert method == MethodConfig("m", anchor="l2_sp", anchor_strength=0.1)
+
+
+def test_a_workdir_of_the_version_before(tmp_path):
+    """Its configuration has no new fields, and former names of anchors."""
+    config = quickstart.get_config("tiny")
+    train.open_workdir(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["checksum"], stored["keep_best"]
+    for method in stored["methods"]:
+        del method["head_learning_rate"]
+        method["anchor"] = {"l2_sp": "l2"}.get(method["anchor"], method["anchor"])
+    assert "l2" in [method["anchor"] for method in stored["methods"]]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    train.open_workdir(config, tmp_path)
+    del stored["seeds"]
+    stored["methods"][0]["alpha"] = 0.25
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"methods\[0\]\.alpha: 0.5 now, 0.25 there"):
+        train.open_workdir(config, tmp_path)

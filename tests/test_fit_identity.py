@@ -17,7 +17,7 @@ from easy_jax.train.loss_table import LossTableError
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = X @ np.ones((3, 1), np.float32)
-ANCHORED = StageConfig(batch_size=8, optimizer=OptimizerConfig(anchor="l2", anchor_strength=0.1))
+ANCHORED = StageConfig(batch_size=8, optimizer=OptimizerConfig(anchor="l2_sp", anchor_strength=0.1))
 
 
 class Loss:

@@ -65,7 +65,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
         "save_every_steps": 4,
         "sfa_beta": 0.5,
         "log_every_steps": 1,
-        "stage": _stage(anchor="l2", anchor_strength=0.1),
+        "stage": _stage(anchor="l2_sp", anchor_strength=0.1),
     }
     logs = [tmp_path / "log_whole", tmp_path / "log_parts"]
     for path in logs:
@@ -190,7 +190,7 @@ def test_a_strong_anchor_stays_at_the_start(model, source, tmp_path):
             source,
             tmp_path / "l2",
             anchored=resnet.is_backbone,
-            stage=_stage(anchor="l2", anchor_strength=2.0),
+            stage=_stage(anchor="l2_sp", anchor_strength=2.0),
         )
     )
     assert anchored < 0.5 * free

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
+from easy_jax.config import replace
 from easy_jax.ahead_of_time import chips, cost, image_programs
 from easy_jax.config import (
     ConfigError,
@@ -28,8 +29,8 @@ ROWS, SIZE, WIDTH = 4, 16, 8
 METHODS = (
     MethodConfig(),
     MethodConfig("bn_head", trainable="bn_head"),
-    MethodConfig("l2", anchor="l2", anchor_strength=0.1),
-    MethodConfig("stronger", start="probe", anchor="l2", anchor_strength=1.0, weighting="flow"),
+    MethodConfig("l2", anchor="l2_sp", anchor_strength=0.1),
+    MethodConfig("stronger", start="probe", anchor="l2_sp", anchor_strength=1.0, weighting="flow"),
 )
 
 
@@ -188,11 +189,13 @@ def test_a_batch_that_does_not_divide_is_an_error():
 
 def test_classes_that_only_the_data_tell_are_an_error():
     task = ImageDataConfig("other", format="folder", path="mine", image_size=SIZE)
+    pretrain = ImageDataConfig("imagenet2012", path="not-there")
     config = _config(
         model=ResNetConfig(3, WIDTH, (1, 1), path="hf://timm/not-there"),
-        data=TransferDataConfig(ImageDataConfig("imagenet2012", path="not-there"), task),
+        data=TransferDataConfig(pretrain, task),
     )
     with pytest.raises(ConfigError, match=r"config\.data\.target\.name is 'other'"):
         _programs(config)
-    task.format, task.num_classes = "parquet", 7
+    changes = {"data.target.format": "parquet", "data.target.num_classes": 7}
+    config = replace(config, changes)
     assert "score" in _programs(config, what="score")

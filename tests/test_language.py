@@ -16,8 +16,8 @@ from easy_jax.config import (
     ConfigError,
     InstructionsConfig,
     LanguageConfig,
-    LanguageMethodConfig,
     LanguageModelConfig,
+    MethodConfig,
     OptimizerConfig,
     ScoringConfig,
     StageConfig,
@@ -36,10 +36,10 @@ from easy_jax.train.loss_table import LossTable, LossTableError
 pytestmark = pytest.mark.slow
 
 METHODS = (
-    LanguageMethodConfig("standard"),
-    LanguageMethodConfig("flow", weighting="flow"),
-    LanguageMethodConfig("wise_ft_0", averaging="wise_ft", alpha=0.0),
-    LanguageMethodConfig("wise_ft_1", averaging="wise_ft", alpha=1.0),
+    MethodConfig("standard"),
+    MethodConfig("flow", weighting="flow"),
+    MethodConfig("wise_ft_0", averaging="wise_ft", alpha=0.0),
+    MethodConfig("wise_ft_1", averaging="wise_ft", alpha=1.0),
 )
 
 
@@ -157,11 +157,11 @@ def test_another_configuration_is_refused(done, folder):
 @pytest.mark.parametrize(
     "method",
     [
-        LanguageMethodConfig("flow_token", weighting="flow_token"),
-        LanguageMethodConfig("head", trainable="head", weighting="flow"),
-        LanguageMethodConfig("lora", trainable="lora"),
-        LanguageMethodConfig("l2", anchor="l2", anchor_strength=1e-3),
-        LanguageMethodConfig("sfa", averaging="sfa"),
+        MethodConfig("flow_token", weighting="flow_token"),
+        MethodConfig("head", trainable="head", weighting="flow"),
+        MethodConfig("lora", trainable="lora"),
+        MethodConfig("l2", anchor="l2_sp", anchor_strength=1e-3),
+        MethodConfig("sfa", averaging="sfa"),
     ],
     ids=lambda method: method.name,
 )
@@ -294,13 +294,13 @@ def test_too_few_records(folder, tmp_path):
         ({"train": InstructionsConfig()}, r"config\.train\.path"),
         (
             {
-                "methods": (LanguageMethodConfig("t", weighting="flow_token"),),
+                "methods": (MethodConfig("t", weighting="flow_token"),),
                 "finetune": StageConfig(reduction="weight_mean"),
             },
             r"config\.finetune\.reduction is 'weight_mean'",
         ),
         (
-            {"methods": (LanguageMethodConfig("x", trainable="lora", anchor="l2"),)},
+            {"methods": (MethodConfig("x", trainable="lora", anchor="l2_sp", anchor_strength=1.0),)},
             r"methods\[x\]: adapters",
         ),
     ],

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from test_damage import check_every_byte
 
 from easy_jax import pipeline as train
-from easy_jax.config import LanguageMethodConfig
+from easy_jax.config import MethodConfig
 from easy_jax.experiments.measurements import Measurements
 from easy_jax.io.sealed import ArtefactError
 
@@ -21,7 +21,7 @@ def done(tmp_path_factory):
     config = dataclasses.replace(
         tiny_language.get_config(str(folder)),
         general=(str(folder / "prose.txt"),),
-        methods=(LanguageMethodConfig("standard"),),
+        methods=(MethodConfig("standard"),),
     )
     workdir = tmp_path_factory.mktemp("run")
     return folder, workdir, config, train.run(config, workdir)

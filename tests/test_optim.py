@@ -73,7 +73,7 @@ def test_constant_schedule_and_clipping():
     np.testing.assert_allclose(path, [[-0.3, -0.4], [-0.6, -0.8]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["l1", "l2"])
+@pytest.mark.parametrize("kind", ["l1_sp", "l2_sp"])
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_anchor_is_the_gradient_of_the_distance(kind, per_parameter):
     rng = np.random.default_rng(0)
@@ -81,7 +81,7 @@ def test_anchor_is_the_gradient_of_the_distance(kind, per_parameter):
     strength = 0.7
 
     def penalty(x):
-        distance = np.abs(x - start).sum() if kind == "l1" else ((x - start) ** 2).sum()
+        distance = np.abs(x - start).sum() if kind == "l1_sp" else ((x - start) ** 2).sum()
         return strength * distance / (5 if per_parameter else 1)
 
     h = 1e-6
@@ -97,7 +97,7 @@ def test_anchor_leaves_the_head_alone():
         head=nnx.Linear(2, 2, rngs=nnx.Rngs(0)), body=nnx.Linear(2, 2, rngs=nnx.Rngs(1))
     )
     start = nnx.state(model)
-    pull = optim.anchor("l2", 1.0, anchored=resnet.is_backbone)
+    pull = optim.anchor("l2_sp", 1.0, anchored=resnet.is_backbone)
     moved = jax.tree.map(lambda x: x + 1.0, start)
     zeros = jax.tree.map(jnp.zeros_like, start)
     updates, _ = pull.update(zeros, pull.init(start), moved)
@@ -106,7 +106,7 @@ def test_anchor_leaves_the_head_alone():
 
 
 def test_anchor_needs_the_parameters():
-    pull = optim.anchor("l2", 1.0)
+    pull = optim.anchor("l2_sp", 1.0)
     with pytest.raises(ValueError, match="anchor needs the parameters"):
         pull.update({"x": jnp.zeros(1)}, pull.init({"x": jnp.zeros(1)}))
 

@@ -321,7 +321,7 @@ def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monke
         ),
         ({"learning_rates": ()}, r"learning_rates is \(\); it must be not empty: standard have"),
         (
-            {"methods": (MethodConfig(anchor="l2"),)},
+            {"methods": (MethodConfig(anchor="l2_sp"),)},
             r"methods\[standard\].anchor_strength is 0.0; it must be positive, because anchor is",
         ),
         (

@@ -11,7 +11,7 @@ import tiny_language
 from flax import nnx
 
 from easy_jax import pipeline as train
-from easy_jax.config import ConfigError, LanguageMethodConfig, StageConfig, replace
+from easy_jax.config import ConfigError, MethodConfig, StageConfig, replace
 from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
 from easy_jax.io import files, metrics_log
@@ -71,7 +71,7 @@ def test_a_full_disk_while_scoring(name, fill, tmp_path):
 @pytest.mark.parametrize("name", ["results.json", "results.md", "report.html"])
 def test_a_full_disk_while_reporting(name, fill, tmp_path):
     config = tiny_language.get_config(str(tiny_language.write_folder(tmp_path)))
-    config = replace(config, methods=(LanguageMethodConfig("standard"),))
+    config = replace(config, methods=(MethodConfig("standard"),))
     fill.add(name)
     with pytest.raises(WriteError, match=rf"{name} cannot be written: No space left on device"):
         train.run(config, tmp_path / "run")

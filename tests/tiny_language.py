@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from easy_jax.config import (
     InstructionsConfig,
     LanguageConfig,
-    LanguageMethodConfig,
     LanguageModelConfig,
+    MethodConfig,
     OptimizerConfig,
     ScoringConfig,
     StageConfig,
@@ -100,7 +100,7 @@ def get_config(folder: str) -> LanguageConfig:
             reduction="token_mean",
             optimizer=OptimizerConfig(name="adamw", learning_rate=0.01),
         ),
-        methods=(LanguageMethodConfig("flow", weighting="flow"),),
+        methods=(MethodConfig("flow", weighting="flow"),),
         save_every_steps=3,
         log_every_steps=1,
     )

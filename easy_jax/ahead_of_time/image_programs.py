@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from easy_jax.core.anchors import stored_name
 from easy_jax.ahead_of_time.programs import (
     STEPS,
     Lowering,
@@ -70,7 +71,7 @@ def kinds(config: ExperimentConfig) -> dict[str, list[Stage]]:
 
     Example:
       >>> from easy_jax.config import MethodConfig
-      >>> methods = (MethodConfig(), MethodConfig("l2", anchor="l2", anchor_strength=0.1))
+      >>> methods = (MethodConfig(), MethodConfig("l2", anchor="l2_sp", anchor_strength=0.1))
       >>> list(kinds(ExperimentConfig(methods=methods)))
       ['pretrain', 'train head', 'train all', 'train all, l2']
     """
@@ -199,7 +200,7 @@ def _kind(stage: Stage) -> str:
     anchor = stage.stage.optimizer.anchor
     parts = [
         f"train {stage.trainable}",
-        anchor if anchor != "none" else "",
+        stored_name(anchor) if anchor != "none" else "",
         "frozen BatchNorm" if stage.frozen_norm else "",
     ]
     return ", ".join(part for part in parts if part)

@@ -22,8 +22,9 @@ from easy_jax.ahead_of_time.programs import (
 )
 from easy_jax.core import losses, optim
 from easy_jax.core.step import make_train_step
+from easy_jax.core.weightings import WEIGHTINGS
 from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
-from easy_jax.experiments.language_config import LanguageConfig, LanguageMethodConfig
+from easy_jax.experiments.language_config import LanguageConfig, MethodConfig
 from easy_jax.models.modes import eval_mode
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
@@ -60,9 +61,7 @@ def model_config(config: LanguageConfig) -> TransformerConfig:
     return hugging_face.read_config(hugging_face.resolve(path)) if known is None else known
 
 
-def train_program(
-    config: LanguageConfig, method: LanguageMethodConfig, mesh: Mesh, rows: int
-) -> Program:
+def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows: int) -> Program:
     """The training step of a method on global batches of `rows` rows."""
     model = _abstract_model(config)
     resident = tree_bytes(placed(nnx.state(model), mesh))
@@ -72,7 +71,8 @@ def train_program(
     stage = stage_of(config.finetune, method)
     optimizer = optim.make_optimizer(stage.optimizer, STEPS)
     state = train_state(states, optimizer, mesh)
-    batch = _batch(config, mesh, rows, token_weights=method.weighting == "flow_token")
+    by_token = WEIGHTINGS.find(method.weighting).level == "token"
+    batch = _batch(config, mesh, rows, token_weights=by_token)
     step: Any = make_train_step(
         graphdef,
         losses.causal_lm_loss,
@@ -139,7 +139,7 @@ def model_flops(config: TransformerConfig, rows: int, length: int, passes: float
     return passes * rows * length * (2 * weights + pairs)
 
 
-def _passes(method: LanguageMethodConfig) -> float:
+def _passes(method: MethodConfig) -> float:
     return 3.0 if method.trainable == "all" else 2.0
 
 
@@ -169,10 +169,10 @@ def _batch(
     return batch_of(rows, mesh, fields)
 
 
-def _distinct(methods: tuple[LanguageMethodConfig, ...]) -> list[LanguageMethodConfig]:
+def _distinct(methods: tuple[MethodConfig, ...]) -> list[MethodConfig]:
     """One method of each kind of step: weights by example do not change the program."""
-    found: dict[tuple[str, str, bool], LanguageMethodConfig] = {}
+    found: dict[tuple[str, str, bool], MethodConfig] = {}
     for method in methods:
-        weights_tokens = method.weighting == "flow_token"
+        weights_tokens = WEIGHTINGS.find(method.weighting).level == "token"
         found.setdefault((method.trainable, method.anchor, weights_tokens), method)
     return list(found.values())

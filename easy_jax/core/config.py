@@ -1,6 +1,7 @@
 """Configuration of the optimizer, and the names of reductions, anchors and averagings."""
 
 import dataclasses
+import warnings
 from typing import Literal
 
 from easy_jax.io.checks import choice, finite_at_least_zero, require
@@ -8,20 +9,34 @@ from easy_jax.io.checks import choice, finite_at_least_zero, require
 Reduction = Literal["token_mean", "example_mean", "weight_mean"]
 
 
-Regularizer = Literal["none", "l1", "l2"]
+FORMER_ANCHORS = {"l1": "l1_sp", "l2": "l2_sp"}
 
 
-Averaging = Literal["none", "wise_ft", "sfa"]
+def current_anchor(name: str) -> str:
+    """Returns the name that an anchor has now; warns of a former one.
+
+    Example:
+      >>> current_anchor("l2_sp")
+      'l2_sp'
+    """
+    now = FORMER_ANCHORS.get(name, name)
+    if now != name:
+        message = f"anchor {name!r} is now {now!r}"
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
+    return now
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """Optimiser, schedule and the pull towards the starting weights.
+    """Optimizer, schedule and the anchor to the starting weights.
 
-    `weight_decay` is added to the gradient for SGD and decoupled for AdamW.
-    `anchor_strength` is the lambda of the l1 or l2 distance to the starting weights
-    (arXiv:2502.02797); `anchor_per_parameter` divides it by the number of trainable
-    parameters, as the paper does for language models.
+    Attributes:
+      weight_decay: added to the gradient for SGD, decoupled for AdamW.
+      anchor: a distance to the starting weights (`easy_jax.core.anchors`), `none`, `l1_sp` or
+        `l2_sp`; `anchor_strength` is its factor lambda in the loss (arXiv:2502.02797, section 3).
+      anchor_per_parameter: divide lambda by the number of trainable parameters, as the paper does
+        for language models.
+      clip_norm: largest global norm of the gradient; 0: no clipping.
 
     Example:
       >>> OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_ratio=0.1).schedule
@@ -38,12 +53,15 @@ class OptimizerConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 0.0
-    anchor: Regularizer = "none"
+    anchor: str = "none"
     anchor_strength: float = 0.0
     anchor_per_parameter: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchor", current_anchor(self.anchor))
+
     def validate(self, path: str = "optimizer") -> None:
-        choice(self, path, "name", "schedule", "anchor")
+        choice(self, path, "name", "schedule")
         finite_at_least_zero(
             self, path, "learning_rate", "weight_decay", "eps", "clip_norm", "anchor_strength"
         )

@@ -1,10 +1,18 @@
-"""Weight averaging: WiSE-FT after training, SFA during it."""
+"""Averaging of weights: WiSE-FT after training, SFA during it.
 
-from typing import Any
+A new averaging is one function of the starting and the tuned weights and a coefficient,
+registered here or in a file of its own that is imported here.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
 
 import chex
 import jax
 import jax.numpy as jnp
+
+from easy_jax.io.registry import Registry
 
 
 def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any:
@@ -44,7 +52,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any
 
 
 def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float = 0.5) -> Any:
-    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797).
+    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797, section 3).
 
     Example:
       >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
@@ -58,11 +66,40 @@ def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float 
     return interpolate(pretrained, finetuned, alpha)
 
 
+def sfa(pretrained: chex.ArrayTree, current: chex.ArrayTree, beta: float = 0.5) -> Any:
+    """SFA: `beta` is the share of the pre-trained weights (arXiv:2502.02797, section 3).
+
+    Example:
+      >>> sfa({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, beta=0.25)["w"].tolist()
+      [0.75]
+    """
+    return interpolate(current, pretrained, beta)
+
+
 def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
-    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797).
+    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797, section 3).
 
     Example:
       >>> sfa_steps(10)
       (2, 5, 8, 10)
     """
     return tuple(round(total_steps * part / times) for part in range(1, times + 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Averaging:
+    """A way to average the starting and the tuned weights.
+
+    Attributes:
+      when: once after training, several times during it, or never.
+      merge: `(start, tuned, alpha) -> weights`.
+    """
+
+    when: Literal["never", "after", "during"]
+    merge: Callable[[Any, Any, float], Any]
+
+
+AVERAGINGS: Registry[Averaging] = Registry("averaging")
+AVERAGINGS.register("none")(Averaging("never", lambda start, tuned, alpha: tuned))
+AVERAGINGS.register("wise_ft")(Averaging("after", wise_ft))
+AVERAGINGS.register("sfa")(Averaging("during", sfa))

@@ -1,16 +1,15 @@
-"""Optimisers as optax chains, and the pull towards the starting weights."""
+"""Optimizers as optax chains, with schedule, clipping and an anchor to the starting weights."""
 
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
+from easy_jax.core.anchors import anchor
 from easy_jax.core.config import OptimizerConfig
 
 
@@ -130,74 +129,3 @@ def schedule_shape(config: OptimizerConfig, total_steps: int) -> Callable[[Any],
         return jnp.where(count < warmup, rising, falling)
 
     return shape
-
-
-class AnchorState(NamedTuple):
-    """The weights that `anchor` pulls towards; sharded and saved with the optimiser."""
-
-    reference: Any
-
-
-def anchor(
-    kind: Literal["l1", "l2"],
-    strength: float,
-    *,
-    per_parameter: bool = False,
-    anchored: Callable[[Any, Any], bool] | None = None,
-) -> optax.GradientTransformation:
-    """Adds the gradient of a distance to the weights at `init`, the pre-trained ones.
-
-    l2: `strength * sum |theta - theta*|^2`; l1: `strength * sum |theta - theta*|`
-    (arXiv:2502.02797, with `per_parameter` dividing by the number of trainable ones).
-    It is a term of the loss, so it stands before momentum or Adam in a chain.
-
-    Args:
-      kind: `l1` or `l2`.
-      strength: lambda, at least 0.
-      per_parameter: divide lambda by the number of parameters given to `init`.
-      anchored: NNX filter `(path, variable) -> bool`; default: all parameters.
-
-    Returns:
-      A gradient transformation; its `update` needs the parameters.
-
-    Raises:
-      ValueError: `update` called without parameters.
-
-    Example:
-      >>> pull = anchor("l2", 0.5)
-      >>> state = pull.init({"w": jnp.zeros(1)})
-      >>> updates, _ = pull.update({"w": jnp.zeros(1)}, state, {"w": jnp.ones(1)})
-      >>> float(updates["w"][0])
-      1.0
-    """
-
-    def init(params: chex.ArrayTree) -> AnchorState:
-        return AnchorState(jax.tree.map(jnp.copy, params))
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        if params is None:
-            raise ValueError("anchor needs the parameters: optimizer.update(grads, state, params)")
-        total = sum(leaf.size for leaf in jax.tree.leaves(params)) if per_parameter else 1
-        scale = strength / total
-
-        def pull(path: Any, update: Any, param: Any, reference: Any) -> Any:
-            if anchored is not None and not anchored(_nnx_path(path), param):
-                return update
-            return jax.tree.map(
-                lambda u, p, r: u + scale * (jnp.sign(p - r) if kind == "l1" else 2.0 * (p - r)),
-                update,
-                param,
-                reference,
-            )
-
-        updates = jax.tree_util.tree_map_with_path(
-            pull, updates, params, state.reference, is_leaf=lambda x: isinstance(x, nnx.Variable)
-        )
-        return updates, state
-
-    return optax.GradientTransformation(init, update)
-
-
-def _nnx_path(path: Any) -> tuple[Any, ...]:
-    """JAX key path -> the path NNX filters see."""
-    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)

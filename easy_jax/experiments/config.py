@@ -2,22 +2,23 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
-from easy_jax.core.config import Averaging, Regularizer
+from easy_jax.core.config import current_anchor
 from easy_jax.data.config import GlyphDataConfig, TransferDataConfig
-from easy_jax.io.checks import check_types, choice, finite_at_least_zero, require
+from easy_jax.io.checks import ConfigError, check_types, choice, finite_at_least_zero, require
 from easy_jax.models.config import ResNetConfig
 from easy_jax.parallel.config import MeshConfig
 from easy_jax.train.config import ScoringConfig, StageConfig
 
-Weighting = Literal["none", "flow", "flow_online", "uniform", "shuffled", "mean_one"]
-
-
-Trainable = Literal["all", "head", "bn_head"]
-
-
+Trainable = Literal["all", "head", "bn_head", "lora"]
 HeadStage = Literal["none", "unweighted", "weighted"]
+Kind = Literal["images", "language"]
+_TRAINABLE: dict[Kind, tuple[Trainable, ...]] = {
+    "images": ("all", "head", "bn_head"),
+    "language": ("all", "head", "lora"),
+}
+_IMAGES_ONLY = ("start", "head_stage", "learning_rates", "head_learning_rate")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,17 +27,20 @@ class MethodConfig:
 
     Attributes:
       name: the row in the results.
-      start: fine-tune from the pre-trained body with a new head, or from the probed model.
-      weighting: example weights from the loss table (`flow`), or a control made of them; or, as
-        the authors' code does, from the frozen probed model's loss on the very view that is
-        trained on (`flow_online`), at the loss table's temperature.
-      trainable: which parameters move.
-      anchor, anchor_strength: l1 or l2 distance to the starting weights, heads left out.
-      averaging, alpha: WiSE-FT after training, or SFA during it, and its coefficient: the
-        share of the fine-tuned weights (`wise_ft`) or of the starting weights (`sfa`).
-      head_stage: a last stage that trains the head alone, with or without the weights.
-      learning_rates: of this method, in place of the experiment's.
-      head_learning_rate: of its last stage; 0: the fine-tuning's.
+      start: of images: fine-tune from the pre-trained body with a new head, or from the probed
+        model.
+      weighting: of examples or tokens, by its name in `easy_jax.core.weightings`: `none`, `flow`,
+        `flow_token` (language), `flow_online` (images), `uniform`, `shuffled`, `mean_one`.
+      trainable: which parameters move: all, the head, BatchNorm and head (images), or low-rank
+        adapters (language).
+      anchor, anchor_strength: distance to the starting weights (heads left out, of images), by its
+        name in `easy_jax.core.anchors`: `none`, `l1_sp`, `l2_sp`; and its factor in the loss.
+      averaging, alpha: by its name in `easy_jax.core.merge`: WiSE-FT after training (`wise_ft`),
+        or SFA during it (`sfa`); and the share of the fine-tuned weights (`wise_ft`) or of the
+        starting weights (`sfa`).
+      head_stage: of images: a last stage that trains the head alone, with or without the weights.
+      learning_rates: of images: of this method, in place of the experiment's.
+      head_learning_rate: of images: of its last stage; 0: the fine-tuning's.
 
     Example:
       >>> flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
@@ -45,43 +49,72 @@ class MethodConfig:
 
     name: str = "standard"
     start: Literal["pretrained", "probe"] = "pretrained"
-    weighting: Weighting = "none"
+    weighting: str = "none"
     trainable: Trainable = "all"
-    anchor: Regularizer = "none"
+    anchor: str = "none"
     anchor_strength: float = 0.0
-    averaging: Averaging = "none"
+    averaging: str = "none"
     alpha: float = 0.5
     head_stage: HeadStage = "none"
     learning_rates: tuple[float, ...] = ()
     head_learning_rate: float = 0.0
 
-    def validate(self, path: str) -> None:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "anchor", current_anchor(self.anchor))
+
+    def validate(self, path: str, kind: Kind = "images") -> None:
+        """Checks every field; names of weightings, anchors and averagings by their registries.
+
+        Raises:
+          ConfigError: names the field, its value and what it should be.
+        """
         require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
-        choice(self, path, "start", "weighting", "trainable", "anchor", "averaging", "head_stage")
+        choice(self, path, "start", "head_stage")
+        options = list(_TRAINABLE[kind])
+        require(self.trainable in options, f"{path}.trainable", self.trainable, f"one of {options}")
         finite_at_least_zero(self, path, "anchor_strength", "head_learning_rate")
-        _check_rates(self.learning_rates, f"{path}.learning_rates")
+        check_rates(self.learning_rates, f"{path}.learning_rates")
         require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
+        self._check_names(path, kind)
         anchored = self.anchor != "none"
-        require(
-            anchored == (self.anchor_strength > 0),
-            f"{path}.anchor_strength",
-            self.anchor_strength,
-            f"positive, because anchor is {self.anchor!r}"
-            if anchored
-            else "0, because anchor is 'none'",
-        )
-        require(
-            self.head_learning_rate == 0 or self.head_stage != "none",
-            f"{path}.head_learning_rate",
-            self.head_learning_rate,
-            "0, because there is no head_stage",
-        )
-        if self.head_stage == "weighted":
-            require(
-                self.weighting != "none",
-                f"{path}.weighting",
-                self.weighting,
-                "a weighting, because head_stage is 'weighted'",
+        wanted = "positive" if anchored else "0"
+        ok = anchored == (self.anchor_strength > 0)
+        because = f"{wanted}, because anchor is {self.anchor!r}"
+        require(ok, f"{path}.anchor_strength", self.anchor_strength, because)
+        if kind == "language":
+            self._check_language(path)
+        ok = self.head_learning_rate == 0 or self.head_stage != "none"
+        because = "0, because there is no head_stage"
+        require(ok, f"{path}.head_learning_rate", self.head_learning_rate, because)
+        ok = self.head_stage != "weighted" or self.weighting != "none"
+        because = "a weighting, because head_stage is 'weighted'"
+        require(ok, f"{path}.weighting", self.weighting, because)
+
+    def _check_names(self, path: str, kind: Kind) -> None:
+        # Imported when a configuration is checked: these need JAX.
+        from easy_jax.core.anchors import ANCHORS
+        from easy_jax.core.merge import AVERAGINGS
+        from easy_jax.core.weightings import WEIGHTINGS
+
+        ANCHORS.find(self.anchor, f"{path}.anchor")
+        AVERAGINGS.find(self.averaging, f"{path}.averaging")
+        weighting = WEIGHTINGS.find(self.weighting, f"{path}.weighting")
+        ok = weighting.level != "token" or kind == "language"
+        because = "a weighting of examples: images have no tokens"
+        require(ok, f"{path}.weighting", self.weighting, because)
+        ok = "batch" not in weighting.needs or kind == "images"
+        because = "one that needs only the loss table, in a language experiment"
+        require(ok, f"{path}.weighting", self.weighting, because)
+
+    def _check_language(self, path: str) -> None:
+        for name in _IMAGES_ONLY:
+            value, default = getattr(self, name), getattr(MethodConfig(), name)
+            ok = value == default
+            require(ok, f"{path}.{name}", value, f"{default!r} in a language experiment")
+        if self.trainable == "lora" and (self.anchor != "none" or self.averaging != "none"):
+            raise ConfigError(
+                f"{path}: adapters start at no change, so anchor and averaging must be 'none' "
+                "with trainable='lora'"
             )
 
 
@@ -141,57 +174,43 @@ class ExperimentConfig:
           ConfigError: names the field, its value and what it should be.
         """
         check_types(self, "config")
-        require(
-            bool(self.name) and "/" not in self.name, "config.name", self.name, "a name without /"
-        )
+        check_name(self.name)
         require(len(self.seeds) > 0, "config.seeds", self.seeds, "not empty")
         require(len(set(self.seeds)) == len(self.seeds), "config.seeds", self.seeds, "distinct")
         require(all(seed >= 0 for seed in self.seeds), "config.seeds", self.seeds, "at least 0")
         self.mesh.validate("config.mesh")
         self.model.validate("config.model")
         self.data.validate("config.data")
-        channels = 1 if isinstance(self.data, GlyphDataConfig) else 3
-        require(
-            self.model.in_channels == channels,
-            "config.model.in_channels",
-            self.model.in_channels,
-            f"{channels}, as the images have",
-        )
-        if isinstance(self.data, GlyphDataConfig):
-            ok = not self.model.path
-            require(ok, "config.model.path", self.model.path, "empty: letters are trained on first")
+        self._check_model_for_data()
         for name in self.frozen_stages():
             ok = name in ("probe", "finetune", "head")
             require(ok, "config.frozen_batch_norm", name, "one of probe, finetune, head")
         self.scoring.validate("config.scoring")
         for stage in ("pretrain", "probe", "finetune", "head"):
             getattr(self, stage).validate(f"config.{stage}")
-        rateless = [method.name for method in self.methods if not method.learning_rates]
-        require(
-            bool(self.learning_rates) == bool(rateless),
-            "config.learning_rates",
-            self.learning_rates,
-            f"not empty: {', '.join(rateless)} have none of their own"
-            if rateless
-            else "empty: every method has learning rates of its own",
-        )
-        _check_rates(self.learning_rates, "config.learning_rates")
-        names = [method.name for method in self.methods]
-        require(len(names) > 0, "config.methods", names, "not empty")
-        require(len(set(names)) == len(names), "config.methods", names, "distinct names")
-        for method in self.methods:
-            method.validate(f"config.methods[{method.name}]")
-        for name in self._only():
-            require(name in names, "config.only", name, f"one of {names}")
-        for name in (
-            "eval_batch_size",
-            "eval_every_epochs",
-            "save_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
+        self._check_learning_rates()
+        check_methods(self.methods, self._only(), "images")
+        check_positive(self, "eval_batch_size", "eval_every_epochs", "save_every_steps")
+        check_positive(self, "keep_checkpoints", "log_every_steps")
         return self
+
+    def _check_model_for_data(self) -> None:
+        channels = 1 if isinstance(self.data, GlyphDataConfig) else 3
+        ok = self.model.in_channels == channels
+        wanted = f"{channels}, as the images have"
+        require(ok, "config.model.in_channels", self.model.in_channels, wanted)
+        if isinstance(self.data, GlyphDataConfig):
+            ok = not self.model.path
+            require(ok, "config.model.path", self.model.path, "empty: letters are trained on first")
+
+    def _check_learning_rates(self) -> None:
+        rateless = [method.name for method in self.methods if not method.learning_rates]
+        ok = bool(self.learning_rates) == bool(rateless)
+        wanted = "empty: every method has learning rates of its own"
+        if rateless:
+            wanted = f"not empty: {', '.join(rateless)} have none of their own"
+        require(ok, "config.learning_rates", self.learning_rates, wanted)
+        check_rates(self.learning_rates, "config.learning_rates")
 
     def selected_methods(self) -> tuple[MethodConfig, ...]:
         """The methods to run: `only`, or all of them."""
@@ -210,6 +229,29 @@ def _names(entries: tuple[str, ...]) -> list[str]:
     return [name for entry in entries for name in entry.split(",")]
 
 
-def _check_rates(rates: tuple[float, ...], path: str) -> None:
+def check_rates(rates: tuple[float, ...], path: str) -> None:
+    """Requires learning rates that are finite and not negative."""
     for rate in rates:
         require(math.isfinite(rate) and rate >= 0, path, rate, "finite and at least 0")
+
+
+def check_name(name: str) -> None:
+    """Requires a name that can be a folder's."""
+    require(bool(name) and "/" not in name, "config.name", name, "a name without /")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Requires positive fields."""
+    for name in names:
+        require(getattr(config, name) > 0, f"config.{name}", getattr(config, name), "positive")
+
+
+def check_methods(methods: tuple[MethodConfig, ...], only: list[str], kind: Kind) -> None:
+    """Checks the methods of an experiment, and the names of those that are to run."""
+    names = [method.name for method in methods]
+    require(len(names) > 0, "config.methods", names, "not empty")
+    require(len(set(names)) == len(names), "config.methods", names, "distinct names")
+    for method in methods:
+        method.validate(f"config.methods[{method.name}]", kind)
+    for name in only:
+        require(name in names, "config.only", name, f"one of {names}")

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax import data
-from easy_jax.core import losses, merge
+from easy_jax.core import losses
+from easy_jax.core.merge import AVERAGINGS
+from easy_jax.core.weightings import WEIGHTINGS, Weights
 from easy_jax.data import instructions, text
 from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.config import InstructionsConfig
 from easy_jax.data.packing import PackedSource
-from easy_jax.experiments.language_config import LanguageConfig, LanguageMethodConfig
+from easy_jax.experiments.config import MethodConfig
+from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.experiments.measurements import Measurements
+from easy_jax.experiments.plan import path_of, sfa_beta
 from easy_jax.io import files, metrics_log, sealed
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.io.checks import ConfigError
@@ -131,16 +133,15 @@ class LanguageExperiment:
         )
         return table
 
-    def fit(
-        self, method: LanguageMethodConfig, log: metrics_log.MetricsLog
-    ) -> tuple[Transformer, float]:
+    def fit(self, method: MethodConfig, log: metrics_log.MetricsLog) -> tuple[Transformer, float]:
         """The fine-tuned model of a method, from its checkpoint or by training, and seconds."""
         config = self.config
         model = nnx.merge(*nnx.split(self.model))
         trainable = trainable_filter(method, model.config)
         if method.trainable == "lora":
             add_adapters(model, config)
-        weight_N, token_weight = self._weights(method)
+        weighting = WEIGHTINGS.find(method.weighting)
+        weights = weighting(self._table(), config.seed) if weighting.needs else Weights()
         name = stage_name(method)
         directory = self.workdir / "checkpoints" / name
         result = fit(
@@ -149,10 +150,9 @@ class LanguageExperiment:
             directory,
             stage=stage_of(config.finetune, method),
             loss_fn=losses.causal_lm_loss,
-            weight_N=weight_N,
-            token_weight=token_weight,
+            **weights._asdict(),
             trainable=trainable,
-            sfa_beta=method.alpha if method.averaging == "sfa" else None,
+            sfa_beta=sfa_beta(method),
             seed=config.seed,
             mesh=self.mesh,
             name=name,
@@ -165,11 +165,12 @@ class LanguageExperiment:
             on_speed=self.terminal.speed,
         )
         state = result.model_state
-        if method.averaging == "wise_ft":
-            state = merge.wise_ft(nnx.state(self.model), state, method.alpha)
+        averaging = AVERAGINGS.find(method.averaging)
+        if averaging.when == "after":
+            state = averaging.merge(nnx.state(self.model), state, method.alpha)
         return nnx.merge(nnx.graphdef(model), state), result.seconds
 
-    def _export(self, method: LanguageMethodConfig, model: Transformer) -> None:
+    def _export(self, method: MethodConfig, model: Transformer) -> None:
         """A folder for `transformers`; one that is there is complete, and is this model's."""
         folder = self.workdir / "exported" / method.name
         if not processes.broadcast(
@@ -183,17 +184,6 @@ class LanguageExperiment:
                     eos_token_id=self.train.examples.eos_id,
                 )
         self.terminal.print(f"{method.name}: exported to {folder}")
-
-    def _weights(
-        self, method: LanguageMethodConfig
-    ) -> tuple[np.ndarray | None, data.Ragged | None]:
-        if method.weighting == "none":
-            return None, None
-        table = self._table()
-        if method.weighting == "flow":
-            return table.flow_weights(), None
-        dropped_N = np.isnan(table.loss_N())
-        return np.where(dropped_N, np.nan, 1.0).astype(np.float32), table.flow_token_weights()
 
     def _table(self) -> LossTable:
         if self._scored is None:
@@ -253,7 +243,8 @@ class LanguageExperiment:
         return found | {name: source.fingerprint() for name, source in self._sources().items()}
 
     def _weighs(self) -> bool:
-        return any(method.weighting != "none" for method in self.config.selected_methods())
+        names = [method.weighting for method in self.config.selected_methods()]
+        return any(WEIGHTINGS.find(name).needs for name in names)
 
     def _measure(self, model: Transformer) -> dict[str, float]:
         """Cross-entropy and perplexity on held-out problems and on general text."""
@@ -289,14 +280,14 @@ def add_adapters(model: Transformer, config: LanguageConfig) -> None:
     )
 
 
-def trainable_filter(method: LanguageMethodConfig, config: TransformerConfig) -> Any:
+def trainable_filter(method: MethodConfig, config: TransformerConfig) -> Any:
     """NNX filter of the parameters that a method trains."""
     if method.trainable == "head":
         return is_embedding if config.tied else is_head
     return nnx.LoRAParam if method.trainable == "lora" else nnx.Param
 
 
-def stage_of(stage: StageConfig, method: LanguageMethodConfig) -> StageConfig:
+def stage_of(stage: StageConfig, method: MethodConfig) -> StageConfig:
     """A method's stage: the shared one with the method's anchor."""
     optimizer = dataclasses.replace(
         stage.optimizer,
@@ -307,9 +298,6 @@ def stage_of(stage: StageConfig, method: LanguageMethodConfig) -> StageConfig:
     return dataclasses.replace(stage, optimizer=optimizer)
 
 
-def stage_name(method: LanguageMethodConfig) -> str:
+def stage_name(method: MethodConfig) -> str:
     """A stage's directory below `checkpoints/`; methods that share the stage share the name."""
-    anchor = f"{method.anchor}{method.anchor_strength:g}" if method.anchor != "none" else ""
-    sfa = f"sfa{method.alpha:g}" if method.averaging == "sfa" else ""
-    parts = [method.trainable, method.weighting, anchor, sfa]
-    return "-".join(part for part in parts if part and part != "none")
+    return path_of(method)

@@ -3,17 +3,11 @@
 import dataclasses
 from typing import Literal
 
-from easy_jax.core.config import Averaging, Regularizer
 from easy_jax.data.config import ALPACA, InstructionsConfig, TextConfig
+from easy_jax.experiments.config import MethodConfig, check_methods, check_name, check_positive
 from easy_jax.io.checks import ConfigError, check_types, choice, finite_at_least_zero, require
 from easy_jax.parallel.config import MeshConfig
 from easy_jax.train.config import ScoringConfig, StageConfig
-
-LanguageWeighting = Literal["none", "flow", "flow_token"]
-
-
-LanguageTrainable = Literal["all", "head", "lora"]
-
 
 LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -47,43 +41,6 @@ class LanguageModelConfig:
         finite_at_least_zero(self, path, "lora_alpha")
         ok = bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS)
         require(ok, f"{path}.lora_targets", self.lora_targets, f"out of {list(LORA_TARGETS)}")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LanguageMethodConfig:
-    """A fine-tuning method as a composition; standard fine-tuning is the empty one.
-
-    Attributes:
-      name: the row in the results.
-      weighting: none, FLOW by sequence, or FLOW by token (arXiv:2502.02797).
-      trainable: everything, the language-model head, or low-rank adapters.
-      anchor, anchor_strength: l1 or l2 distance to the pre-trained weights.
-      averaging, alpha: WiSE-FT after training (the share of the fine-tuned weights), or SFA
-        during it (the share of the pre-trained weights).
-
-    Example:
-      >>> LanguageMethodConfig("flow_lora", weighting="flow", trainable="lora").averaging
-      'none'
-    """
-
-    name: str = "standard"
-    weighting: LanguageWeighting = "none"
-    trainable: LanguageTrainable = "all"
-    anchor: Regularizer = "none"
-    anchor_strength: float = 0.0
-    averaging: Averaging = "none"
-    alpha: float = 0.5
-
-    def validate(self, path: str) -> None:
-        require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
-        choice(self, path, "weighting", "trainable", "anchor", "averaging")
-        finite_at_least_zero(self, path, "anchor_strength")
-        require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
-        if self.trainable == "lora" and (self.anchor != "none" or self.averaging != "none"):
-            raise ConfigError(
-                f"{path}: adapters start at no change, so anchor and averaging must be 'none' "
-                "with trainable='lora'"
-            )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -124,7 +81,7 @@ class LanguageConfig:
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     scoring: ScoringConfig = dataclasses.field(default_factory=ScoringConfig)
     finetune: StageConfig = dataclasses.field(default_factory=StageConfig)
-    methods: tuple[LanguageMethodConfig, ...] = (LanguageMethodConfig(),)
+    methods: tuple[MethodConfig, ...] = (MethodConfig(),)
     only: tuple[str, ...] = ()
     eval_batch_size: int = 8
     save_every_steps: int = 500
@@ -139,8 +96,7 @@ class LanguageConfig:
           ConfigError: names the field, its value and what it should be.
         """
         check_types(self, "config")
-        ok = bool(self.name) and "/" not in self.name
-        require(ok, "config.name", self.name, "a name without /")
+        check_name(self.name)
         require(self.seed >= 0, "config.seed", self.seed, "at least 0")
         self.mesh.validate("config.mesh")
         self.model.validate("config.model")
@@ -153,29 +109,24 @@ class LanguageConfig:
             require(ok, "config.text.input_template", "", "given, with a template of your own")
         self.scoring.validate("config.scoring")
         self.finetune.validate("config.finetune")
-        names = [method.name for method in self.methods]
-        require(len(names) > 0, "config.methods", names, "not empty")
-        require(len(set(names)) == len(names), "config.methods", names, "distinct names")
+        check_methods(self.methods, self._only(), "language")
+        self._check_reduction()
+        check_positive(self, "general_characters", "eval_batch_size", "save_every_steps")
+        check_positive(self, "keep_checkpoints", "log_every_steps")
+        return self
+
+    def _check_reduction(self) -> None:
+        from easy_jax.core.weightings import WEIGHTINGS  # needs JAX
+
         for method in self.methods:
-            method.validate(f"config.methods[{method.name}]")
-            if method.weighting == "flow_token" and self.finetune.reduction != "token_mean":
+            by_token = WEIGHTINGS.find(method.weighting).level == "token"
+            if by_token and self.finetune.reduction != "token_mean":
                 raise ConfigError(
                     f"config.finetune.reduction is {self.finetune.reduction!r}; it must be "
                     f"'token_mean' for the method {method.name}, which weights tokens"
                 )
-        for name in self._only():
-            require(name in names, "config.only", name, f"one of {names}")
-        for name in (
-            "general_characters",
-            "eval_batch_size",
-            "save_every_steps",
-            "keep_checkpoints",
-            "log_every_steps",
-        ):
-            require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "positive")
-        return self
 
-    def selected_methods(self) -> tuple[LanguageMethodConfig, ...]:
+    def selected_methods(self) -> tuple[MethodConfig, ...]:
         """The methods to run: `only`, or all of them."""
         return tuple(m for m in self.methods if not self.only or m.name in self._only())
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from easy_jax.experiments.config import ExperimentConfig, MethodConfig, Trainable, Weighting
+from easy_jax.core.anchors import stored_name
+from easy_jax.core.merge import AVERAGINGS
+from easy_jax.experiments.config import ExperimentConfig, MethodConfig, Trainable
 from easy_jax.train.config import StageConfig
 
 
@@ -24,7 +26,7 @@ class Stage:
     start: str | None
     new_head: bool
     stage: StageConfig | None
-    weighting: Weighting = "none"
+    weighting: str = "none"
     trainable: Trainable = "all"
     frozen_norm: bool = False
     sfa_beta: float | None = None
@@ -102,11 +104,7 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
     method, seed, noise = cell.method, cell.seed, cell.label_noise
     pretrain, probe = shared_stages(config, seed, noise)
     from_probe = method.start == "probe"
-    anchor = f"{method.anchor}{method.anchor_strength:g}" if method.anchor != "none" else ""
-    sfa = f"sfa{method.alpha:g}" if method.averaging == "sfa" else ""
-    parts = [method.start, method.trainable, method.weighting, anchor, sfa]
-    text = "-".join(part for part in parts if part and part != "none")
-    name = f"seed{seed}/noise{noise:g}/lr{cell.learning_rate:g}/{text}"
+    name = f"seed{seed}/noise{noise:g}/lr{cell.learning_rate:g}/{method.start}-{path_of(method)}"
     finetune = Stage(
         name,
         seed,
@@ -118,7 +116,7 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
         trainable=method.trainable,
         frozen_norm=("probe" if method.trainable == "head" else "finetune")
         in config.frozen_stages(),
-        sfa_beta=method.alpha if method.averaging == "sfa" else None,
+        sfa_beta=sfa_beta(method),
     )
     if dataclasses.replace(finetune, name=probe.name) == probe:
         finetune = probe
@@ -138,6 +136,20 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
         frozen_norm="head" in config.frozen_stages(),
     )
     return [finetune, head]
+
+
+def path_of(method: MethodConfig) -> str:
+    """The part of a directory's name that says how a method trains."""
+    anchored = method.anchor != "none"
+    anchor = f"{stored_name(method.anchor)}{method.anchor_strength:g}" if anchored else ""
+    averaging = f"{method.averaging}{method.alpha:g}" if sfa_beta(method) is not None else ""
+    parts = [method.trainable, method.weighting, anchor, averaging]
+    return "-".join(part for part in parts if part and part != "none")
+
+
+def sfa_beta(method: MethodConfig) -> float | None:
+    """The share of the starting weights, of a method that averages during training."""
+    return method.alpha if AVERAGINGS.find(method.averaging).when == "during" else None
 
 
 def pretrain_name(config: ExperimentConfig, seed: int) -> str:

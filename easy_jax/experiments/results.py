@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from easy_jax.core.merge import AVERAGINGS
 from easy_jax.experiments import plan
 from easy_jax.experiments.config import ExperimentConfig, MethodConfig
 
@@ -81,7 +82,7 @@ def _alpha_curves(
 ) -> list[Row]:
     families: dict[str, list[MethodConfig]] = {}
     for method in config.selected_methods():
-        if method.averaging == "wise_ft":
+        if AVERAGINGS.find(method.averaging).when == "after":
             family = repr(dataclasses.replace(method, name="", alpha=0.0))
             families.setdefault(family, []).append(method)
     cells = {plan.row_key(row): row for row in rows}

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from easy_jax.core import merge, weightings
 from easy_jax.core.losses import classification_loss
+from easy_jax.core.merge import AVERAGINGS
 from easy_jax.core.online_weights import OnlineWeights
+from easy_jax.core.weightings import WEIGHTINGS
 from easy_jax.data import Splits, Tasks, fingerprint
 from easy_jax.data.config import GlyphDataConfig, TransferDataConfig
 from easy_jax.experiments.config import ExperimentConfig
@@ -230,10 +231,10 @@ class ImageExperiment:
         stages = cell_stages(self.config, cell)
         fits = [self.fit(stage.name) for stage in stages]
         model_state = fits[-1].model_state
-        if cell.method.averaging == "wise_ft":
-            model_state = merge.wise_ft(
-                self._starting_point(stages[0]), model_state, cell.method.alpha
-            )
+        averaging = AVERAGINGS.find(cell.method.averaging)
+        if averaging.when == "after":
+            start = self._starting_point(stages[0])
+            model_state = averaging.merge(start, model_state, cell.method.alpha)
         group_N = self._deciles(cell)
         self.terminal.describe(f"evaluate {cell.method.name}")
         before = self._before(cell.seed)
@@ -297,25 +298,23 @@ class ImageExperiment:
 
     def _weights(self, stage: Stage) -> dict[str, Any]:
         """What weighs the examples of a stage: arguments of `fit`."""
-        if stage.weighting == "none":
+        weighting = WEIGHTINGS.find(stage.weighting)
+        if not weighting.needs:
             return {}
         assert stage.label_noise is not None
         table = self.loss_table(stage.seed, stage.label_noise)
-        weight_N = table.flow_weights()
-        if stage.weighting == "flow_online":
-            probe = self.stages[probe_name(stage.seed, stage.label_noise)]
-            num_classes = self.data(probe).target.num_classes
-            online = OnlineWeights(
-                self.networks.merge(self.fit(probe.name).model_state, num_classes),
-                loss_fn=classification_loss,
-                tau=table.temperature,
-                mesh=self.mesh,
-            )
-            # What scoring dropped is left out here, too.
-            return {"online": online, "weight_N": np.where(np.isnan(weight_N), np.nan, 1.0)}
-        if stage.weighting != "flow":
-            weight_N = weightings.control_weights(weight_N, stage.weighting, stage.seed)
-        return {"weight_N": weight_N}
+        weights = weighting(table, stage.seed)
+        if "batch" not in weighting.needs:
+            return weights._asdict()
+        probe = self.stages[probe_name(stage.seed, stage.label_noise)]
+        num_classes = self.data(probe).target.num_classes
+        online = OnlineWeights(
+            self.networks.merge(self.fit(probe.name).model_state, num_classes),
+            loss_fn=classification_loss,
+            tau=table.temperature,
+            mesh=self.mesh,
+        )
+        return {**weights._asdict(), "online": online}
 
     # Measurements.
 

@@ -1,5 +1,6 @@
 """The folder of an experiment's outputs, which belongs to one configuration."""
 
+import dataclasses
 import json
 import os
 import secrets
@@ -8,6 +9,7 @@ from typing import Any
 
 import jax
 
+from easy_jax.core.config import FORMER_ANCHORS
 from easy_jax.experiments.config import ExperimentConfig
 from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.io import checks, files, sealed
@@ -50,13 +52,35 @@ def open_workdir(
         raise ConfigError(
             f"cannot write to the workdir {workdir}: {error}; choose another with --workdir"
         ) from error
-    differences = checks.differences(ours, found)
+    differences = checks.differences(ours, _today(config, found))
     if differences:
         raise ConfigError(
             f"the workdir {workdir} belongs to another configuration: {'; '.join(differences)}. "
             "Choose another with --workdir, or delete it"
         )
     return workdir
+
+
+def _today(config: Any, found: Any) -> Any:
+    """A stored configuration in the fields of today: those it does not have at their defaults.
+
+    Args:
+      config: the dataclass, or the tuple of them, that it is compared with.
+      found: as it was read.
+    """
+    if isinstance(config, tuple) and isinstance(found, list) and len(config) == len(found):
+        return [_today(*pair) for pair in zip(config, found, strict=True)]
+    if not dataclasses.is_dataclass(config) or not isinstance(found, dict):
+        return found
+    result = {}
+    for field in dataclasses.fields(config):
+        if field.name in found:
+            result[field.name] = _today(getattr(config, field.name), found[field.name])
+        elif field.default is not dataclasses.MISSING:
+            result[field.name] = json.loads(json.dumps(field.default))
+    if isinstance(result.get("anchor"), str):
+        result["anchor"] = FORMER_ANCHORS.get(result["anchor"], result["anchor"])
+    return {**found, **result}
 
 
 def _check_shared(workdir: Path) -> None:

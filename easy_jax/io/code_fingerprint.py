@@ -56,6 +56,8 @@ _FIRST_NAMES = {
     "easy_jax.core.optim": "easy_jax.optim",
     "easy_jax.core.step": "easy_jax.step",
     "easy_jax.core.weightings": "easy_jax.weighting",
+    "easy_jax.core.weightings.controls": "easy_jax.weighting",
+    "easy_jax.core.weightings.exponential": "easy_jax.weighting",
     "easy_jax.kernels.attention": "easy_jax.models.attention",
     "easy_jax.kernels.convolution": "easy_jax.models.convolution",
     "easy_jax.kernels.linear_cross_entropy": "easy_jax.lm_head",

@@ -12,6 +12,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from easy_jax.core.merge import AVERAGINGS
 from easy_jax.experiments import plan
 from easy_jax.experiments import results as results_lib
 from easy_jax.experiments.config import ExperimentConfig
@@ -160,7 +161,7 @@ def _curves(
     }
     curves = {}
     for method in config.selected_methods():
-        if method.averaging == "wise_ft":
+        if AVERAGINGS.find(method.averaging).when == "after":
             continue
         cell = plan.Cell(seed, noise, chosen[method.name], method)
         curve, offset = [], 0

@@ -9,6 +9,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+from easy_jax.core.merge import AVERAGINGS
 from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.io import files
 from easy_jax.report import figures, page
@@ -71,7 +72,8 @@ def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str
     curves: dict[Any, list[tuple[float, str]]] = {}
     for method in config.selected_methods():
         if method.averaging in ("none", "wise_ft"):
-            alpha = method.alpha if method.averaging == "wise_ft" else 1.0
+            after = AVERAGINGS.find(method.averaging).when == "after"
+            alpha = method.alpha if after else 1.0
             plain = dataclasses.replace(method, name="", averaging="none", alpha=1.0)
             key = str(plain)
             curves.setdefault(key, [(0.0, rows[0]["method"])]).append((alpha, method.name))

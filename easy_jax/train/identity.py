@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from easy_jax import data
+from easy_jax.core.anchors import stored_name
 from easy_jax.core.losses import LossFn
 from easy_jax.io import code_fingerprint
 from easy_jax.io import fingerprint as fingerprints
@@ -67,7 +68,7 @@ def of_stage(
         ANCHORED: anchors,
         "the weights": weights_fingerprint(weight_N, token_weight),
         "the weights of every batch": online,
-        "stage": dataclasses.asdict(stage),
+        "stage": _stored(stage),
         "seed": seed,
         "sfa_beta": sfa_beta,
         **_arrangement(source),
@@ -85,6 +86,13 @@ def weights_fingerprint(
     if token_weight is not None:
         arrays |= {"token_weight": token_weight.values, "offsets": token_weight.offsets}
     return fingerprints.of_arrays(arrays) if arrays else "none"
+
+
+def _stored(stage: StageConfig) -> dict[str, Any]:
+    """A stage as checkpoints store it, under the first name of its anchor."""
+    fields = dataclasses.asdict(stage)
+    fields["optimizer"]["anchor"] = stored_name(stage.optimizer.anchor)
+    return fields
 
 
 def _some_of(paths: list[Any], state: nnx.State) -> str:

@@ -1,11 +1,11 @@
-"""From losses to weights: the temperature, FLOW's weights, and what they minimise.
+"""Exponential weights of losses: temperature, FLOW, KL-DRO, and the objective FLOW minimises.
 
-Pure functions of arrays (arXiv:2502.02797, Prop. 4.3). Values are checked
+Pure functions of arrays (arXiv:2502.02797, algorithm 1 and proposition 4.3). Values are checked
 whenever they are concrete; under `jit`, where they are not, the caller checks.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
       tau: the temperature; default: `temperature(loss_N)`.
 
     Returns:
-      w_N in (0, 1], of the losses' dtype. Not normalised (arXiv:2502.02797).
+      w_N in (0, 1], of the losses' dtype. Not normalised (paper.md section 1).
 
     Raises:
       ValueError: as `temperature`; or `tau` is not positive and finite.
@@ -144,40 +144,6 @@ def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Arra
     if _is_concrete(pi_N) and not (np.asarray(pi_N) >= 0).all():
         raise ValueError("pi_N has negative or NaN entries; it must be a point of the simplex")
     return jnp.sum(pi_N * loss_N) + tau * jnp.sum(jax.scipy.special.xlogy(pi_N, pi_N))
-
-
-def control_weights(
-    weight_N: np.ndarray, kind: Literal["uniform", "shuffled", "mean_one"], seed: int
-) -> np.ndarray:
-    """Controls that separate which examples FLOW favours from the smaller step it takes.
-
-    Args:
-      weight_N: FLOW's weights.
-      kind: `uniform`, their mean for every example: the smaller step alone; `shuffled`,
-        the same weights on random examples; `mean_one`, divided by their mean: the choice
-        of examples without the smaller step.
-      seed: of the shuffle.
-
-    Returns:
-      Weights of the same shape and dtype.
-
-    Raises:
-      ValueError: an unknown kind; `mean_one` of weights whose mean is not positive.
-
-    Example:
-      >>> control_weights(np.array([1.0, 3.0]), "uniform", seed=0)
-      array([2., 2.])
-    """
-    weight_N = np.asarray(weight_N)
-    if kind == "mean_one" and not weight_N.mean(dtype=np.float64) > 0:
-        raise ValueError("the mean of the weights is 0 or NaN: they cannot be divided by it")
-    if kind == "uniform":
-        return np.full_like(weight_N, weight_N.mean(dtype=np.float64))
-    if kind == "shuffled":
-        return np.random.default_rng(seed).permutation(weight_N)
-    if kind == "mean_one":
-        return (weight_N / weight_N.mean(dtype=np.float64)).astype(weight_N.dtype)
-    raise ValueError(f"kind is {kind!r}; it must be 'uniform', 'shuffled' or 'mean_one'")
 
 
 def _is_concrete(x: object) -> bool:
