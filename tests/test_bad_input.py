@@ -17,7 +17,14 @@ from points import classify, linear, points
 
 from configs import quickstart
 from easy_jax import pipeline as train
-from easy_jax.config import ConfigError, MeshConfig, MethodConfig, OptimizerConfig, StageConfig, replace
+from easy_jax.config import (
+    ConfigError,
+    MeshConfig,
+    MethodConfig,
+    OptimizerConfig,
+    StageConfig,
+    replace,
+)
 from easy_jax.core import step
 from easy_jax.parallel import sharding
 from easy_jax.train.checkpoint import CheckpointError

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from easy_jax.config import replace
 from easy_jax.ahead_of_time import chips, cost, image_programs
 from easy_jax.config import (
     ConfigError,
@@ -21,6 +20,7 @@ from easy_jax.config import (
     ScoringConfig,
     StageConfig,
     TransferDataConfig,
+    replace,
 )
 from easy_jax.models.resnet import ResNet
 from easy_jax.parallel import sharding

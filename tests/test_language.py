@@ -300,7 +300,11 @@ def test_too_few_records(folder, tmp_path):
             r"config\.finetune\.reduction is 'weight_mean'",
         ),
         (
-            {"methods": (MethodConfig("x", trainable="lora", anchor="l2_sp", anchor_strength=1.0),)},
+            {
+                "methods": (
+                    MethodConfig("x", trainable="lora", anchor="l2_sp", anchor_strength=1.0),
+                )
+            },
             r"methods\[x\]: adapters",
         ),
     ],

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax.core.anchors import stored_name
 from easy_jax.ahead_of_time.programs import (
     STEPS,
     Lowering,
@@ -22,6 +21,7 @@ from easy_jax.ahead_of_time.programs import (
     tree_bytes,
 )
 from easy_jax.core import losses, optim
+from easy_jax.core.anchors import stored_name
 from easy_jax.core.step import make_train_step
 from easy_jax.data.config import GlyphDataConfig
 from easy_jax.data.glyphs import DIGITS, LETTERS
