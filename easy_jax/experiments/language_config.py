@@ -65,7 +65,7 @@ class LanguageConfig:
         state); and whether to keep the one with the lowest training loss, too.
 
     Example:
-      >>> methods = (LanguageMethodConfig(), LanguageMethodConfig("flow", weighting="flow"))
+      >>> methods = (MethodConfig(), MethodConfig("flow", weighting="flow"))
       >>> [method.name for method in LanguageConfig(methods=methods).selected_methods()]
       ['standard', 'flow']
     """
