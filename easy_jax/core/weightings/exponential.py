@@ -49,7 +49,7 @@ def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
       tau: the temperature; default: `temperature(loss_N)`.
 
     Returns:
-      w_N in (0, 1], of the losses' dtype. Not normalised (paper.md section 1).
+      w_N in (0, 1], of the losses' dtype. Not normalised (arXiv:2502.02797 section 1).
 
     Raises:
       ValueError: as `temperature`; or `tau` is not positive and finite.
