@@ -139,7 +139,7 @@ SCRIPT = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-from easy_jax import code_fingerprint as c
+from easy_jax.io import code_fingerprint as c
 names = {"a", "b", "c", "d"}
 class Loss:
     def __init__(self, *values):

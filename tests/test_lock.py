@@ -33,7 +33,7 @@ from easy_jax.train.fitting import fit
 
 HOLDER = """
 import sys, time
-from easy_jax import lock
+from easy_jax.parallel import lock
 with lock.hold(sys.argv[1]):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
