@@ -24,7 +24,7 @@ def modules(package: Path) -> dict[str, Path]:
 def imports(path: Path, package: str) -> set[str]:
     """The names that a file imports from a package, dotted, without the package's own name."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
@@ -105,14 +105,16 @@ def longest_chain(graph: Graph) -> list[str]:
 def is_face(path: Path) -> bool:
     """Whether a module defines no function and no class."""
     defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    return not any(isinstance(node, defined) for node in ast.parse(path.read_text()).body)
+    return not any(
+        isinstance(node, defined) for node in ast.parse(path.read_text(encoding="utf-8")).body
+    )
 
 
 def functions(path: Path) -> dict[str, int]:
     """The functions of a file, methods and nested ones included, with their numbers of lines."""
     return {
         f"{path.name}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
 
@@ -138,7 +140,9 @@ def main() -> None:
     print(f"arrows in cycles of units {len(back)}{': ' * bool(back)}{', '.join(back)}")
     print(f"floors of modules         {len(longest_chain(fine))}")
     print(f"cycles of modules         {[' = '.join(sorted(each)) for each in cycles(fine)]}")
-    lines = {name: len(path.read_text().splitlines()) for name, path in known.items()}
+    lines = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()
+    }
     lengths = {key: value for path in known.values() for key, value in functions(path).items()}
     for title, sizes in (("files", lines), ("functions", lengths)):
         print(f"largest {title}, in lines")
