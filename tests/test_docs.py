@@ -48,7 +48,9 @@ def test_functions_are_where_a_page_says_they_are(page, root):
     text = " ".join((root / page).read_text().split())
     for name, file in re.findall(r"`([\w.]+)` in `([\w/]+\.py)`", text):
         (path,) = [base / file for base in (root, root / "easy_jax") if (base / file).exists()]
-        defined = re.findall(r"^ *(?:def|class) (\w+)", path.read_text(), re.MULTILINE)
+        code = path.read_text()
+        defined = re.findall(r"^ *(?:def|class) (\w+)", code, re.MULTILINE)
+        defined += re.findall(r"^(\w+)(?::.*)? = ", code, re.MULTILINE)
         assert {*name.split(".")} <= {*defined}, f"{name} in {file}"
 
 

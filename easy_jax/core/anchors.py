@@ -29,7 +29,7 @@ def no_distance(difference: jax.Array) -> jax.Array:
 
 @ANCHORS.register("l1_sp", former=("l1",))
 def l1_distance(difference: jax.Array) -> jax.Array:
-    """The sum of |theta - theta*| (arXiv:2502.02797, section 3).
+    """The sum of |theta - theta*| (arXiv:2502.02797).
 
     Example:
       >>> float(l1_distance(jnp.array([1.0, -2.0])))
@@ -40,7 +40,7 @@ def l1_distance(difference: jax.Array) -> jax.Array:
 
 @ANCHORS.register("l2_sp", former=("l2",))
 def l2_distance(difference: jax.Array) -> jax.Array:
-    """The sum of (theta - theta*)^2: L2-SP (arXiv:1802.01483; arXiv:2502.02797, section 3).
+    """The sum of (theta - theta*)^2: L2-SP (arXiv:1802.01483; arXiv:2502.02797).
 
     Example:
       >>> float(l2_distance(jnp.array([1.0, -2.0])))
@@ -75,7 +75,7 @@ def anchor(
     """Adds the gradient of `strength * distance` to the weights at `init`, the pre-trained ones.
 
     It is a term of the loss, so it stands before momentum or Adam in a chain
-    (arXiv:2502.02797, section 3).
+    (arXiv:2502.02797).
 
     Args:
       name: of a registered anchor, such as `l2_sp`.

@@ -52,7 +52,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any
 
 
 def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float = 0.5) -> Any:
-    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797, section 3).
+    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797).
 
     Example:
       >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
@@ -67,7 +67,7 @@ def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float 
 
 
 def sfa(pretrained: chex.ArrayTree, current: chex.ArrayTree, beta: float = 0.5) -> Any:
-    """SFA: `beta` is the share of the pre-trained weights (arXiv:2502.02797, section 3).
+    """SFA: `beta` is the share of the pre-trained weights (arXiv:2502.02797).
 
     Example:
       >>> sfa({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, beta=0.25)["w"].tolist()
@@ -77,7 +77,7 @@ def sfa(pretrained: chex.ArrayTree, current: chex.ArrayTree, beta: float = 0.5) 
 
 
 def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
-    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797, section 3).
+    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797).
 
     Example:
       >>> sfa_steps(10)

@@ -161,7 +161,7 @@ class Hooks(Hook):
 
 
 class Averaging(Hook):
-    """SFA (arXiv:2502.02797, section 3): after every quarter of the steps the parameters become
+    """SFA (arXiv:2502.02797): after every quarter of the steps the parameters become
     `(1 - beta) * current + beta * starting`."""
 
     def __init__(self, start: nnx.State, beta: float):

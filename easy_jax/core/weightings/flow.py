@@ -23,7 +23,7 @@ class Flow(Weighting):
 class FlowToken(Weighting):
     """FLOW by token: w_it = exp(-f_it / tau), tau the median over all target tokens.
 
-    f_it is the frozen model's loss of token t. Source: arXiv:2502.02797, section 3. Denominators
+    f_it is the frozen model's loss of token t. Source: arXiv:2502.02797. Denominators
     count the tokens, whatever their weights.
     """
 
