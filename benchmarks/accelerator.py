@@ -1,6 +1,6 @@
 """Runs the package on the accelerator of this machine: numbers, training, speed. See README.md.
 
-python benchmarks/accelerator.py --output=accelerator.jsonl [--small] [--only=numbers,language]
+python benchmarks/accelerator.py --output=results.jsonl [--small] [--only=numbers] [--match=TEXT]
 
 Every part is a process of its own, so that one that crashes or hangs takes nothing along. Parts
 that are about numbers run together; those that are timed run alone, one after the other. Every
@@ -11,6 +11,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,20 +32,21 @@ PARTS = {
     "numbers_default": ("accelerator_numbers", 190),
     "resume": ("accelerator_training", 190),
     "quickstart": ("accelerator_training", 190),
-    "language": ("accelerator_language", 120),
+    "language": ("accelerator_language", 150),
+    "images": ("accelerator_images", 75),
+    "pytorch": ("accelerator_pytorch", 60),
     "head": ("accelerator_kernels", 90),
     "attention": ("accelerator_kernels", 90),
-    "images": ("accelerator_images", 90),
-    "pytorch": ("accelerator_pytorch", 90),
 }
 TOGETHER = ("reference", "numbers", "numbers_default", "resume", "quickstart")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("accelerator.jsonl"))
+    parser.add_argument("--output", type=Path, default=Path("results.jsonl"))
     parser.add_argument("--small", action="store_true", help="sizes for a try on a CPU")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
+    parser.add_argument("--match", default="", help="checks whose name has this expression in it")
     parser.add_argument("--seconds", type=float, default=600.0, help="for all parts together")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of its own is to do
     parser.add_argument("--shared", type=Path, help=argparse.SUPPRESS)
@@ -72,6 +74,7 @@ def _start(part: str, options: argparse.Namespace) -> tuple[str, "subprocess.Pop
     if part == "reference":
         environment["JAX_PLATFORMS"] = "cpu"
     arguments = [f"--part={part}", f"--output={options.output}", f"--shared={options.shared}"]
+    arguments += [f"--match={options.match}"]
     command = [sys.executable, __file__, *arguments, *["--small"] * options.small]
     return part, subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -101,6 +104,8 @@ def _work(part: str, options: argparse.Namespace) -> None:
         module = importlib.import_module(PARTS[part][0])
         checks: Iterator[Check] = module.PARTS[part](options.small, options.shared)
         for name, check in checks:
+            if not re.search(options.match, name):
+                continue
             begun = time.monotonic()
             try:
                 figures = check()

@@ -2,6 +2,7 @@
 
 import functools
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def train(small: bool, length: int, remat: str, *, plain: bool) -> dict[str, Any
         nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
     )
     state = ej.init_train_state(model, optimizer, mesh=mesh)
+    start = time.perf_counter()
     compiled = step.lower(state, placed).compile()
+    compiling = time.perf_counter() - start
     temporary = compiled.memory_analysis().temp_size_in_bytes
     functions = {"weighted": several(compiled, state, placed)}
     if plain:
@@ -112,7 +115,8 @@ def train(small: bool, length: int, remat: str, *, plain: bool) -> dict[str, Any
     if plain:
         found["weighted / plain"] = median_ratio(seconds["weighted"].wall, seconds["plain"].wall)
     targets = int((batch["targets"] >= 0).sum())
-    sizes = {"rows": rows, "length": length, "targets": targets, "remat": remat}
+    sizes: dict[str, Any] = {"rows": rows, "length": length, "targets": targets, "remat": remat}
+    sizes["compiled_in"] = round(compiling, 1)
     return {**sizes, **found, "temporary_gb": round(temporary / 1e9, 2), **memory()}
 
 

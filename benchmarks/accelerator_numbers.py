@@ -22,9 +22,9 @@ import optax
 from flax import nnx
 
 import easy_jax as ej
-from easy_jax.kernels.attention import causal_attention
 from easy_jax.kernels.convolution import convolve, max_pool
 from easy_jax.kernels.linear_cross_entropy import weighted_linear_cross_entropy
+from easy_jax.kernels.splash import attend
 from easy_jax.train.scoring import make_score_step
 
 Arrays = dict[str, np.ndarray]
@@ -167,18 +167,17 @@ def head(cap: float | None) -> Arrays:
     return values | {f"gradient {i}": np.asarray(g) for i, g in enumerate(gradients)}
 
 
-def attention(window: int | None, cap: float | None) -> Arrays:
+def attention(window: int | None, cap: float | None, dtype: Any = jnp.float32) -> Arrays:
     """Values and gradients of attention within segments, two heads of queries to one of keys."""
     rng = np.random.default_rng(0)
-    q, k, v = (rng.normal(size=(2, 1030, n, 64)).astype(np.float32) for n in (4, 2, 2))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1030, n, 64)), dtype) for n in (4, 2, 2))
     segments = np.cumsum(rng.random((2, 1030)) < 0.01, axis=1).astype(np.int32)
-    cotangent = rng.normal(size=q.shape).astype(np.float32)
-    attend = functools.partial(
-        causal_attention, segment_ids_BT=segments, scale=0.5, window=window, cap=cap
-    )
-    y, backward = jax.vjp(jax.jit(attend), q, k, v)
-    found = {"value": np.asarray(y)}
-    return found | {f"gradient {i}": np.asarray(g) for i, g in enumerate(backward(cotangent))}
+    cotangent = jnp.asarray(rng.normal(size=q.shape), dtype)
+    options = {"segment_ids_BT": segments, "scale": 0.125, "window": window, "cap": cap}
+    y, backward = jax.vjp(jax.jit(functools.partial(attend, **options)), q, k, v)
+    found = {"value": np.asarray(y, np.float32)}
+    gradients = enumerate(backward(cotangent))
+    return found | {f"gradient {i}": np.asarray(g, np.float32) for i, g in gradients}
 
 
 def windows() -> Arrays:
@@ -257,6 +256,12 @@ def bfloat16_cases() -> dict[str, Callable[[], Arrays]]:
         "llama losses, unfused": lambda: unfused_losses(jnp.bfloat16),
         "llama step": lambda: language_step("llama", False, jnp.bfloat16),
         "gemma2 step": lambda: language_step("gemma2", False, jnp.bfloat16),
+        **{
+            f"attention, window {window}, cap None": functools.partial(
+                attention, window, None, jnp.bfloat16
+            )
+            for window in (None, 200)
+        },
     }
 
 

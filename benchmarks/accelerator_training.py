@@ -165,6 +165,7 @@ def _images(folder: Path, progress: Any) -> Any:
 
 
 def _tokens(folder: Path, progress: Any) -> Any:
+    import jax.numpy as jnp
     from accelerator_numbers import language_model
 
     import easy_jax as ej
@@ -178,8 +179,9 @@ def _tokens(folder: Path, progress: Any) -> Any:
     stage = ej.StageConfig(2, 8, reduction="token_mean", optimizer=optimizer)
     options = {"save_every_steps": 10, "progress": progress, "stage": stage}
     weight = rng.uniform(0.1, 1.0, 500).astype(np.float32)
+    model = language_model(jnp.bfloat16)
     return ej.fit(
-        language_model(), source, folder, loss_fn=ej.causal_lm_loss, weight_N=weight, **options
+        model, source, folder, loss_fn=ej.causal_lm_loss, weight_N=weight, **options
     ).model_state
 
 

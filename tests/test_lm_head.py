@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from easy_jax.config import MeshConfig
 from easy_jax.kernels.linear_cross_entropy import NO_TARGET, linear_cross_entropy
-from easy_jax.parallel import sharding
+from easy_jax.parallel import chip, sharding
 
 FEATURES = 6
 # Vocabulary, block and positions of a chunk.
@@ -255,3 +255,13 @@ def test_no_array_has_all_logits():
     )
     assert plain >= tokens * vocab  # the walk does find them
     assert blocked <= tokens * 2048
+
+
+def test_sizes_on_gpus_give_the_same(monkeypatch):
+    case = _case((2, 40), 30)
+    expected = _numpy(*case)
+    monkeypatch.setattr(chip, "is_gpu", lambda: True)
+    actual = jax.vjp(lambda *x: linear_cross_entropy(*x, case[2]), *case[:2])
+    gradients = actual[1](jnp.asarray(case[3]))
+    for a, b in zip((actual[0], *gradients), expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -19,7 +19,10 @@ from jaxtyping import Array, Float, Int
 
 from easy_jax.kernels import vocabulary_parallel
 from easy_jax.kernels.vocabulary_parallel import NO_TARGET
-from easy_jax.parallel import sharding
+from easy_jax.parallel import chip, sharding
+
+_VOCAB_BLOCK, _TOKEN_CHUNK = 2048, 512  # what stays in a cache, or a TPU's fast memory
+_GPU_SIZE = 8192  # of both; benchmarks/accelerator.py has the times of others
 
 
 def linear_cross_entropy(
@@ -28,8 +31,8 @@ def linear_cross_entropy(
     targets_N: Int[Array, "*N"],
     *,
     soft_cap: float | None = None,
-    vocab_block: int = 2048,
-    token_chunk: int = 512,
+    vocab_block: int | None = None,
+    token_chunk: int | None = None,
 ) -> Float[Array, "*N"]:
     """Negative log-likelihood of each target under `softmax(soft_cap(hidden @ head.T))`.
 
@@ -47,11 +50,11 @@ def linear_cross_entropy(
       targets_N: [T] or [B, T]; in [0, V), or `NO_TARGET` (-1) where there is none.
         Any other value gives NaN, which scoring and training report by example id.
       soft_cap: c of `c * tanh(logits / c)`, Gemma 2's final soft cap; None for none.
-      vocab_block: rows of the head looked at together, at most. V is padded (the head
-        copied) if none of its divisors is near.
+      vocab_block: rows of the head looked at together, at most; default: 2,048, on GPUs 8,192.
+        V is padded (the head copied) if none of its divisors is near.
       token_chunk: positions looked at together, over all rows (of a device, where the head is
-        shared out over devices), at most. Memory in use is
-        about `2 * 4 * vocab_block * token_chunk` bytes.
+        shared out over devices), at most; default: 512, on GPUs, where the head is not shared
+        out, 8,192. Memory in use is about `2 * 4 * vocab_block * token_chunk` bytes.
 
     Returns:
       nll_N in nats, float32; 0 where there is no target.
@@ -75,7 +78,11 @@ def linear_cross_entropy(
         )[0]
     mesh = sharding.current_mesh()
     if vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
-        return vocabulary_parallel.losses(hidden_ND, head_VD, targets_N, soft_cap, token_chunk)
+        shared_chunk = _TOKEN_CHUNK if token_chunk is None else token_chunk
+        return vocabulary_parallel.losses(hidden_ND, head_VD, targets_N, soft_cap, shared_chunk)
+    large = _GPU_SIZE if chip.is_gpu() else None  # smaller products leave a GPU idle
+    vocab_block = vocab_block or large or _VOCAB_BLOCK
+    token_chunk = token_chunk or large or _TOKEN_CHUNK
     length = targets_N.shape[1]
     chunk = max(1, min(length, token_chunk // targets_N.shape[0]))
     # Targets first in every row: chunks behind the last target of any row are not computed.
@@ -100,7 +107,7 @@ def weighted_linear_cross_entropy(
     weight_N: Float[Array, "*N"],
     *,
     soft_cap: float | None = None,
-    token_chunk: int = 512,
+    token_chunk: int | None = None,
 ) -> Float[Array, ""]:
     """The sum of `weight * linear_cross_entropy(...)`, float32; a weight of 0 removes a token.
 
@@ -120,7 +127,9 @@ def weighted_linear_cross_entropy(
     targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
-        half = max(1, token_chunk // 2)  # logits and their gradients are there at once
+        half = max(
+            1, (token_chunk or _TOKEN_CHUNK) // 2
+        )  # logits and their gradients are there at once
         return vocabulary_parallel.weighted_sum(
             hidden_ND, head_VD, targets_N, weight_N, soft_cap, half
         )

@@ -1,4 +1,4 @@
-"""Attention on TPUs: JAX's splash attention kernel, where it can be used.
+"""Attention as the model calls it, and on TPUs: JAX's splash attention kernel, where it fits.
 
 It is `causal_attention` in one Pallas kernel that skips the blocks of keys no query sees, and
 never writes logits to memory. The XLA form stays the reference, and what other devices run.
@@ -11,6 +11,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
+from easy_jax.kernels import cudnn
 from easy_jax.kernels.attention import causal_attention
 from easy_jax.parallel import sharding
 
@@ -29,7 +30,8 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """`causal_attention`, by the splash kernel when traced for a mesh of TPUs and it fits."""
+    """`causal_attention`, by the splash kernel when traced for a mesh of TPUs and it fits, by
+    cuDNN's when traced for NVIDIA GPUs and that fits."""
     options: Any = {"scale": scale, "window": window, "cap": cap}
     if sharding.is_tpu(sharding.current_mesh()) and fits(q_BTNH):
         rows = PartitionSpec(sharding.BATCH, None, "tensor", None)
@@ -41,6 +43,9 @@ def attend(
         )
         y_BTNH: jax.Array = kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return y_BTNH
+    if cudnn.fits(q_BTNH, cap):
+        arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        return checkpoint_name(cudnn.attention(*arguments, scale=scale, window=window), KEPT)
     return checkpoint_name(
         causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **options), KEPT
     )

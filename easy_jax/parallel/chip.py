@@ -1,0 +1,27 @@
+"""The chip that a computation is traced for: of its mesh, or without one the default device."""
+
+from typing import Any
+
+import jax
+
+from easy_jax.parallel.sharding import current_mesh
+
+
+def is_gpu() -> bool:
+    """Whether it is a GPU."""
+    return getattr(_device(), "platform", None) == "gpu"
+
+
+def is_nvidia() -> bool:
+    """Whether it is an NVIDIA GPU."""
+    return is_gpu() and str(_device().device_kind).startswith("NVIDIA")
+
+
+def _device() -> Any:
+    mesh = current_mesh()
+    if mesh is not None:
+        return mesh.abstract_device
+    device = getattr(jax.config, "jax_default_device", None)
+    if isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return jax.local_devices()[0] if device is None else device
