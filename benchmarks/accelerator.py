@@ -27,16 +27,16 @@ Check = tuple[str, Callable[[], dict[str, Any]]]  # a name, and what makes its f
 
 # Part -> its module, and after how many seconds it is ended.
 PARTS = {
-    "reference": ("accelerator_numbers", 190),
-    "numbers": ("accelerator_numbers", 190),
-    "numbers_default": ("accelerator_numbers", 190),
-    "resume": ("accelerator_training", 190),
-    "quickstart": ("accelerator_training", 190),
-    "language": ("accelerator_language", 150),
-    "images": ("accelerator_images", 75),
-    "pytorch": ("accelerator_pytorch", 60),
-    "head": ("accelerator_kernels", 90),
-    "attention": ("accelerator_kernels", 90),
+    "reference": ("accelerator_numbers", 600),
+    "numbers": ("accelerator_numbers", 600),
+    "numbers_default": ("accelerator_numbers", 600),
+    "resume": ("accelerator_training", 600),
+    "quickstart": ("accelerator_training", 600),
+    "language": ("accelerator_language", 300),
+    "images": ("accelerator_images", 300),
+    "pytorch": ("accelerator_pytorch", 300),
+    "head": ("accelerator_kernels", 300),
+    "attention": ("accelerator_kernels", 300),
 }
 TOGETHER = ("reference", "numbers", "numbers_default", "resume", "quickstart")
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="sizes for a try on a CPU")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--match", default="", help="checks whose name has this expression in it")
-    parser.add_argument("--seconds", type=float, default=600.0, help="for all parts together")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all parts together")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of its own is to do
     parser.add_argument("--shared", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

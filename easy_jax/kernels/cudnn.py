@@ -2,7 +2,7 @@
 
 It is `causal_attention` without logits in memory. Segments are told apart by a mask [B, 1, T, T],
 which JAX hands to the kernel as a bias in the inputs' dtype. The XLA form stays the reference, and
-what float32 inputs and soft caps, which the kernel does not take, are computed with.
+what float32 inputs and soft caps, which the kernel does not take, and windows are computed with.
 """
 
 import jax
@@ -13,11 +13,11 @@ from easy_jax.parallel import chip
 _LARGEST_HEAD = 128  # of every GPU that the kernel runs on
 
 
-def fits(q_BTNH: jax.Array, cap: float | None) -> bool:
-    """Whether the kernel takes these queries, and what is traced is for an NVIDIA GPU."""
+def fits(q_BTNH: jax.Array, window: int | None, cap: float | None) -> bool:
+    """Whether the kernel is for these queries, and what is traced is for an NVIDIA GPU."""
     _, length, _, head_dim = q_BTNH.shape
     return (
-        cap is None
+        window is cap is None  # it has windows, which have not been tried
         and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= _LARGEST_HEAD
@@ -33,9 +33,8 @@ def attention(
     segment_ids_BT: jax.Array,
     *,
     scale: float,
-    window: int | None = None,
 ) -> jax.Array:
-    """`causal_attention`, with the same arguments and result, but for its soft cap."""
+    """`causal_attention`, with the same arguments and result, without window and soft cap."""
     y_BTNH: jax.Array = jax.nn.dot_product_attention(
         q_BTNH,
         k_BTKH,
@@ -43,7 +42,6 @@ def attention(
         mask=segment_ids_BT[:, None, :, None] == segment_ids_BT[:, None, None, :],
         scale=scale,
         is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
     return y_BTNH

@@ -33,6 +33,7 @@ def attend(
     """`causal_attention`, by the splash kernel when traced for a mesh of TPUs and it fits, by
     cuDNN's when traced for NVIDIA GPUs and that fits."""
     options: Any = {"scale": scale, "window": window, "cap": cap}
+    y_BTNH: jax.Array
     if sharding.is_tpu(sharding.current_mesh()) and fits(q_BTNH):
         rows = PartitionSpec(sharding.BATCH, None, "tensor", None)
         kernel: Any = jax.shard_map(
@@ -41,11 +42,11 @@ def attend(
             out_specs=rows,
             check_vma=False,
         )
-        y_BTNH: jax.Array = kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        y_BTNH = kernel(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
         return y_BTNH
-    if cudnn.fits(q_BTNH, cap):
-        arguments = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
-        return checkpoint_name(cudnn.attention(*arguments, scale=scale, window=window), KEPT)
+    if cudnn.fits(q_BTNH, window, cap):
+        y_BTNH = cudnn.attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, scale=scale)
+        return checkpoint_name(y_BTNH, KEPT)
     return checkpoint_name(
         causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, **options), KEPT
     )
