@@ -17,7 +17,7 @@ from typing import Any
 from easy_jax.ahead_of_time.chips import GIB
 from easy_jax.ahead_of_time.image_programs import kinds
 from easy_jax.config import RESNETS, ExperimentConfig
-from easy_jax.data.image_datasets import DATA_SETS
+from easy_jax.data.known_images import DATA_SETS
 from easy_jax.experiments.plan import cells
 
 CONFIG = "configs/resnet_transfer.py"

@@ -16,7 +16,7 @@ from easy_jax.config import (
     ImageDataName,
     TransferDataConfig,
 )
-from easy_jax.data import DataError, Reading, image_datasets, load_images
+from easy_jax.data import DataError, Reading, known_images, load_images
 from easy_jax.data.images import Views
 from easy_jax.experiments.tasks import load_tasks
 
@@ -24,7 +24,7 @@ from easy_jax.experiments.tasks import load_tasks
 
 
 def test_every_name_has_an_entry():
-    assert set(image_datasets.DATA_SETS) == set(get_args(ImageDataName))
+    assert set(known_images.DATA_SETS) == set(get_args(ImageDataName))
 
 
 def test_splits_of_tfds(tfds_images):

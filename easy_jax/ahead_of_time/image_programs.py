@@ -25,7 +25,7 @@ from easy_jax.core.anchors import stored_name
 from easy_jax.core.step import make_train_step
 from easy_jax.data.config import GlyphDataConfig
 from easy_jax.data.glyphs import DIGITS, LETTERS
-from easy_jax.data.image_datasets import DATA_SETS
+from easy_jax.data.known_images import DATA_SETS
 from easy_jax.experiments.config import ExperimentConfig
 from easy_jax.experiments.plan import Stage, plan, shared_stages
 from easy_jax.experiments.vision import TRAINABLE

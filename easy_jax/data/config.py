@@ -63,10 +63,11 @@ class ImageDataConfig:
     """A data set of images, as `easy_jax.data.load_images` reads it.
 
     Attributes:
-      name: by TFDS's name, which fixes classes, splits, normalisation and views; or `other`, a
-        folder or Parquet of your own, with ImageNet's normalisation and the views for photos.
-      format: prepared by TFDS as ArrayRecord (`path` is its `data_dir`); folders
-        `path/<split>/<class>/<image>`; or Parquet, `path/<split>*.parquet`.
+      name: by TFDS's name, which fixes classes, splits, normalisation and transforms; or `other`, a
+        folder or Parquet of your own, with ImageNet's normalisation and the transforms for photos.
+      format: `tfds`, prepared by TFDS as ArrayRecord (`path` is its `data_dir`); `folder`, folders
+        `path/<split>/<class>/<image>`; `parquet`, files `path/<split>*.parquet`; or another of
+        `easy_jax.data.formats.IMAGE_FORMATS`.
       path: where it is.
       image_field, label_field: columns of Parquet, features of TFDS.
       num_classes: of `other` in Parquet; elsewhere 0, for the data set's own.
@@ -90,7 +91,7 @@ class ImageDataConfig:
         `validation` or `test` are an error; or allowed.
       test_share: of `other` without test data, the share of the training data that tests, drawn
         once and for all; 0: there has to be test data.
-      augment: random training views; without, training sees the scoring views.
+      augment: random training transforms; without, training sees the scoring transforms.
       threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
         above which Python's lock is what they wait for.
       workers: processes that decode in place of this one.
@@ -102,7 +103,7 @@ class ImageDataConfig:
     """
 
     name: ImageDataName = "cifar10"
-    format: Literal["tfds", "folder", "parquet"] = "tfds"
+    format: str = "tfds"
     path: str = ""
     image_field: str = "image"
     label_field: str = "label"
@@ -123,14 +124,17 @@ class ImageDataConfig:
     workers: int = 0
 
     def validate(self, path: str = "data") -> None:
-        choice(self, path, "name", "format", "interpolation", "on_bad_example", "missing_classes")
+        from easy_jax.data.formats import IMAGE_FORMATS
+
+        form = IMAGE_FORMATS.find(self.format, f"{path}.format")
+        choice(self, path, "name", "interpolation", "on_bad_example", "missing_classes")
         require(bool(self.path), f"{path}.path", self.path, "a folder")
         if self.name == "other":
-            ok = self.format != "tfds"
-            require(ok, f"{path}.format", self.format, "'folder' or 'parquet', for name='other'")
+            own = " or ".join(repr(name) for name, each in IMAGE_FORMATS.items() if each.own_data)
+            require(form.own_data, f"{path}.format", self.format, f"{own}, for name='other'")
         for name in ("image_field", "label_field"):
             require(bool(getattr(self, name)), f"{path}.{name}", "", "a field's name")
-        counted = self.name == "other" and self.format == "parquet"
+        counted = self.name == "other" and not form.finds_classes
         require(
             self.num_classes > 0 if counted else self.num_classes == 0,
             f"{path}.num_classes",
@@ -169,8 +173,8 @@ class TransferDataConfig:
     """Two data sets of images.
 
     Attributes:
-      pretrain: what the network was pre-trained on; its test split tells what is kept. Its other
-        splits are only needed where the network is not given (`model.path`) but trained.
+      pretrain: what the network was pre-trained on; its test split tells what is retained. Its
+        other splits are only needed where the network is not given (`model.path`) but trained.
       target: what it is fine-tuned on.
     """
 
@@ -219,8 +223,9 @@ class InstructionsConfig:
     """Where instructions and responses come from.
 
     Attributes:
-      format: a JSON-lines file, Parquet (file or folder), a prepared TFDS data set, or
-        problems that `reasoning-gym` generates (`gsm_symbolic`, from `seed`).
+      format: `jsonl`, a JSON-lines file; `parquet`, a file or a folder of them; `tfds`, a prepared
+        TFDS data set; `gsm_symbolic`, problems that `reasoning-gym` generates from `seed`; or
+        another of `easy_jax.data.formats.TEXT_FORMATS`.
       path: of the file or folder; of TFDS, its `data_dir`.
       name, split: of the TFDS data set.
       instruction_field, response_field: names in the records. `input_field`: what instructions
@@ -230,7 +235,7 @@ class InstructionsConfig:
       start, size: take the records [start, start + size); a size of 0 takes all that follow.
     """
 
-    format: Literal["jsonl", "parquet", "tfds", "gsm_symbolic"] = "jsonl"
+    format: str = "jsonl"
     path: str = ""
     name: str = ""
     split: str = "train"
@@ -243,7 +248,9 @@ class InstructionsConfig:
     size: int = 0
 
     def validate(self, path: str) -> None:
-        choice(self, path, "format")
+        from easy_jax.data.formats import TEXT_FORMATS
+
+        form = TEXT_FORMATS.find(self.format, f"{path}.format")
         for name in ("instruction_field", "response_field"):
             require(bool(getattr(self, name)), f"{path}.{name}", "", "a field's name")
         for name in ("seed", "start", "size"):
@@ -252,13 +259,7 @@ class InstructionsConfig:
         named = [self.instruction_field, self.response_field, self.input_field, self.weight_field]
         named = [name for name in named if name]
         require(len(set(named)) == len(named), f"{path}'s fields", named, "distinct")
-        if self.format == "gsm_symbolic":
-            require(len(named) == 2, f"{path}'s fields", named, "an instruction and a response")
-            require(self.size > 0, f"{path}.size", self.size, "the number of problems to generate")
-        else:
-            require(bool(self.path), f"{path}.path", self.path, "a file or folder")
-        if self.format == "tfds":
-            require(bool(self.name), f"{path}.name", self.name, "a data set's name")
+        form.check(self, path)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

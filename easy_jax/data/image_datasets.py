@@ -1,75 +1,25 @@
 """The image data sets of the paper (section 2), from TFDS, folders or Parquet."""
 
-import dataclasses
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
-from easy_jax.data.config import ImageDataConfig, ImageDataName
-from easy_jax.data.image_folders import FolderImages, visible_folders, warn_of_order
+from easy_jax.data.config import ImageDataConfig
+from easy_jax.data.formats import IMAGE_FORMATS
 from easy_jax.data.image_source import ImageSource
 from easy_jax.data.image_splits import cut, told
-from easy_jax.data.image_stores import ImageStore, ParquetImages, TfdsImages
-from easy_jax.data.images import IMAGENET_MEAN, IMAGENET_STD, Colour, ImageError, Views
+from easy_jax.data.image_stores import ImageStore
+from easy_jax.data.images import ImageError, Views
+from easy_jax.data.known_images import DATA_SETS, ImageDataSet
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, DataWarning, first_of
 
 Split = Literal["train", "validation", "test"]
 
-_TRAIN_TEST = {"train": "train", "test": "test"}
-_SPLIT_FOLDERS = ("train", "validation", "val", "test")
 _MAX_THREADS = 8  # a view holds Python's lock for about a tenth of its time
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageDataSet:
-    """What is known of a data set.
-
-    Attributes:
-      num_classes: None: as many as there are.
-      splits: our split -> its own. Without a `validation`, that is cut out of `train`: a fixed
-        random share. The test split is never used for it.
-      validation_share: that share.
-      mean, std: per channel, of pixels in [0, 1].
-      photos: views for photos: random crop and colour jitter; else the whole image.
-      dead: why TFDS's download does not work any more, if that is known.
-    """
-
-    num_classes: int | None
-    splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: _TRAIN_TEST)
-    validation_share: float = 0.1
-    mean: Colour = IMAGENET_MEAN
-    std: Colour = IMAGENET_STD
-    photos: bool = True
-    dead: str = ""
-
-
-DATA_SETS: dict[ImageDataName, ImageDataSet] = {
-    "cifar10": ImageDataSet(
-        10, photos=False, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    ),
-    "cifar100": ImageDataSet(
-        100, photos=False, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
-    ),
-    "oxford_flowers102": ImageDataSet(102, splits={**_TRAIN_TEST, "validation": "validation"}),
-    "caltech101": ImageDataSet(102),  # 101 objects and Google's background
-    "cars196": ImageDataSet(
-        196,
-        dead="its server has answered 404 since 2023 (github.com/tensorflow/datasets/issues/5656)",
-    ),
-    "stanford_dogs": ImageDataSet(120),
-    # The labels of its test split are secret: its validation split is what results are on.
-    "imagenet2012": ImageDataSet(
-        1000,
-        splits={"train": "train", "test": "validation"},
-        validation_share=0.01,
-    ),
-    "other": ImageDataSet(None),
-}
 
 
 def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
@@ -175,10 +125,10 @@ def _check_left(source: ImageSource, split: Split, where: str) -> None:
 def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
     data_set = DATA_SETS[config.name]
     splits = dict(data_set.splits)
-    if config.name == "other" and _has(config, "validation"):
+    if config.name == "other" and IMAGE_FORMATS[config.format].has(config, "validation"):
         splits["validation"] = "validation"
     if config.test_share:
-        if _has(config, "test"):
+        if IMAGE_FORMATS[config.format].has(config, "test"):
             raise DataError(
                 f"{config.path} has test data, and test_share is {config.test_share}; set it to 0, "
                 "or remove what is in the way"
@@ -210,91 +160,13 @@ def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
 
 
 def _open(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> ImageStore:
-    fields = {"image_field": config.image_field, "label_field": config.label_field}
-    store: ImageStore
-    if config.format == "tfds":
-        fix = _fix(config, data_set)
-        store = TfdsImages(config.name, split, config.path, **fields, fix=fix)
-    elif config.format == "folder":
-        store = _open_folder(config, data_set, split)
-    else:
-        num_classes = data_set.num_classes or config.num_classes
-        store = ParquetImages(config.path, split, num_classes, **fields)
+    store = IMAGE_FORMATS[config.format].open(config, split, data_set)
     if data_set.num_classes not in (None, store.num_classes):
         raise DataError(
             f"split {split!r} in {config.path} has {store.num_classes} classes; {config.name} has "
             f"{data_set.num_classes}"
         )
     return store
-
-
-def _open_folder(config: ImageDataConfig, data_set: ImageDataSet, split: str) -> FolderImages:
-    """A split's folder, with the classes of the training data, if that is there."""
-    path = Path(config.path)
-    folder = _split_folder(path, split)
-    if path.is_dir():
-        _check_folders(config, data_set, split, visible_folders(path))
-    train = path / data_set.splits["train"]
-    if split == "train" or not train.is_dir():
-        store = FolderImages(folder, root=path)
-        warn_of_order(store.classes, folder)
-        return store
-    return FolderImages(
-        folder,
-        FolderImages.classes_of(train, path),
-        root=path,
-        missing_classes=config.missing_classes == "allow",
-    )
-
-
-def _check_folders(
-    config: ImageDataConfig, data_set: ImageDataSet, split: str, found: list[str]
-) -> None:
-    """Raises DataError for folders that are no splits, and where the split is not there."""
-    path, name = Path(config.path), _split_folder(Path(config.path), split).name
-    odd = [each for each in found if each not in _SPLIT_FOLDERS]
-    if not odd and name in found:
-        return
-    has = f"{path} has the folders {found[:10]}"
-    should = (
-        f"it should have {', '.join(data_set.splits.values())}, each with a folder per class: "
-        f"{path / split}/<class>/<image>.jpg"
-    )
-    if odd:
-        what = "is no split" if len(odd) == 1 else "are no splits"
-        raise DataError(f"{has}, of which {first_of(odd, ', ')} {what}; {should}")
-    cures = []
-    if config.name == "other" and split == "test" and "train" in found:
-        other = [each for each in found if each != "train"]
-        if other:
-            cures.append(f"rename {other[0]} to test")
-        cures.append("set test_share, for example to 0.1, to cut a test split out of train")
-    raise DataError(f"{has}, and no {name}: {should}{''.join(f'; or {cure}' for cure in cures)}")
-
-
-def _has(config: ImageDataConfig, split: str) -> bool:
-    path = Path(config.path)
-    if config.format == "parquet":
-        return bool(ParquetImages.files_of(path, split))
-    return _split_folder(path, split).exists()
-
-
-def _split_folder(path: Path, split: str) -> Path:
-    """`val` is as good as `validation`: so ImageNet's is called wherever it is unpacked."""
-    short = path / "val"
-    return short if split == "validation" and short.is_dir() else path / split
-
-
-def _fix(config: ImageDataConfig, data_set: ImageDataSet) -> str:
-    """What to do where TFDS has not prepared a data set."""
-    folders = " and ".join(f"PATH/{s}/<class>/<image>.jpg" for s in data_set.splits.values())
-    own = f"get the images elsewhere, as {folders}, and set format='folder' and path='PATH'"
-    if data_set.dead:
-        return f"TFDS cannot download it any more: {data_set.dead}. Instead, {own}"
-    return (
-        f"Prepare it with tfds.builder({config.name!r}, data_dir={config.path!r}, "
-        f"file_format='array_record').download_and_prepare(), which needs TensorFlow; or {own}"
-    )
 
 
 def _reading(config: ImageDataConfig) -> Reading:

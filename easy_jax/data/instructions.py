@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from easy_jax.data import text
 from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.config import InstructionsConfig, TextConfig
+from easy_jax.data.formats import TEXT_FORMATS
 from easy_jax.data.packing import PackedSource
 from easy_jax.data.sources import DataError
 
@@ -52,16 +53,7 @@ def load(
     bad = BadExamples() if bad is None else bad
     fields = [config.instruction_field, config.response_field]
     optional = [name for name in (config.input_field, config.weight_field) if name]
-    if config.format == "jsonl":
-        columns = text.read_jsonl(config.path, fields, optional=optional, bad=bad)
-    elif config.format == "parquet":
-        columns = text.read_parquet(config.path, fields, optional=optional, bad=bad)
-    elif config.format == "tfds":
-        columns = text.read_tfds(
-            config.name, config.split, config.path, fields, optional=optional, bad=bad
-        )
-    else:
-        columns = dict(zip(fields, _gsm_symbolic(config), strict=True))
+    columns = TEXT_FORMATS[config.format].read(config, fields, optional, bad)
     size = len(columns[fields[0]])
     stop = config.start + config.size if config.size else size
     if stop > size or config.start >= size:
@@ -136,17 +128,3 @@ def _docstrings() -> Iterator[str]:
             doc = inspect.getdoc(thing)
             if doc:
                 yield doc
-
-
-def _gsm_symbolic(config: InstructionsConfig) -> tuple[list[str], list[str]]:
-    """Grade-school problems with worked answers."""
-    try:
-        import reasoning_gym
-    except ImportError as error:
-        raise DataError(f"gsm_symbolic needs reasoning-gym: {_INSTALL}") from error
-    size = config.start + config.size
-    problems = reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=config.seed)
-    return (
-        [problems[i]["question"] for i in range(size)],
-        [problems[i]["metadata"]["answer_cot"] for i in range(size)],
-    )

@@ -8,7 +8,7 @@ import bisect
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,38 @@ def read_jsonl(
       >>> read_jsonl(path, ["q", "a"])
       {'q': ['2 + 2 ='], 'a': ['4']}
     """
+    return read_records(
+        _json_rows(path),
+        path,
+        fields,
+        optional=optional,
+        bad=bad,
+        where=lambda i: f"line {i + 1}",
+    )
+
+
+def read_records(
+    records: Iterable[Mapping[str, Any] | _Bad],
+    path: _Path,
+    fields: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    bad: BadExamples | None = None,
+    where: Callable[[int], str] = "record {}".format,
+) -> Columns:
+    """Reads string fields of records that have been read whole.
+
+    Args:
+      records: in order; in place of one that cannot be read, why, and more of it.
+      path: of the file or folder, for messages.
+      where: what messages call the record at a position.
+
+    The other arguments, errors and warnings are those of `read_jsonl`.
+    """
     bad, own = (BadExamples(), True) if bad is None else (bad, False)
-    bad.source, bad.where = f"{path}", lambda i: f"line {i + 1}"
+    bad.source, bad.where = f"{path}", where
     others: Counter[str] = Counter()
-    rows = _without(_json_rows(path), {*fields, *optional}, others)
+    rows = _without(records, {*fields, *optional}, others)
     columns = _columns(path, fields, optional, rows, bad)
     size = _settle(columns, bad, own)
     tell_unread(f"{path}", size, others)
@@ -97,7 +125,9 @@ def _json_row(line: bytes) -> Mapping[str, Any] | _Bad:
     return row if isinstance(row, dict) else ("not a JSON object", str(row)[:40])
 
 
-def _without(rows: _Rows, read: set[str], others: Counter[str]) -> _Rows:
+def _without(
+    rows: Iterable[Mapping[str, Any] | _Bad], read: set[str], others: Counter[str]
+) -> _Rows:
     """The rows, with those counted that have something in other fields than these."""
     for row in rows:
         if isinstance(row, Mapping):

@@ -8,6 +8,8 @@ import hashlib
 
 from easy_jax.config import InstructionsConfig
 from easy_jax.data import instructions
+from easy_jax.data.bad_examples import BadExamples
+from easy_jax.data.formats import TEXT_FORMATS
 
 
 def sha256(*texts: str) -> str:
@@ -16,7 +18,8 @@ def sha256(*texts: str) -> str:
 
 def test_the_problems_are_those_of_the_results():
     config = InstructionsConfig(format="gsm_symbolic", seed=42, size=96 + 48)
-    questions, answers = instructions._gsm_symbolic(config)
+    columns = TEXT_FORMATS["gsm_symbolic"].read(config, ["q", "a"], [], BadExamples())
+    questions, answers = columns["q"], columns["a"]
     assert len(questions) == len(answers) == 144
     assert questions[0].startswith("There are 12 students playing basketball and twice that number")
     assert answers[0].endswith("12 + 24 + 34 = 70 students.\n#### 70")
