@@ -43,7 +43,7 @@ def test_a_new_format_reads_records_in_order(csv_format, tmp_path):
 
 
 def test_a_new_format_has_the_checks_of_the_others(csv_format, tmp_path):
-    with pytest.raises(ConfigError, match=r"train.path is ''; it must be a file or folder"):
+    with pytest.raises(ConfigError, match=r"train\.path is ''; it must be a file or folder"):
         InstructionsConfig("csv").validate("train")
     (tmp_path / "1.csv").write_text("q,b\n2 + 2,4\n")
     config = InstructionsConfig("csv", str(tmp_path), instruction_field="q", response_field="a")
@@ -52,9 +52,9 @@ def test_a_new_format_has_the_checks_of_the_others(csv_format, tmp_path):
 
 
 def test_unknown_formats_suggest_the_nearest():
-    with pytest.raises(ConfigError, match=r"train.format is 'json'; did you mean 'jsonl'"):
+    with pytest.raises(ConfigError, match=r"train\.format is 'json'; did you mean 'jsonl'"):
         InstructionsConfig("json", "x").validate("train")
-    with pytest.raises(ConfigError, match=r"data.format is 'folders'; did you mean 'folder'"):
+    with pytest.raises(ConfigError, match=r"data\.format is 'folders'; did you mean 'folder'"):
         ImageDataConfig(format="folders", path="x").validate()
     assert list(TEXT_FORMATS) == ["jsonl", "parquet", "tfds", "gsm_symbolic"]
     assert list(IMAGE_FORMATS) == ["tfds", "folder", "parquet"]

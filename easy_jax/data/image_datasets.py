@@ -50,6 +50,7 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
 
     Example:
       >>> import tempfile
+      >>> from pathlib import Path
       >>> from PIL import Image
       >>> folder = Path(tempfile.mkdtemp())
       >>> for place in ("train/cat", "train/dog", "test/cat", "test/dog"):
