@@ -13,6 +13,7 @@ from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.data import ArraySource
 from easy_jax.train.checkpoint import CheckpointError
+from easy_jax.train.identity import of_stage
 from easy_jax.train.loss_table import LossTableError
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
@@ -193,3 +194,53 @@ def test_starting_parameters_survive(finished):
     before = jax.device_get(nnx.state(model))
     fit(finished[0], model=model)
     np.testing.assert_array_equal(model.kernel[...], before["kernel"][...])
+
+
+def test_the_identity_of_a_stage_is_that_of_version_0_1():
+    """Computed by commit 7b5e5d5; checkpoints of that version must be continued."""
+    model = ej.train_mode(ej.ResNet(ej.ResNetConfig(width=4, depths=(1, 1)), 3, rngs=nnx.Rngs(0)))
+    nnx.update(model, jax.tree.map(jax.numpy.zeros_like, nnx.state(model)))
+    fields = {"image": np.zeros((4, 8, 8, 1), np.float32), "label": np.int32([0, 1, 2, 0])}
+    found = of_stage(
+        model,
+        ArraySource(fields),
+        stage=StageConfig(optimizer=OptimizerConfig(anchor="l2_sp", anchor_strength=0.1)),
+        loss_fn=ej.classification_loss,
+        weight_N=np.array([0.5, 1.0, np.nan, 0.0]),
+        token_weight=None,
+        online=None,
+        trainable=nnx.Param,
+        anchored=None,
+        sfa_beta=0.5,
+        seed=7,
+    )
+    optimizer = found["stage"].pop("optimizer")
+    assert optimizer == {
+        "name": "sgd",
+        "learning_rate": 0.01,
+        "schedule": "cosine",
+        "warmup_ratio": 0.0,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-08,
+        "clip_norm": 0.0,
+        "anchor": "l2",
+        "anchor_strength": 0.1,
+        "anchor_per_parameter": False,
+    }
+    assert found == {
+        "the starting parameters": "361f5d1063ceea6c",
+        "the model's structure": "289b39dff13c1f64",
+        "the training data": "4fdeda359eeb2002",
+        "the number of examples": 4,
+        "the loss function": "classification_loss",
+        "the trainable parameters": "20 of 20, 43fe3ada752ccf7f",
+        "the anchored parameters": "20 of 20, 43fe3ada752ccf7f",
+        "the weights": "9258b058d257fe86",
+        "the weights of every batch": None,
+        "stage": {"epochs": 1, "batch_size": 64, "micro_batches": 1, "reduction": "example_mean"},
+        "seed": 7,
+        "sfa_beta": 0.5,
+    }

@@ -126,7 +126,7 @@ def test_adapters_alone_are_trained():
     assert len(trained) == 2 * len(TARGETS)
     for path, variable in trained.items():
         assert np.any(variable[...] != before[path][...]), path
-    frozen = dict(nnx.to_flat_state(state.rest))
+    frozen = dict(nnx.to_flat_state(state.non_trainable))
     assert frozen.keys() | trained.keys() == before.keys()
     for path, variable in frozen.items():
         assert np.asarray(variable[...]).tobytes() == np.asarray(before[path][...]).tobytes(), path

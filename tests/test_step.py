@@ -290,3 +290,27 @@ def test_bad_arguments():
         )
     with pytest.raises(ValueError, match="a batch of 16 does not divide into 3"):
         _step(_linear(), _linear_batch(), reduction="token_mean", micro_batches=3)
+
+
+def test_counts_of_removed_examples_cost_nothing():
+    # `token_mean` calls the loss function twice; the compiler removes the second forward pass.
+    model, mesh, optimizer = _linear(), devices_mesh(1), optax.sgd(RATE)
+    batch = sharding.shard_batch(_linear_batch(size=64), mesh)
+    flops = {}
+    for reduction in REDUCTIONS:
+        step = make_train_step(
+            nnx.graphdef(model), summed_squared_error, optimizer, reduction=reduction
+        )
+        compiled = step.lower(init_train_state(model, optimizer, mesh=mesh), batch).compile()
+        flops[reduction] = compiled.cost_analysis()["flops"]
+    # A forward pass through the layer takes 2 * 64 * 3 * 4 = 1536.
+    assert abs(flops["token_mean"] - flops["weight_mean"]) < 500
+
+
+def test_a_state_keeps_the_keys_of_stored_checkpoints():
+    state = init_train_state(_linear(), optax.sgd(RATE), trainable=nnx.PathContains("kernel"))
+    keys = {path[0].name for path, _ in jax.tree_util.tree_leaves_with_path(state)}
+    assert keys == {"step", "params", "rest"}  # plain SGD has no state of its own
+    with pytest.warns(DeprecationWarning, match=r"TrainState\.rest is now .*non_trainable"):
+        rest = state.rest
+    assert rest is state.non_trainable and sorted(rest) == ["bias"]

@@ -97,7 +97,7 @@ def measure(program: Program, topology: Topology) -> Measured:
     """Compiles a program; lack of memory is a result, any other failure an error."""
     state = program.state
     if isinstance(state, TrainState):
-        parameters = tree_bytes((state.params, state.rest))
+        parameters = tree_bytes((state.params, state.non_trainable))
         optimizer = tree_bytes(state.opt_state)
     else:
         parameters, optimizer = tree_bytes(state), 0.0

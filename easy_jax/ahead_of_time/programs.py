@@ -136,6 +136,6 @@ def activation_bytes(
         return jax.vjp(lambda params: forward(params, rest, batch), params)[1]
 
     with sharding.tracing_on(mesh):
-        kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.rest, micro))
+        kept = jax.tree.leaves(jax.eval_shape(backward, state.params, state.non_trainable, micro))
     total = sum(x.size * x.dtype.itemsize for x in kept if is_activation(x.shape, rows))
     return float(total / sharding.num_shares(mesh))

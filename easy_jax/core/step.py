@@ -1,19 +1,21 @@
 """The weighted training step: the one place where per-example losses are reduced.
 
-With per-example losses `(nll_sum_i, count_i)`, weights w_i and mask m_i of a global batch:
+With per-example losses `(loss_sum_i, count_i)`, weights w_i and mask m_i of a global batch:
 
-  token_mean    sum m w nll_sum / sum m count          the paper's language objective
-  example_mean  sum m w nll_sum/count / sum m          its vision objective
-  weight_mean   sum m w nll_sum / sum m w count        re-weighting without a smaller step
+  token_mean    sum m w loss_sum / sum m count         the language objective of arXiv:2502.02797
+  example_mean  sum m w loss_sum/count / sum m         its vision objective
+  weight_mean   sum m w loss_sum / sum m w count       weights change the direction of a step only
 
-The denominators do not depend on the parameters, so gradients of the numerator are summed
-over micro-batches and devices and divided once: any split gives the same gradient.
+`_weighted_sum` computes the numerator and `_coefficients` what each reduction multiplies and
+divides by. The denominators do not depend on the parameters, so the gradients of the numerator are
+summed over micro-batches and devices and divided once: any split gives the same gradient.
 """
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import chex
 import jax
@@ -31,16 +33,16 @@ Metrics = dict[str, jax.Array]
 StepFn = Callable[["TrainState", Mapping[str, jax.Array]], tuple["TrainState", Metrics]]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a training step reads and writes.
+    """Everything that a training step reads and writes; a JAX pytree.
 
     Attributes:
-      step: int32 scalar, steps taken.
-      params: the trainable parameters, what the optimiser sees.
-      rest: frozen parameters and other variables, such as BatchNorm's statistics.
-      opt_state: the optimiser's state, for `params` only.
+      step: int32 scalar, the number of steps taken.
+      params: the trainable parameters, which the optimizer updates.
+      non_trainable: frozen parameters and other variables, such as BatchNorm's statistics.
+      opt_state: the optimizer's state, for `params` only.
 
     Example:
       >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
@@ -51,12 +53,31 @@ class TrainState:
 
     step: jax.Array
     params: nnx.State
-    rest: nnx.State
+    non_trainable: nnx.State
     opt_state: optax.OptState
 
     def model_state(self) -> nnx.State:
-        """Parameters and other variables together, as `nnx.split(model)` would give them."""
-        return nnx.merge_state(self.params, self.rest)
+        """Returns all variables of the model, as `nnx.state(model)` does."""
+        return nnx.merge_state(self.params, self.non_trainable)
+
+    @property
+    def rest(self) -> nnx.State:
+        """The former name of `non_trainable`."""
+        message = "TrainState.rest is now TrainState.non_trainable"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return self.non_trainable
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
+        """Returns the fields under the keys that they have in checkpoints and fingerprints."""
+        values = (self.step, self.params, self.non_trainable, self.opt_state)
+        keys = map(jax.tree_util.GetAttrKey, ("step", "params", "rest", "opt_state"))
+        return tuple(zip(keys, values, strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "TrainState":
+        """Makes a state of what `tree_flatten_with_keys` returned."""
+        del aux
+        return cls(*children)
 
 
 def init_train_state(
@@ -66,11 +87,11 @@ def init_train_state(
     trainable: Any = nnx.Param,
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """A training state on the mesh, made of *copies*: the model given stays as it is.
+    """Copies a model's variables onto the mesh and initialises the optimizer.
 
     Args:
-      model: a module, or the state of one.
-      optimizer: for the trainable parameters.
+      model: a module or its state; it is not changed.
+      optimizer: of the trainable parameters.
       trainable: NNX filter; everything else is frozen.
       mesh: default: all devices on the data axis.
 
@@ -84,23 +105,23 @@ def init_train_state(
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     model_state = model if isinstance(model, nnx.State) else nnx.state(model)
-    params, rest = nnx.split_state(model_state, trainable, ...)
+    params, non_trainable = nnx.split_state(model_state, trainable, ...)
     if not jax.tree.leaves(params):
         raise ValueError(f"the filter {trainable!r} selects no parameter to train")
 
-    return _make_init(optimizer, mesh)(params, rest)
+    return _make_init(optimizer, mesh)(params, non_trainable)
 
 
 @functools.lru_cache(maxsize=32)
 def _make_init(
     optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[nnx.State, nnx.State], TrainState]:
-    """Jitted `(params, rest) -> TrainState`; cached, so that a sweep compiles it once."""
+    """Returns the jitted `(params, non_trainable) -> TrainState`; a sweep compiles it once."""
 
-    def make(params: nnx.State, rest: nnx.State) -> TrainState:
-        # Copies, because jit hands unchanged inputs back and the step will donate them.
-        params, rest = jax.tree.map(jnp.copy, (params, rest))
-        return TrainState(jnp.zeros((), jnp.int32), params, rest, optimizer.init(params))
+    def make(params: nnx.State, non_trainable: nnx.State) -> TrainState:
+        # Copies, because jit returns unchanged inputs as they are, and the step donates its state.
+        params, non_trainable = jax.tree.map(jnp.copy, (params, non_trainable))
+        return TrainState(jnp.zeros((), jnp.int32), params, non_trainable, optimizer.init(params))
 
     return sharding.jit_init(make, mesh)
 
@@ -114,25 +135,26 @@ def make_train_step(
     micro_batches: int = 1,
     mesh: Mesh | None = None,
 ) -> StepFn:
-    """One jitted weighted step; the state is donated.
+    """Returns a jitted weighted training step, which donates the state.
 
     Args:
-      graphdef: of the model in the mode to train it in (`model.train()`, then `nnx.split`).
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, unreduced (losses alone count 1 each);
-        [rows, segments] of packed text, and so are `weight` and `mask` below. Examples of weight 0
-        are masked in the batch that it is given, as padding is.
+      graphdef: of the model in the mode to train it in: `nnx.graphdef(train_mode(model))`.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, unreduced; or `loss_sum_B` alone, with
+        counts of 1. For packed text both are [rows, segments], as are `weight` and `mask`.
+        It gets a batch in which examples of weight 0 are masked like padding.
       optimizer: the one given to `init_train_state`.
-      reduction: see the module's docstring. Where every weight or count of a batch is
-        zero the loss and its gradient are 0.
-      micro_batches: split a batch and accumulate; BatchNorm sees one micro-batch at a time.
-      mesh: where state and batches will be, for models that shard their computation by hand;
-        without it the compiler decides. On a mesh of CPUs the step has compiler options, with
-        which JAX lets no other `jit` call it.
+      reduction: see the module's docstring. If all weights or counts of a batch are 0, so are
+        the loss and its gradient.
+      micro_batches: parts of a batch whose gradients are accumulated; BatchNorm sees one part at
+        a time.
+      mesh: where state and batches are. Needed by models that shard their computation by hand;
+        without it the compiler decides. On a mesh of CPUs the step cannot be called inside
+        another `jax.jit`.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`. A batch has the loss's fields and `weight`
-      (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one, and
-      `grad_norm`, of its gradient, before the optimiser.
+      `step(state, batch) -> (state, metrics)`. A batch has the fields that the loss reads and
+      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one, and
+      `grad_norm`, of its gradient before the optimizer.
 
     Raises:
       ValueError: an unknown reduction; while tracing, a batch that does not divide into
@@ -153,80 +175,124 @@ def make_train_step(
       >>> float(metrics["loss"])
       1.0
     """
-    if reduction not in ("token_mean", "example_mean", "weight_mean"):
+    if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}")
+    gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction), has_aux=True)
+    step = functools.partial(_step, gradient, optimizer, micro_batches, mesh)
+    return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
 
-    def per_example(
-        params: nnx.State, rest: nnx.State, batch: Mapping[str, jax.Array]
+
+def _step(
+    gradient: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    micro_batches: int,
+    mesh: Mesh | None,
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+) -> tuple[TrainState, Metrics]:
+    with sharding.tracing_on(mesh):
+        total, denominator, non_trainable, grads = _accumulate(
+            gradient, state, batch, micro_batches
+        )
+    denominator = jnp.where(denominator > 0, denominator, 1.0)
+    grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
+    state = TrainState(state.step + 1, params, non_trainable, opt_state)
+    if mesh is not None:
+        # Else XLA may change the layout of small parameters, and the next step compiles again.
+        state = jax.lax.with_sharding_constraint(state, sharding.tree_shardings(state, mesh))
+    return state, metrics
+
+
+def _accumulate(
+    gradient: Callable[..., Any],
+    state: TrainState,
+    batch: Mapping[str, jax.Array],
+    micro_batches: int,
+) -> tuple[jax.Array, jax.Array, nnx.State, nnx.State]:
+    """Sums numerator, denominator and gradients over the micro-batches.
+
+    Returns:
+      `(total, denominator, non_trainable, grads)`; the variables are those after the last one.
+    """
+    if micro_batches == 1:
+        (total, (denominator, non_trainable)), grads = gradient(
+            state.params, state.non_trainable, batch
+        )
+        return total, denominator, non_trainable, grads
+
+    def add(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, None]:
+        total, denominator, non_trainable, grads = carry
+        (more, (more_denominator, non_trainable)), more_grads = gradient(
+            state.params, non_trainable, micro_batch
+        )
+        grads = jax.tree.map(jnp.add, grads, more_grads)
+        return (total + more, denominator + more_denominator, non_trainable, grads), None
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, state.non_trainable, jax.tree.map(jnp.zeros_like, state.params))
+    result, _ = jax.lax.scan(add, start, _split(batch, micro_batches))
+    return result
+
+
+def _weighted_sum(
+    graphdef: nnx.GraphDef[Any], loss_fn: LossFn, reduction: Reduction
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, nnx.State]]]:
+    """Returns the numerator of a reduction, `(params, non_trainable, batch) -> (total, aux)`.
+
+    Here, and nowhere else, weights meet losses: `total = sum_i coefficient_i * loss_sum_i`. The
+    second output is `(denominator, non_trainable after the forward pass)`.
+    """
+
+    def coefficients(
+        batch: Mapping[str, jax.Array], count_B: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        chex.assert_equal_shape([count_B, batch["weight"], batch["mask"]])
+        return _coefficients(count_B, batch["weight"], batch["mask"], reduction)
+
+    def forward(
+        params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array, nnx.State]:
         # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
-        model = nnx.merge(graphdef, params, rest, copy=True)
+        model = nnx.merge(graphdef, params, non_trainable, copy=True)
         loss_sum_B, count_B = contract.call(loss_fn, model, batch)
-        return loss_sum_B, count_B, _like(rest, nnx.state(model))
+        return loss_sum_B, count_B, _like(non_trainable, nnx.state(model))
 
     if reduction == "token_mean":
-        per_example = jax.jit(per_example)  # called twice, traced once
+        forward = jax.jit(forward)  # called twice, traced once
 
-    def numerator(
-        params: nnx.State, rest: nnx.State, batch: Mapping[str, jax.Array]
+    def weighted_sum(
+        params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
-        def coefficients(count_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-            chex.assert_equal_shape([count_B, batch["weight"], batch["mask"]])
-            return _coefficients(count_B, batch["weight"], batch["mask"], reduction)
-
-        if isinstance(loss_fn, WeightedSumLoss):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            total, size = loss_fn.weighted_sum(model, batch, coefficients)
-            return total, (size, _like(rest, nnx.state(model)))
-        loss_sum_B, count_B, new_rest = per_example(params, rest, _without_removed(batch))
-        if reduction == "token_mean":  # its denominator counts an example of weight 0 all the same
-            count_B = per_example(jax.lax.stop_gradient(params), rest, batch)[1]
-        coefficient_B, size = coefficients(count_B)
+        loss_sum_B, count_B, updated = forward(params, non_trainable, _without_removed(batch))
+        if reduction == "token_mean":
+            # The denominator counts the tokens of examples of weight 0, too. The compiler removes
+            # all of this second pass that the counts do not need.
+            count_B = forward(jax.lax.stop_gradient(params), non_trainable, batch)[1]
+        coefficient_B, denominator = coefficients(batch, count_B)
         # where, not a product: the loss of what is removed may be anything, NaN included.
         total = jnp.sum(jnp.where(coefficient_B != 0, coefficient_B * loss_sum_B, 0.0))
-        return total, (size, new_rest)
+        return total, (denominator, updated)
 
-    def accumulate(
-        state: TrainState, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, nnx.State, nnx.State]:
-        gradient = jax.value_and_grad(numerator, has_aux=True)
-        if micro_batches == 1:
-            (total, (size, rest)), grads = gradient(state.params, state.rest, batch)
-            return total, size, rest, grads
+    def fused(
+        params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+        assert isinstance(loss_fn, WeightedSumLoss)
+        model = nnx.merge(graphdef, params, non_trainable, copy=True)
+        total, denominator = loss_fn.weighted_sum(
+            model, batch, functools.partial(coefficients, batch)
+        )
+        return total, (denominator, _like(non_trainable, nnx.state(model)))
 
-        def one(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, None]:
-            total, size, rest, grads = carry
-            (more, (more_size, rest)), more_grads = gradient(state.params, rest, micro_batch)
-            grads = jax.tree.map(jnp.add, grads, more_grads)
-            return (total + more, size + more_size, rest, grads), None
-
-        zero = jnp.zeros((), jnp.float32)
-        start = (zero, zero, state.rest, jax.tree.map(jnp.zeros_like, state.params))
-        result, _ = jax.lax.scan(one, start, _split(batch, micro_batches))
-        return result
-
-    def step(state: TrainState, batch: Mapping[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        with sharding.tracing_on(mesh):
-            total, size, rest, grads = accumulate(state, batch)
-        denominator = jnp.where(size > 0, size, 1.0)
-        grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
-        state = TrainState(state.step + 1, params, rest, opt_state)
-        if mesh is not None:
-            # Else XLA may lay small parameters out anew, and the next step is compiled again.
-            state = jax.lax.with_sharding_constraint(state, sharding.tree_shardings(state, mesh))
-        return state, metrics
-
-    options = sharding.compiler_options(mesh)
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return fused if isinstance(loss_fn, WeightedSumLoss) else weighted_sum
 
 
 def _coefficients(
     count_B: jax.Array, weight_B: jax.Array, mask_B: jax.Array, reduction: Reduction
 ) -> tuple[jax.Array, jax.Array]:
-    """What a reduction multiplies each nll_sum by, and what it divides the sum by."""
+    """Returns what a reduction multiplies each loss_sum by, and its denominator."""
     count_B = jnp.where(mask_B, count_B, 0.0)
     weight_B = jnp.where(mask_B, weight_B, 0.0)
     if reduction == "token_mean":
@@ -237,11 +303,11 @@ def _coefficients(
 
 
 def _without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch with examples of weight 0 masked like padding, and their content taken out.
+    """Masks examples of weight 0 like padding, and replaces their content.
 
     A factor of 0 alone does not remove an example: its infinite loss or gradient times 0 is NaN.
-    Floats become 1 and integers 0, which is no place where a logarithm or a root goes wrong. Rows
-    of packed text hold several examples; there only the mask knows.
+    Floats become 1 and integers 0, where logarithms and roots are finite. Rows of packed text hold
+    several examples, so that only the mask changes there.
     """
     seen = batch["mask"] & (batch["weight"] != 0)
     cleaned = {**batch, "mask": seen}
@@ -267,7 +333,7 @@ def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
     return split
 
 
-def _like(rest: nnx.State, full: nnx.State) -> nnx.State:
-    """The variables of `full` at the paths of `rest`."""
+def _like(state: nnx.State, full: nnx.State) -> nnx.State:
+    """Returns the variables of `full` at the paths of `state`."""
     values = dict(nnx.to_flat_state(full))
-    return nnx.from_flat_state([(path, values[path]) for path, _ in nnx.to_flat_state(rest)])
+    return nnx.from_flat_state([(path, values[path]) for path, _ in nnx.to_flat_state(state)])
