@@ -13,7 +13,8 @@ from points import classify, linear, points
 from easy_jax.config import StageConfig
 from easy_jax.data import ArraySource, DataError, scoring_loader, training_loader
 from easy_jax.train.checkpoint import Checkpointer
-from easy_jax.train.fitting import TrainingError, fit
+from easy_jax.train.fitting import fit
+from easy_jax.train.hooks import TrainingError
 from easy_jax.train.scoring import ScoringError, score
 
 # Data.

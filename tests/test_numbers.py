@@ -17,7 +17,7 @@ from easy_jax.kernels.linear_cross_entropy import weighted_linear_cross_entropy
 from easy_jax.models import resnet
 from easy_jax.parallel import sharding
 from easy_jax.pretrained import weight_files
-from easy_jax.train.fitting import TrainingError
+from easy_jax.train.hooks import TrainingError
 from easy_jax.train.loss_table import LossTableError
 
 REDUCTIONS = ("token_mean", "example_mean", "weight_mean")

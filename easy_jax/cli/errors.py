@@ -9,7 +9,7 @@ from easy_jax.parallel.lock import LockError
 from easy_jax.parallel.processes import DisagreementError
 from easy_jax.pretrained.weight_files import WeightsError
 from easy_jax.train.checkpoint import CheckpointError
-from easy_jax.train.fitting import TrainingError
+from easy_jax.train.hooks import TrainingError
 from easy_jax.train.loss_table import LossTableError
 from easy_jax.train.scoring import ScoringError
 

@@ -121,10 +121,6 @@ def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
     Raises:
       WeightsError: see `load`; or tensors of a network that there is not here.
       ConfigError: `config.json` tells of a network that there is not here.
-
-    Example:
-      >>> read_config("hf://timm/resnet50.a1_in1k").depths  # doctest: +SKIP
-      (3, 4, 6, 3)
     """
     return dataclasses.replace(_find(path).config(), path=os.fspath(path))
 
@@ -138,10 +134,6 @@ def read_info(path: str | os.PathLike[str]) -> ClassifierInfo:
     Raises:
       WeightsError: see `load`; names that are not one for every class.
       ConfigError: a mean or standard deviation that is no list of numbers.
-
-    Example:
-      >>> read_info("hf://timm/resnet50.a1_in1k").mean  # doctest: +SKIP
-      (0.485, 0.456, 0.406)
     """
     return _find(path).info()
 
@@ -174,9 +166,7 @@ def export(
         number of names than of outputs.
 
     Example:
-      >>> model = load("models/resnet50")  # doctest: +SKIP
-      >>> config = read_config("models/resnet50")  # doctest: +SKIP
-      >>> export(model, config, "fine-tuned", base="models/resnet50")  # doctest: +SKIP
+      >>> export(model, RESNETS["resnet50"], "fine-tuned")  # doctest: +SKIP
     """
     architecture = config.name()
     if architecture is None:

@@ -1,16 +1,20 @@
-"""Checks of what `score` and `fit` are called with, before anything is compiled."""
+"""Checks of what `score` and `fit` are called with, and of a state that is to be saved."""
 
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from easy_jax import data
 from easy_jax.core import contract
+from easy_jax.core.step import TrainState
 from easy_jax.data import text
 from easy_jax.data.sources import check_numbers
 from easy_jax.train import compatibility
+from easy_jax.train.hooks import TrainingError
 
 
 def check_call(who: str, model: Any, source: data.AnySource) -> None:
@@ -80,3 +84,25 @@ def check_tokens(
     vocab = getattr(getattr(model, "config", None), "vocab", None)
     if isinstance(source, data.PackedSource) and isinstance(vocab, int):
         text.check_vocabulary(source.examples, vocab, used_N)
+
+
+def check_finite(name: str, step: int, state: TrainState) -> None:
+    """Refuses to save a state with values that are not finite: it would be resumed from.
+
+    Raises:
+      TrainingError: names the arrays with such values.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_is_finite(state)))
+    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
+    if bad:
+        raise TrainingError(
+            f"{name}: NaN or infinite values after step {step} in {', '.join(bad[:5])}"
+            f"{' ...' if len(bad) > 5 else ''}, which is not saved. Training diverged: lower the "
+            "learning rate"
+        )
+
+
+@jax.jit
+def _is_finite(tree: Any) -> Any:
+    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), tree)
+    return jax.tree.map(lambda x, check: jnp.isfinite(x).all() if check else True, tree, inexact)

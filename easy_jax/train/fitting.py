@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -40,7 +39,6 @@ from easy_jax.train.hooks import (
     Loop,
     Metrics,
     Speed,
-    TrainingError,
 )
 from easy_jax.train.identity import ANCHORED
 
@@ -341,7 +339,7 @@ class _Saving:
     def save(self, loop: Loop) -> None:
         loop.saved_seconds = loop.elapsed()
         with jax.transfer_guard("allow"):
-            _check_finite(loop.name, loop.step, loop.state)
+            checks.check_finite(loop.name, loop.step, loop.state)
             seconds, mean = {"seconds": loop.saved_seconds}, self.metrics.mean_loss()
             self.checkpointer.save(loop.state, self.batches, loop.step, seconds, mean)
         loop.throughput.restart()
@@ -393,21 +391,3 @@ def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> T
     opt_state: Any = state.opt_state
     opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
     return dataclasses.replace(state, opt_state=opt_state)
-
-
-def _check_finite(name: str, step: int, state: TrainState) -> None:
-    """A checkpoint of a broken model would be resumed from: it is not saved."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_is_finite(state)))
-    bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]
-    if bad:
-        raise TrainingError(
-            f"{name}: NaN or infinite values after step {step} in {', '.join(bad[:5])}"
-            f"{' ...' if len(bad) > 5 else ''}, which is not saved. Training diverged: lower the "
-            "learning rate"
-        )
-
-
-@jax.jit
-def _is_finite(tree: Any) -> Any:
-    inexact = jax.tree.map(lambda x: jnp.issubdtype(x.dtype, jnp.inexact), tree)
-    return jax.tree.map(lambda x, check: jnp.isfinite(x).all() if check else True, tree, inexact)
