@@ -66,6 +66,7 @@ def command_lines(root, tmp_path_factory):
     return {name: (started[name].returncode, *outputs[name]) for name in COMMANDS}
 
 
+@pytest.mark.slow
 def test_unknown_field_on_the_command_line(command_lines):
     code, out, err = command_lines["field"]
     assert code == 2
@@ -74,12 +75,14 @@ def test_unknown_field_on_the_command_line(command_lines):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.slow
 def test_unknown_argument_on_the_command_line(command_lines):
     code, _, err = command_lines["argument"]
     assert code != 0
     assert re.search(r"quickstart\.py:nope is unknown; use .*noisy.*tiny", err)
 
 
+@pytest.mark.slow
 def test_bad_value_on_the_command_line(command_lines):
     code, out, err = command_lines["value"]
     assert code == 2

@@ -154,6 +154,7 @@ print(c.of_structure(nnx.graphdef(model)))
 """
 
 
+@pytest.mark.slow
 def test_the_same_in_every_process(root, capsys):
     exec(SCRIPT, {"__name__": "__main__"})
     here = capsys.readouterr().out
@@ -176,6 +177,7 @@ def test_it_does_not_depend_on_where_arrays_lie():
     assert one == other
 
 
+@pytest.mark.slow
 def test_artefacts_of_version_0_1_stay_valid(tmp_path):
     """These fingerprints are in checkpoints and loss tables: a move of a module is no change."""
     resnets = {

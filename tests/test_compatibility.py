@@ -233,6 +233,7 @@ def _config(folder):
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_names_and_pixels_travel_with_an_export(images, tmp_path):
     model = ej.new_head(ej.ResNet(RESNET18, 7, rngs=nnx.Rngs(0)), 2, classes=["犬", "cat"])
     model.info = dataclasses.replace(model.info, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))

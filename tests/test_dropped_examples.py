@@ -54,6 +54,7 @@ def test_all_of_a_file_are_refused_in_one_message(dirty, tmp_path):
     assert "scoring.on_bad_example='drop'" in message
 
 
+@pytest.mark.slow
 def test_the_others_are_as_without_them(clean, dirty, tmp_path):
     expected = train.run(tiny_language.get_config(str(clean)), tmp_path / "clean", "evaluate")
     assert not list((tmp_path / "clean").glob("dropped*"))

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from helpers import devices_mesh
 
@@ -41,6 +42,7 @@ def _trained(model, source, directory, learning_rate, trainable=nnx.Param):
     ).model_state
 
 
+@pytest.mark.slow
 def test_accuracy_and_loss_equal_numpy_for_any_batch_and_device_count():
     model = resnet.ResNet(CONFIG, 3, rngs=nnx.Rngs(0))
     source = _source(45, 3)
@@ -61,6 +63,7 @@ def _predictions(graphdef, state, image):
     return np.asarray(eval_mode(nnx.merge(graphdef, state))(image)).argmax(axis=1)
 
 
+@pytest.mark.slow
 def test_the_swap_is_exact(tmp_path):
     old = resnet.ResNet(CONFIG, 5, rngs=nnx.Rngs(0))
     letters, digits = _source(64, 5), _source(48, 3, seed=1)

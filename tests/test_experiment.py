@@ -54,6 +54,7 @@ def _arguments():
             yield pytest.param(path, argument, id=f"{path.stem}:{argument}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("path", "argument"), list(_arguments()))
 def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_path):
     module = load_config(path)
@@ -67,6 +68,7 @@ def test_every_config_is_valid_and_runs_one_shrunken_step(path, argument, tmp_pa
         assert 0 <= row["pretrain_after"] <= 100 and 0 <= row["target"] <= 100
 
 
+@pytest.mark.slow
 def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
     module = sys.modules["easy_jax.train.fitting"]
     steps, make = [], module.make_train_step

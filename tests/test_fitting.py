@@ -59,6 +59,7 @@ def _weights(size=50):
     return np.random.default_rng(1).random(size).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
     options = {
         "weight_N": _weights(),
@@ -127,6 +128,7 @@ def test_one_compilation_for_a_sweep(model, source, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_does_not_matter(model, source, tmp_path):
     one = _fit(model, source, tmp_path / "1", mesh=devices_mesh(1))
     eight = _fit(model, source, tmp_path / "8", mesh=devices_mesh(8))

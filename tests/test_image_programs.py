@@ -96,6 +96,7 @@ def test_a_forward_pass_has_the_operations_of_the_formula(block, stem, image_siz
     assert _products(traced.jaxpr) == sum(image_programs.forward_flops(config, image_size, 10))
 
 
+@pytest.mark.slow
 def test_steps_do_the_passes_that_they_are_said_to():
     """Compiled for the CPU. The walk leaves out padding and the gradient of the images."""
     topology = chips.parse_topology("v5e:1x1")

@@ -156,6 +156,7 @@ def test_padding_is_not_decoded(folder):
     np.testing.assert_array_equal(batch["image"][20], batch["image"][0])
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same_and_resume(source, tmp_path):
     """With two workers, from the middle of a run without any, and back."""
 
@@ -182,6 +183,7 @@ def test_worker_processes_give_the_same_and_resume(source, tmp_path):
             np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+@pytest.mark.slow
 def test_errors_of_worker_processes_are_ours(folder):
     (folder / "dog" / "003.jpg").write_bytes(b"<html>")
     source = ImageSource(FolderImages(folder), VIEWS, reading=Reading(1, 1, workers=1))
@@ -189,6 +191,7 @@ def test_errors_of_worker_processes_are_ours(folder):
         list(scoring_loader(source, 8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "tfds"])
 def test_stores_reach_worker_processes(tmp_path, tfds_images, kind):
     if kind == "tfds":

@@ -83,6 +83,7 @@ def test_a_table_is_scored_once_whatever_training_sees(config, tmp_path):
         score(model, other, tmp_path, loss_fn=classification_loss, batch_size=8)
 
 
+@pytest.mark.slow
 def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
     source = load_images(config, "train")
     model = train_mode(network(source))

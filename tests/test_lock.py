@@ -339,6 +339,7 @@ def test_every_command_refuses_a_workdir_in_use(tmp_path, holder):
     assert _names(tmp_path) == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_two_processes_are_both_refused_in_one_line(root, tmp_path, holder):
     arguments = ["run", "--config=tests/tiny_language.py:none", f"--workdir={tmp_path}"]
     with Processes(root, arguments, count=2) as both:
@@ -350,6 +351,7 @@ def test_two_processes_are_both_refused_in_one_line(root, tmp_path, holder):
     assert _names(tmp_path) == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_over(root, tmp_path, holder):
     """Then it finds that there is no model, which is an error of its own, and gives it back."""
     command = [

@@ -40,6 +40,7 @@ def _with_adapters(targets=TARGETS, random=True, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [TARGETS, ("q", "down")])
 def test_new_adapters_change_nothing(targets):
     model = _with_adapters(targets, random=False)
@@ -74,6 +75,7 @@ def test_without_adapters_the_merged_kernel_is_the_kernel():
     np.testing.assert_array_equal(merged_kernel(linear), linear.kernel[...])
 
 
+@pytest.mark.slow
 def test_dtypes():
     model = _with_adapters(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     linear = model.blocks[0].q
@@ -116,6 +118,7 @@ def _train(model, mesh, steps=3):
     return state, losses
 
 
+@pytest.mark.slow
 def test_adapters_alone_are_trained():
     model = _with_adapters(random=False)
     state, losses = _train(model, devices_mesh(1))
@@ -139,6 +142,7 @@ def test_the_optimiser_holds_adapters_only():
     assert moments == sorted(shapes + shapes)
 
 
+@pytest.mark.slow
 def test_sharded_training_is_that_of_one_device():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     (one, losses), (many, sharded_losses) = (

@@ -197,6 +197,7 @@ def test_micro_batches_are_no_trouble(tmp_path):
         ej.fit(Model(), SOURCE, tmp_path / "b", stage=stage, loss_fn=mean)
 
 
+@pytest.mark.slow
 def test_packed_text(tmp_path):
     model, source = tiny_model(), packed_source()
 

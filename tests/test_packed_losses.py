@@ -148,6 +148,7 @@ SPLITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reduction", "devices", "micro_batches"),
     [("packed", *split) for split in SPLITS] + [("padded", *split) for split in SPLITS[::4]],
@@ -162,6 +163,7 @@ def test_the_gradient_is_the_weighted_sum_over_the_examples(
     np.testing.assert_allclose(metrics["grad_norm"], np.linalg.norm(expected), rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "devices"), [("packed", 8), ("padded", 1)])
 def test_the_gradient_with_token_weights(kind, devices):
     weights = {
@@ -178,6 +180,7 @@ def test_the_gradient_with_token_weights(kind, devices):
     np.testing.assert_allclose(metrics["loss"], weight @ losses / len(losses), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_weight_of_one_is_no_weight():
     plain, ones = _batch(packed.source()), _batch(packed.source(), weight_N=np.ones(SIZE))
     chex.assert_trees_all_equal(plain, ones)
@@ -185,6 +188,7 @@ def test_a_weight_of_one_is_no_weight():
     _assert_close(gradient, _expected_gradient("token_mean", np.ones(SIZE)))
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_leaves_the_example_out():
     zero, missing = packed.weights(), packed.weights()
     out = [4, 17]

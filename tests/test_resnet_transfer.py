@@ -106,6 +106,7 @@ main.cli()
 """
 
 
+@pytest.mark.slow
 def test_a_command_on_folders(root, tmp_path, monkeypatch):
     """ImageNet's validation images, CIFAR-10 and the network, small, in folders."""
     monkeypatch.setitem(RESNETS, "small", ("basic", (1,)))

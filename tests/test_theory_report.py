@@ -61,6 +61,7 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         theory_report.run(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_the_command_line_has_it(tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "easy_jax.main", "theory", f"--workdir={tmp_path / 'file'}"]

@@ -96,6 +96,7 @@ def row(results, method):
     return found
 
 
+@pytest.mark.slow
 def test_probing_forgets_nothing_to_the_last_image(experiment):
     _, _, results = experiment
     probe = row(results, "probe")
@@ -103,6 +104,7 @@ def test_probing_forgets_nothing_to_the_last_image(experiment):
     assert probe["pretrain_after"] == probe["pretrain_before"]
 
 
+@pytest.mark.slow
 def test_a_learning_rate_of_zero_changes_neither_task(experiment):
     _, _, results = experiment
     standing, probe = row(results, "standing"), row(results, "probe")
@@ -114,6 +116,7 @@ def test_a_learning_rate_of_zero_changes_neither_task(experiment):
     assert tuned["target"] != probe["target"]
 
 
+@pytest.mark.slow
 def test_the_ends_of_an_alpha_curve_are_the_models_averaged(experiment):
     config, _, results = experiment
     (curve,) = results["alpha_curves"]
@@ -128,6 +131,7 @@ def test_the_ends_of_an_alpha_curve_are_the_models_averaged(experiment):
     assert {row["method"] for row in shown} == {m.name for m in config.methods} - variants
 
 
+@pytest.mark.slow
 def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
     config, workdir, results = experiment
     table = LossTable.open(workdir / "loss_table" / "seed0-noise0.3-test")
@@ -163,6 +167,7 @@ def test_pictures_carry_the_names_of_classes(name, title):
     assert report._picture_title(name, 0.1234) == title
 
 
+@pytest.mark.slow
 def test_every_analysis_is_in_the_report(experiment):
     _, workdir, _ = experiment
     page, text = ((workdir / name).read_text() for name in ("report.html", "results.md"))
@@ -173,6 +178,7 @@ def test_every_analysis_is_in_the_report(experiment):
     assert page.count("<figure>") == 6
 
 
+@pytest.mark.slow
 def test_online_weights_are_the_tables_where_views_are_fixed(experiment):
     """Without random views, weights in the step and weights of the table train the same model."""
     config, workdir, results = experiment
@@ -231,6 +237,7 @@ def test_online_weights_are_of_the_view_trained_on(photos):
     assert (weight_B[~batch["mask"]] == 0).all()
 
 
+@pytest.mark.slow
 def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monkeypatch):
     """No training data of the pre-training task are needed, nor its validation."""
     monkeypatch.setitem(RESNETS, "small", ("basic", (1,)))  # compiles faster than resnet18
@@ -367,6 +374,7 @@ main.cli()
 """
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
     names = ("standard", "l2", "wise_ft", "flow", "flow_wise_ft")
 

@@ -109,6 +109,7 @@ def rounding_scale(name, rho):
     return max(norms[kind] ** int(steps) * 1.7, 1e-5) if kind in norms else 0.0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     dim=st.sampled_from(DIMS),
