@@ -18,7 +18,7 @@ from easy_jax.ahead_of_time.chips import GIB
 from easy_jax.ahead_of_time.image_programs import kinds
 from easy_jax.config import RESNETS, ExperimentConfig
 from easy_jax.data.known_images import DATA_SETS
-from easy_jax.experiments.plan import cells
+from easy_jax.experiments.plan import runs
 
 CONFIG = "configs/resnet_transfer.py"
 # Images of each data set's own splits: training, validation where it has one, and test.
@@ -81,12 +81,12 @@ def work(config: ExperimentConfig, size: dict[str, int]) -> dict[str, tuple[int,
         program = name.split(", ")[0]  # without the anchor
         steps, images = found.get(program, (0, 0))
         for stage in stages:
-            assert stage.stage is not None
-            seen = size["train"] * stage.stage.epochs
-            steps, images = steps + math.ceil(seen / stage.stage.batch_size), images + seen
+            assert stage.config is not None
+            seen = size["train"] * stage.config.epochs
+            steps, images = steps + math.ceil(seen / stage.config.batch_size), images + seen
             trained += 1
         found[program] = steps, images
-    tests = len(list(cells(config)))
+    tests = len(list(runs(config)))
     passes = [  # how often, over how many
         (1, size["train"]),
         (1, size["test"]),  # the loss tables

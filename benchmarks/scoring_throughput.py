@@ -46,8 +46,10 @@ def main() -> None:
     def plain() -> None:
         jax.block_until_ready([forward(state, image_BHWC) for image_BHWC in placed])
 
+    step = scoring.make_score_step(graphdef, ej.classification_loss, mesh)
+
     def per_example() -> None:
-        for _ in scoring.per_example(graphdef, state, ej.classification_loss, loader, mesh):
+        for _ in scoring.per_example(step, state, loader, mesh):
             pass
 
     with tempfile.TemporaryDirectory() as folder:

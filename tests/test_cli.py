@@ -130,7 +130,7 @@ def test_run_prints_the_table(whole):
     _, printed = whole
     for method in METHODS:
         assert re.search(rf"\b{method}\b[^\n]*0\.03[^\n]*\d+\.\d", printed)
-    assert re.search(r"method.*kept.*target.*mean", printed)
+    assert re.search(r"method.*retained.*target.*mean", printed)
     assert "report.html" in printed
 
 

@@ -103,19 +103,19 @@ def _lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _row(method, seed, rate, target, kept, **more):
+def _row(method, seed, rate, target, retained, **more):
     return {
         "method": method,
         "seed": seed,
         "label_noise": 0.0,
         "learning_rate": rate,
         "pretrain_before": 99.0,
-        "pretrain_after": kept,
+        "pretrain_after": retained,
         "target": target,
-        "mean": (kept + target) / 2,
+        "mean": (retained + target) / 2,
         "seconds": 1.0,
         "target_validation": target,
-        "pretrain_validation": kept,
+        "pretrain_validation": retained,
         "target_by_decile": [target + 10, target - 10],
         **more,
     }
@@ -128,12 +128,12 @@ def _grid_config():
 
 def test_selection_rules_use_validation_only():
     rows = [
-        _row("a", 0, 0.1, target=90, kept=10),
-        _row("a", 0, 0.01, target=80, kept=95),
+        _row("a", 0, 0.1, target=90, retained=10),
+        _row("a", 0, 0.01, target=80, retained=95),
         # The test accuracy must not matter:
-        _row("a", 0, 0.001, target=99, kept=99, target_validation=1, pretrain_validation=1),
-        _row("a", 1, 0.1, target=70, kept=50),
-        _row("a", 1, 0.01, target=70, kept=50),
+        _row("a", 0, 0.001, target=99, retained=99, target_validation=1, pretrain_validation=1),
+        _row("a", 1, 0.1, target=70, retained=50),
+        _row("a", 1, 0.01, target=70, retained=50),
     ]
     results = results_lib.select(ExperimentConfig(), rows)
     assert [(r["seed"], r["learning_rate"]) for r in results["results"]] == [(0, 0.1), (1, 0.01)]
@@ -158,5 +158,5 @@ def test_methods_share_their_stages(root):
     assert len(stages) == 3 + 6 * (1 + 4 * (9 + 2) - 1)
     for stage in stages.values():
         assert stage.start is None or list(stages).index(stage.start) < list(stages).index(
-            stage.name
+            stage.key
         )

@@ -9,7 +9,7 @@ from helpers import load_config
 from image_data import write_folder
 
 from easy_jax.config import RESNETS, ConfigError, ResNetConfig, replace
-from easy_jax.experiments.plan import cell_stages, cells
+from easy_jax.experiments.plan import run_stages, runs
 from easy_jax.models.resnet import ResNet, nnx
 from easy_jax.pretrained import timm_weights
 
@@ -55,9 +55,9 @@ def test_values_are_the_papers(module, data):
     epochs, flow, head, standard = PAPER[data]
     methods = {method.name: method for method in config.methods}
     rates = {
-        (cell.method.name, stage.trainable): stage.stage.optimizer.learning_rate
-        for cell in cells(config)
-        for stage in cell_stages(config, cell)
+        (run.method.name, stage.trainable): stage.config.optimizer.learning_rate
+        for run in runs(config)
+        for stage in run_stages(config, run)
     }
     assert rates["standard", "all"] == rates["l2", "all"] == rates["wise_ft", "all"] == standard
     assert rates["flow", "all"] == rates["flow_wise_ft", "all"] == flow
@@ -85,8 +85,8 @@ def test_a_flag_for_one_stage_is_for_that_stage(module):
 def test_with_a_grid_every_method_has_all_rates(module):
     config = module.get_config("resnet50,cifar10,grid").validate()
     tried = {}
-    for cell in cells(config):
-        tried.setdefault(cell.method.name, []).append(cell.learning_rate)
+    for run in runs(config):
+        tried.setdefault(run.method.name, []).append(run.learning_rate)
     assert all(rates == [0.001, 0.003, 0.01, 0.03, 0.1] for rates in tried.values())
     assert config.model.path == "hf://timm/resnet50.a1_in1k" and config.model.name() == "resnet50"
 

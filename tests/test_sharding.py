@@ -73,8 +73,9 @@ def _losses(family, shape):
     graphdef, state = nnx.split(eval_mode(model))
     state = sharding.shard_tree(state, mesh)
     loader = scoring_loader(_source(family), ROWS)
-    ((_, nll_sum, count),) = scoring.per_example(graphdef, state, loss_fn, loader, mesh)
-    return nll_sum / count
+    step = scoring.make_score_step(graphdef, loss_fn, mesh)
+    ((_, loss_sum, count),) = scoring.per_example(step, state, loader, mesh)
+    return loss_sum / count
 
 
 def _trained(family, shape):

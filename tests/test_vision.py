@@ -358,9 +358,9 @@ from easy_jax.io import metrics_log
 
 evaluate, append, left = ImageExperiment.evaluate, metrics_log.append_line, [int(sys.argv.pop(1))]
 
-def tell(self, cell):
-    print("evaluates", cell.method.name, flush=True)
-    return evaluate(self, cell)
+def tell(self, run):
+    print("evaluates", run.method.name, flush=True)
+    return evaluate(self, run)
 
 def append_and_die(path, line):
     append(path, line)
@@ -407,5 +407,5 @@ def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
 
 def test_frozen_stages_as_the_command_line_gives_them():
     config = letters(methods=(MethodConfig(),), frozen_batch_norm=("probe,finetune",)).validate()
-    frozen = {stage.name: stage.frozen_norm for stage in plan(config).values()}
+    frozen = {stage.key.path: stage.frozen_norm for stage in plan(config).values()}
     assert list(frozen.values()) == [False, True, True]

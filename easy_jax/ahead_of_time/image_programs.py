@@ -52,9 +52,9 @@ def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
         for name, stages in kinds(config).items():
             # Of those that run the same program, the one beside which most is kept.
             stage = max(stages, key=lambda stage: _kept(config, stage))
-            assert stage.stage is not None
+            assert stage.config is not None
             lower = functools.partial(train_program, config, name, stage, mesh)
-            lowerings.append(Lowering(lower, stage.stage.batch_size, stage.stage.micro_batches))
+            lowerings.append(Lowering(lower, stage.config.batch_size, stage.config.micro_batches))
     if what != "train":
         score = functools.partial(score_program, config, mesh)
         lowerings.append(Lowering(score, config.scoring.batch_size))
@@ -77,16 +77,16 @@ def kinds(config: ExperimentConfig) -> dict[str, list[Stage]]:
     """
     found: dict[Any, list[Stage]] = {}
     for stage in plan(config).values():
-        if stage.stage is not None:
+        if stage.config is not None:
             optimizer = dataclasses.replace(
-                stage.stage.optimizer, learning_rate=0.0, anchor_strength=0.0
+                stage.config.optimizer, learning_rate=0.0, anchor_strength=0.0
             )
-            settings = dataclasses.replace(stage.stage, epochs=1, optimizer=optimizer)
+            settings = dataclasses.replace(stage.config, epochs=1, optimizer=optimizer)
             key = (_kind(stage), repr(settings))
             found.setdefault(key, []).append(stage)
     named: dict[str, list[Stage]] = {}
     for (kind, _), stages in found.items():
-        named[kind if kind not in named else f"{kind} ({stages[0].name})"] = stages
+        named[kind if kind not in named else f"{kind} ({stages[0].key.path})"] = stages
     return named
 
 
@@ -94,8 +94,8 @@ def train_program(
     config: ExperimentConfig, name: str, stage: Stage, mesh: Mesh, rows: int
 ) -> Program:
     """The training step of a stage on global batches of `rows` images."""
-    assert stage.stage is not None
-    settings, pretraining = stage.stage, stage.label_noise is None
+    assert stage.config is not None
+    settings, pretraining = stage.config, stage.label_noise is None
     size, num_classes = _task(config, pretraining)
     model = _abstract_model(config, num_classes)
     resident = _kept(config, stage) * tree_bytes(placed(nnx.state(model), mesh))
@@ -189,15 +189,15 @@ def _conv_flops(size: int, window: int, in_features: int, features: int) -> floa
 def _kept(config: ExperimentConfig, stage: Stage) -> int:
     if stage.label_noise is None:
         return 0
-    shared = {each.name for each in shared_stages(config, stage.seed, stage.label_noise)}
+    shared = {each.key for each in shared_stages(config, stage.seed, stage.label_noise)}
     return _KEPT + (stage.start not in shared)
 
 
 def _kind(stage: Stage) -> str:
-    assert stage.stage is not None
+    assert stage.config is not None
     if stage.label_noise is None:
         return "pretrain"
-    anchor = stage.stage.optimizer.anchor
+    anchor = stage.config.optimizer.anchor
     parts = [
         f"train {stage.trainable}",
         stored_name(anchor) if anchor != "none" else "",

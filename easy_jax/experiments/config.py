@@ -134,6 +134,8 @@ class ExperimentConfig:
         by its running statistics and leaves them; in the others by the batch's, as in the
         authors' code.
       only: names of methods to run; empty means all.
+      metrics: what is measured on both tasks beside accuracy, by its name in
+        `easy_jax.train.metrics`, such as `loss`.
       eval_every_epochs: points of the learning curves.
       save_every_steps: how often a running stage is saved.
       keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
@@ -160,6 +162,7 @@ class ExperimentConfig:
     learning_rates: tuple[float, ...] = (0.03,)
     methods: tuple[MethodConfig, ...] = ()
     only: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
     eval_batch_size: int = 256
     eval_every_epochs: int = 1
     save_every_steps: int = 100
@@ -190,6 +193,7 @@ class ExperimentConfig:
             getattr(self, stage).validate(f"config.{stage}")
         self._check_learning_rates()
         check_methods(self.methods, self._only(), "images")
+        self._check_metrics()
         check_positive(self, "eval_batch_size", "eval_every_epochs", "save_every_steps")
         check_positive(self, "keep_checkpoints", "log_every_steps")
         return self
@@ -211,6 +215,15 @@ class ExperimentConfig:
             wanted = f"not empty: {', '.join(rateless)} have none of their own"
         require(ok, "config.learning_rates", self.learning_rates, wanted)
         check_rates(self.learning_rates, "config.learning_rates")
+
+    def _check_metrics(self) -> None:
+        if self.metrics:
+            from easy_jax.train.metrics import METRICS  # needs JAX
+
+            for name in self.metrics:
+                METRICS.find(name, "config.metrics")
+        unique = len(set(self.metrics)) == len(self.metrics)
+        require(unique, "config.metrics", self.metrics, "distinct")
 
     def selected_methods(self) -> tuple[MethodConfig, ...]:
         """The methods to run: `only`, or all of them."""

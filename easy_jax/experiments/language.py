@@ -81,8 +81,8 @@ class LanguageExperiment:
         self.terminal.start({stage_name(method): steps for method in methods}, roughly=True)
         if self._weighs():
             self._table()
-        cells = Measurements(self.workdir / "cells.jsonl", self._inputs)
-        rows = {row["method"]: row for row in cells.read()} if measured else {}
+        stored = Measurements(self.workdir / "cells.jsonl", self._inputs)
+        rows = {row["method"]: row for row in stored.read()} if measured else {}
         if measured and all(name in rows for name in (BASE, *(m.name for m in methods))):
             self.terminal.print(
                 f"all is done: {len(rows)} results, in {self.workdir} (use another --workdir to "
@@ -90,7 +90,7 @@ class LanguageExperiment:
             )
         if measured and BASE not in rows:
             self.terminal.describe("evaluate the pre-trained model")
-            rows[BASE] = cells.add({"method": BASE, **self._measure(self.model)})
+            rows[BASE] = stored.add({"method": BASE, **self._measure(self.model)})
         for method in methods:
             if method.name in rows:
                 self.terminal.skip(stage_name(method))
@@ -102,7 +102,7 @@ class LanguageExperiment:
                 continue
             self.terminal.describe(f"evaluate {method.name}")
             row = {"method": method.name, **self._measure(model), "seconds": seconds}
-            rows[method.name] = cells.add(row)
+            rows[method.name] = stored.add(row)
         if not measured:
             return {}
         results = {"language": [rows[name] for name in (BASE, *(m.name for m in methods))]}

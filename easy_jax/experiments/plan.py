@@ -1,4 +1,4 @@
-"""The plan of an experiment: which stages and cells a configuration asks for. Pure functions."""
+"""The plan of an experiment: the stages and runs that a configuration asks for. Pure functions."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,30 +11,66 @@ from easy_jax.experiments.config import ExperimentConfig, MethodConfig, Trainabl
 from easy_jax.train.config import StageConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """One training stage of the plan. Its name is its directory below `checkpoints/`.
+@dataclasses.dataclass(frozen=True, slots=True)
+class StageKey:
+    """The identity of a training stage.
 
-    `start` is the name of the stage it continues, None for a random initialisation;
-    `new_head` replaces the head by a fresh one for the target task. `stage` is None where there
-    is nothing to train: the pre-trained weights are read from files.
+    Attributes:
+      name: what is trained, such as `probe`; stages that differ otherwise have another one.
+      seed, label_noise, learning_rate: None where the stage does not depend on it.
     """
 
     name: str
+    seed: int | None = None
+    label_noise: float | None = None
+    learning_rate: float | None = None
+
+    @property
+    def path(self) -> str:
+        """The directory of the stage's checkpoints, below `checkpoints/`; also its displayed name.
+
+        Example:
+          >>> StageKey("probe", seed=0, label_noise=0.3).path
+          'seed0/noise0.3/probe'
+        """
+        parts = [] if self.seed is None else [f"seed{self.seed}"]
+        for name, value in (("noise", self.label_noise), ("lr", self.learning_rate)):
+            parts += [] if value is None else [f"{name}{value:g}"]
+        return "/".join([*parts, self.name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage of the plan.
+
+    Attributes:
+      key: its identity.
+      seed: of its data, initialisation and order of examples.
+      start: the stage whose model it continues, None for a random initialisation.
+      new_head: whether the head is replaced by a fresh one for the target task.
+      config: how it is trained; None if the pre-trained weights are read from files instead.
+      weighting, trainable, frozen_norm, sfa_beta: as in `MethodConfig` and `ExperimentConfig`.
+    """
+
+    key: StageKey
     seed: int
-    label_noise: float | None
-    start: str | None
+    start: StageKey | None
     new_head: bool
-    stage: StageConfig | None
+    config: StageConfig | None
     weighting: str = "none"
     trainable: Trainable = "all"
     frozen_norm: bool = False
     sfa_beta: float | None = None
 
+    @property
+    def label_noise(self) -> float | None:
+        """The share of wrong labels in its training data; None for the pre-training task."""
+        return self.key.label_noise
+
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
-    """One entry of the grid: a method, at a learning rate, in a setting, with a seed."""
+class Run:
+    """One run of the grid: a method at a learning rate, with a label noise and a seed."""
 
     seed: int
     label_noise: float
@@ -46,91 +82,84 @@ class Cell:
         return self.seed, self.label_noise, self.learning_rate, self.method.name
 
 
-def plan(config: ExperimentConfig) -> dict[str, Stage]:
-    """All training stages by name, each after the one it starts from; shared ones once."""
-    stages: dict[str, Stage] = {}
-    for cell in cells(config):
-        for stage in (
-            *shared_stages(config, cell.seed, cell.label_noise),
-            *cell_stages(config, cell),
-        ):
-            stages.setdefault(stage.name, stage)
+def plan(config: ExperimentConfig) -> dict[StageKey, Stage]:
+    """Returns all training stages, each after the one that it starts from; shared ones once."""
+    stages: dict[StageKey, Stage] = {}
+    for run in runs(config):
+        for stage in (*shared_stages(config, run.seed, run.label_noise), *run_stages(config, run)):
+            stages.setdefault(stage.key, stage)
     return stages
 
 
-def cells(config: ExperimentConfig) -> Iterator[Cell]:
-    """The grid, in the order in which it is run."""
+def runs(config: ExperimentConfig) -> Iterator[Run]:
+    """Yields the runs of the grid in the order in which they are carried out."""
     rates_of = {
         method.name: method.learning_rates or config.learning_rates
         for method in config.selected_methods()
     }
     for seed in config.seeds:
         for noise in config.data.label_noise:
-            # By rate: what methods share at one is in memory when the next one needs it.
+            # By rate, so that a stage that methods share is still in memory for the next of them.
             for rate in dict.fromkeys(rate for rates in rates_of.values() for rate in rates):
                 for method in config.selected_methods():
                     if rate in rates_of[method.name]:
-                        yield Cell(seed, noise, rate, method)
+                        yield Run(seed, noise, rate, method)
 
 
 def shared_stages(config: ExperimentConfig, seed: int, label_noise: float) -> tuple[Stage, Stage]:
-    """Pre-training and probe, on which all cells of a seed and setting rest."""
+    """Returns pre-training and linear probe, which all runs of a seed and label noise share."""
     pretrain = Stage(
-        pretrain_name(config, seed),
-        seed,
-        None,
-        None,
-        False,
-        None if config.model.path else config.pretrain,
+        key=pretrain_key(config, seed),
+        seed=seed,
+        start=None,
+        new_head=False,
+        config=None if config.model.path else config.pretrain,
     )
     probe = Stage(
-        probe_name(seed, label_noise),
-        seed,
-        label_noise,
-        pretrain.name,
-        True,
-        config.probe,
+        key=probe_key(seed, label_noise),
+        seed=seed,
+        start=pretrain.key,
+        new_head=True,
+        config=config.probe,
         trainable="head",
         frozen_norm="probe" in config.frozen_stages(),
     )
     return pretrain, probe
 
 
-def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
-    """A method's own stages: fine-tuning and, if it has one, the head alone.
+def run_stages(config: ExperimentConfig, run: Run) -> list[Stage]:
+    """Returns a run's own stages: fine-tuning and, if the method has one, the head alone.
 
-    A linear probe like the experiment's, at its learning rate, is that one.
+    A linear probe with the learning rate of the experiment's probe is that stage.
     """
-    method, seed, noise = cell.method, cell.seed, cell.label_noise
+    method, seed, noise, rate = run.method, run.seed, run.label_noise, run.learning_rate
     pretrain, probe = shared_stages(config, seed, noise)
     from_probe = method.start == "probe"
-    name = f"seed{seed}/noise{noise:g}/lr{cell.learning_rate:g}/{method.start}-{path_of(method)}"
+    name = f"{method.start}-{path_of(method)}"
     finetune = Stage(
-        name,
-        seed,
-        noise,
-        probe.name if from_probe else pretrain.name,
-        not from_probe,
-        _at_rate(config.finetune, cell.learning_rate, method),
+        key=StageKey(name, seed, noise, rate),
+        seed=seed,
+        start=probe.key if from_probe else pretrain.key,
+        new_head=not from_probe,
+        config=_at_rate(config.finetune, rate, method),
         weighting=method.weighting,
         trainable=method.trainable,
         frozen_norm=("probe" if method.trainable == "head" else "finetune")
         in config.frozen_stages(),
         sfa_beta=sfa_beta(method),
     )
-    if dataclasses.replace(finetune, name=probe.name) == probe:
+    if dataclasses.replace(finetune, key=probe.key) == probe:
         finetune = probe
     if method.head_stage == "none":
         return [finetune]
-    rate = method.head_learning_rate or cell.learning_rate
-    own_rate = f"-lr{rate:g}" if rate != cell.learning_rate else ""
+    head_rate = method.head_learning_rate or rate
+    own_rate = f"-lr{head_rate:g}" if head_rate != rate else ""
     head = Stage(
-        f"{name}-head-{method.head_stage}{own_rate}",
-        seed,
-        noise,
-        finetune.name,
-        False,
-        _at_rate(config.head, rate),
+        key=StageKey(f"{name}-head-{method.head_stage}{own_rate}", seed, noise, rate),
+        seed=seed,
+        start=finetune.key,
+        new_head=False,
+        config=_at_rate(config.head, head_rate),
         weighting=method.weighting if method.head_stage == "weighted" else "none",
         trainable="head",
         frozen_norm="head" in config.frozen_stages(),
@@ -139,7 +168,7 @@ def cell_stages(config: ExperimentConfig, cell: Cell) -> list[Stage]:
 
 
 def path_of(method: MethodConfig) -> str:
-    """The part of a directory's name that says how a method trains."""
+    """Returns how a method trains, as a part of a directory's name."""
     anchored = method.anchor != "none"
     anchor = f"{stored_name(method.anchor)}{method.anchor_strength:g}" if anchored else ""
     averaging = f"{method.averaging}{method.alpha:g}" if sfa_beta(method) is not None else ""
@@ -148,18 +177,18 @@ def path_of(method: MethodConfig) -> str:
 
 
 def sfa_beta(method: MethodConfig) -> float | None:
-    """The share of the starting weights, of a method that averages during training."""
+    """Returns the share of the starting weights if a method averages during training."""
     return method.alpha if AVERAGINGS.find(method.averaging).when == "during" else None
 
 
-def pretrain_name(config: ExperimentConfig, seed: int) -> str:
-    """The stage that all of a seed's stages start from; given weights are every seed's."""
-    return "pretrained" if config.model.path else f"seed{seed}/pretrain"
+def pretrain_key(config: ExperimentConfig, seed: int) -> StageKey:
+    """Returns the stage that all others of a seed start from; one for all seeds if it is read."""
+    return StageKey("pretrained") if config.model.path else StageKey("pretrain", seed)
 
 
-def probe_name(seed: int, label_noise: float) -> str:
-    """The linear probe whose losses give the weights."""
-    return f"seed{seed}/noise{label_noise:g}/probe"
+def probe_key(seed: int, label_noise: float) -> StageKey:
+    """Returns the linear probe whose losses give the weights."""
+    return StageKey("probe", seed, label_noise)
 
 
 def _at_rate(
@@ -176,11 +205,11 @@ def _at_rate(
 def loss_table_path(
     workdir: Path, seed: int, label_noise: float, split: Literal["train", "test"] = "train"
 ) -> Path:
-    """Where a setting's loss table is."""
+    """Returns the directory of a loss table of the probed model."""
     end = "" if split == "train" else f"-{split}"
     return workdir / "loss_table" / f"seed{seed}-noise{label_noise:g}{end}"
 
 
 def row_key(row: dict[str, Any]) -> tuple[int, float, float, str]:
-    """The key of the cell that a row of results belongs to."""
+    """Returns the key of the run that a row of results belongs to."""
     return row["seed"], row["label_noise"], row["learning_rate"], row["method"]

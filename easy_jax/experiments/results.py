@@ -1,4 +1,4 @@
-"""From the cells of an experiment with images to its results: selection, and tables of text."""
+"""Selects the results of an experiment with images and lays them out as tables of text."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 from easy_jax.core.merge import AVERAGINGS
 from easy_jax.experiments import plan
 from easy_jax.experiments.config import ExperimentConfig, MethodConfig
+from easy_jax.train.metrics import METRICS
 
 Row = dict[str, Any]
 RULES: dict[str, tuple[str, Callable[[Row], float]]] = {
@@ -25,28 +26,79 @@ RULES: dict[str, tuple[str, Callable[[Row], float]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TableText:
-    """A table as text; in each column of `best`, the largest leading number is the best."""
+    """A table as text.
+
+    Attributes:
+      best: columns in which the largest leading number is the best.
+      least: columns in which the smallest leading number is the best.
+    """
 
     title: str
     header: tuple[str, ...]
     lines: list[tuple[str, ...]]
     best: tuple[int, ...] = ()
+    least: tuple[int, ...] = ()
+
+
+def row_of(
+    run: plan.Run,
+    before: Row,
+    after: Mapping[str, Row],
+    validation: Mapping[str, Row],
+    seconds: float,
+    metrics: Sequence[str],
+) -> Row:
+    """Returns the row of results of a run.
+
+    Args:
+      run: the run.
+      before: what `evaluate.classification` measured on the pre-training task before fine-tuning.
+      after: the same on the test data of `pretrain` and `target` after it; with groups on target.
+      validation: the same on validation data, without `pretrain` if that has none.
+      seconds: the time of training.
+      metrics: names of metrics to include beside accuracy.
+    """
+    old, target = after["pretrain"], after["target"]
+    row = {
+        "method": run.method.name,
+        "seed": run.seed,
+        "label_noise": run.label_noise,
+        "learning_rate": run.learning_rate,
+        "pretrain_before": before["accuracy"],
+        "pretrain_after": old["accuracy"],
+        "target": target["accuracy"],
+        "mean": (old["accuracy"] + target["accuracy"]) / 2,
+        "seconds": seconds,
+        "pretrain_validation": validation.get("pretrain", {}).get("accuracy"),
+        "target_validation": validation["target"]["accuracy"],
+        "target_by_decile": target["group_accuracy"],
+    }
+    if metrics:
+        measured = {"pretrain_before": before, "pretrain_after": old, "target": target}
+        row["metrics"] = {
+            name: {key: values[name] for key, values in measured.items()} for name in metrics
+        }
+    return row
 
 
 def select(config: ExperimentConfig, rows: Sequence[Row]) -> dict[str, Any]:
     """Chooses a learning rate per method and seed, on validation data only.
 
     Args:
-      config: of the experiment.
-      rows: every cell of the grid.
+      config: the experiment.
+      rows: the results of all runs of the grid.
 
     Returns:
-      The content of `results.json`. `tasks`: what the two are called; `results`: one row per
-      setting, method and seed, the learning rate chosen by target validation accuracy (ties: the
-      smaller rate); `results_by_mean`: the same, chosen by the mean of both validation accuracies,
-      if the pre-training task has validation data; `grid`: every cell that `results` does not
-      hold; `alpha_curves`: of every setting and WiSE-FT method with more than one alpha, the
-      means over the seeds, at the rate that was chosen for the method first configured.
+      The content of `results.json`:
+
+      - `tasks`: the names of the two tasks.
+      - `results`: one row for each label noise, method and seed, with the learning rate chosen by
+        target validation accuracy (of equal ones, the smallest rate).
+      - `results_by_mean`: the same, chosen by the mean of both validation accuracies; only if the
+        pre-training task has validation data.
+      - `grid`: the rows that `results` does not have.
+      - `alpha_curves`: for each label noise and WiSE-FT method with more than one alpha, the means
+        over the seeds, at the learning rate that was chosen for the method configured first.
     """
     groups: dict[tuple[float, str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["learning_rate"]):
@@ -62,12 +114,12 @@ def select(config: ExperimentConfig, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def all_rows(results: Mapping[str, Any]) -> list[Row]:
-    """Every cell, chosen or not."""
+    """Returns the rows of all runs, selected or not."""
     return [*results["results"], *results["grid"]]
 
 
 def without_variants(results: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """The rows that are not of another alpha of a method that has a row."""
+    """Leaves out the rows that repeat a method with another alpha."""
     variants = {
         point["method"]
         for curve in results["alpha_curves"]
@@ -85,7 +137,7 @@ def _alpha_curves(
         if AVERAGINGS.find(method.averaging).when == "after":
             family = repr(dataclasses.replace(method, name="", alpha=0.0))
             families.setdefault(family, []).append(method)
-    cells = {plan.row_key(row): row for row in rows}
+    by_key = {plan.row_key(row): row for row in rows}
     curves = []
     for noise in dict.fromkeys(row["label_noise"] for row in rows):
         for methods in families.values():
@@ -96,7 +148,7 @@ def _alpha_curves(
             ]
             points = []
             for method in sorted(methods, key=lambda method: method.alpha):
-                group = [cells[seed, noise, rate, method.name] for seed, rate in rates]
+                group = [by_key[seed, noise, rate, method.name] for seed, rate in rates]
                 means = {k: mean(group, k) for k in ("pretrain_after", "target", "mean")}
                 points.append({"alpha": method.alpha, "method": method.name, **means})
             if len(points) > 1:
@@ -105,12 +157,12 @@ def _alpha_curves(
 
 
 def mean(rows: Sequence[Row], key: str) -> float:
-    """Of a field, over rows."""
+    """Returns the mean of a field over rows."""
     return float(np.mean([row[key] for row in rows]))
 
 
-def setting_name(label_noise: float) -> str:
-    """How tables and figures call a setting."""
+def condition_name(label_noise: float) -> str:
+    """Returns the name of a label noise in tables and figures."""
     return (
         f"{label_noise:.0%} of the training labels wrong" if label_noise else "labels as they are"
     )
@@ -120,20 +172,28 @@ def setting_name(label_noise: float) -> str:
 
 
 def chosen_tables(results: Mapping[str, Any]) -> list[TableText]:
-    """The layout of the paper's Tables 1 and 3, of each selection rule and setting; and what each
-    alpha gives."""
+    """Returns a table for each selection rule and label noise, and one for each alpha curve.
+
+    The layout is that of Tables 1 and 3 of arXiv:2502.02797. Each further metric of the
+    experiment has two more columns, for the pre-training and the target task.
+    """
     tables = []
     for caption, rows in _rules(results):
         rows = without_variants(results, rows)
         for noise, lines in summary(rows).items():
-            header = ("method", "learning rate", "kept", "Δ", "target", "mean")
-            tables.append(TableText(_title(noise, caption), header, lines, best=(2, 4, 5)))
+            header = ("method", "learning rate", "retained", "Δ", "target", "mean")
+            titles, more, least = _metric_columns(rows, len(header))
+            title, best = _title(noise, caption), (2, 4, 5, *more)
+            tables.append(TableText(title, (*header, *titles), lines, best, least))
     return [*tables, *_alpha_tables(results)]
 
 
 def all_tables(config: ExperimentConfig, results: Mapping[str, Any]) -> list[TableText]:
-    """These, the accuracy by decile of the probed model's loss (Table 5), and both accuracies at
-    each learning rate, if there are several."""
+    """Returns `chosen_tables`, and tables of accuracy by decile and by learning rate.
+
+    Deciles are of the probed model's loss (arXiv:2502.02797, Table 5). A table by learning rate is
+    left out if there is only one rate.
+    """
     rates = _rate_tables(config, results)
     return [*chosen_tables(results), *_decile_tables(results), *rates]
 
@@ -143,44 +203,62 @@ def _rate_tables(config: ExperimentConfig, results: Mapping[str, Any]) -> list[T
     rates = sorted({row["learning_rate"] for row in rows})
     if len(rates) == 1 or not results["grid"]:
         return []
-    # In the order of the grid, which the chosen rows and the rest do not keep.
+    # Selected rows come before the others: back to the order of the configuration.
     names = [method.name for method in config.selected_methods()]
     rows.sort(key=lambda row: names.index(row["method"]))
     header = ("method", *(f"{rate:g}" for rate in rates))
     return [
-        TableText(_title(noise, "kept / target at each learning rate"), header, lines)
+        TableText(_title(noise, "retained / target at each learning rate"), header, lines)
         for noise, lines in by_rate(rows).items()
     ]
 
 
 def summary(rows: Sequence[Row]) -> dict[float, list[tuple[str, ...]]]:
-    """Lines of a table, by label noise: mean and, over several seeds, standard deviation."""
+    """Returns the lines of a table for each label noise: means and standard deviations of seeds."""
     lines: dict[float, list[tuple[str, ...]]] = {}
     for (noise, method), group in _groups(rows).items():
         rates = sorted({row["learning_rate"] for row in group})
         change = [row["pretrain_after"] - row["pretrain_before"] for row in group]
-        kept, target, both = (
+        retained, target, both = (
             mean_and_spread([row[key] for row in group])
             for key in ("pretrain_after", "target", "mean")
         )
+        more = (
+            mean_and_spread([row["metrics"][name][task] for row in group])
+            for name in group[0].get("metrics", ())
+            for task in ("pretrain_after", "target")
+        )
         spread = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} – {rates[-1]:g}"
-        line = (method, spread, kept, f"{np.mean(change):+.1f}", target, both)
+        line = (method, spread, retained, f"{np.mean(change):+.1f}", target, both, *more)
         lines.setdefault(noise, []).append(line)
     return lines
 
 
 def by_rate(rows: Sequence[Row]) -> dict[float, list[tuple[str, ...]]]:
-    """Lines of a table, by label noise: `kept / target` at each learning rate, mean of seeds."""
+    """Returns lines with `retained / target` at each learning rate, for each label noise."""
     rates = sorted({row["learning_rate"] for row in rows})
     lines: dict[float, list[tuple[str, ...]]] = {}
     for (noise, method), group in _groups(rows).items():
         texts = []
         for rate in rates:
             at_rate = [row for row in group if row["learning_rate"] == rate]
-            kept_and_target = (f"{mean(at_rate, k):.1f}" for k in ("pretrain_after", "target"))
-            texts.append(" / ".join(kept_and_target) if at_rate else "")
+            both = (f"{mean(at_rate, k):.1f}" for k in ("pretrain_after", "target"))
+            texts.append(" / ".join(both) if at_rate else "")
         lines.setdefault(noise, []).append((method, *texts))
     return lines
+
+
+def _metric_columns(
+    rows: Sequence[Row], start: int
+) -> tuple[list[str], tuple[int, ...], tuple[int, ...]]:
+    """Returns the titles of further metrics, and the columns with higher and lower best values."""
+    titles: list[str] = []
+    columns: dict[str, list[int]] = {"higher": [], "lower": []}
+    for name in rows[0].get("metrics", ()):
+        metric = METRICS.find(name)
+        columns[metric.better] += [start + len(titles), start + len(titles) + 1]
+        titles += [f"retained {metric.title}", f"target {metric.title}"]
+    return titles, tuple(columns["higher"]), tuple(columns["lower"])
 
 
 def _alpha_tables(results: Mapping[str, Any]) -> list[TableText]:
@@ -194,7 +272,7 @@ def _alpha_tables(results: Mapping[str, Any]) -> list[TableText]:
             )
             for point in curve["points"]
         ]
-        header = ("alpha", "kept", "target", "mean")
+        header = ("alpha", "retained", "target", "mean")
         tables.append(TableText(_title(curve["label_noise"], caption), header, lines, (1, 2, 3)))
     return tables
 
@@ -217,25 +295,26 @@ def _decile_tables(results: Mapping[str, Any]) -> list[TableText]:
 
 
 def legend(results: Mapping[str, Any]) -> str:
-    """What the columns are, and where fine-tuning began."""
+    """Explains the columns; says the accuracy before fine-tuning."""
     pretrain, target = results["tasks"]
     by_seed = {row["seed"]: row["pretrain_before"] for row in results["results"]}
     return (
-        f"kept: {pretrain}, test accuracy (%) after fine-tuning, with the head and BatchNorm of "
-        f"before put back; Δ: what that changed. target: {target}, test accuracy (%). mean: of the "
-        f"two. Before fine-tuning, {pretrain}: {mean_and_spread(list(by_seed.values()))} %."
+        f"retained: {pretrain}, test accuracy (%) after fine-tuning, with the original head and "
+        f"BatchNorm put back; Δ: its change by fine-tuning. target: {target}, test accuracy (%). "
+        f"mean: of the two. Before fine-tuning, {pretrain}: "
+        f"{mean_and_spread(list(by_seed.values()))} %."
     )
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean, and the standard deviation of several."""
+    """Formats the mean, and the standard deviation if there are several values."""
     if len(values) == 1:
         return f"{values[0]:.1f}"
     return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
 
 
 def _rules(results: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
-    """(caption, rows) of each selection rule; one if there was nothing to choose."""
+    """Returns (caption, rows) of each selection rule; only one if there was nothing to select."""
     rules = [(text, results[name]) for name, (text, _) in RULES.items() if name in results]
     if results["grid"]:
         return rules
@@ -250,5 +329,5 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[float, str], list[Row]]:
 
 
 def _title(label_noise: float, caption: str) -> str:
-    text = f"{setting_name(label_noise)}; {caption}"
+    text = f"{condition_name(label_noise)}; {caption}"
     return text[0].upper() + text[1:]

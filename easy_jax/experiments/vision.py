@@ -1,7 +1,8 @@
 """Experiments with images: probe, score, fine-tune by every method, evaluate.
 
-Every stage leaves an artefact in the workdir and is skipped where that is complete, so the
-same call starts, continues, or finds that all is done. Stages that methods share are run once.
+Every stage leaves an artefact in the workdir and is skipped if its artefact is complete. The same
+call therefore starts an experiment, continues it, or reports that it is finished. Stages that
+methods share are run once.
 """
 
 from pathlib import Path
@@ -21,17 +22,18 @@ from easy_jax.experiments.image_networks import ImageNetworks
 from easy_jax.experiments.language import Until
 from easy_jax.experiments.measurements import Measurements
 from easy_jax.experiments.plan import (
-    Cell,
+    Run,
     Stage,
-    cell_stages,
-    cells,
+    StageKey,
     loss_table_path,
     plan,
-    pretrain_name,
-    probe_name,
+    pretrain_key,
+    probe_key,
     row_key,
+    run_stages,
+    runs,
 )
-from easy_jax.experiments.results import select
+from easy_jax.experiments.results import row_of, select
 from easy_jax.experiments.tasks import load_tasks
 from easy_jax.io import files, metrics_log, sealed
 from easy_jax.io import fingerprint as fingerprints
@@ -47,7 +49,7 @@ TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.tas
 
 
 class ImageExperiment:
-    """The plan of an experiment and the artefacts of a workdir."""
+    """Carries out the plan of an experiment; its artefacts are in a workdir."""
 
     def __init__(self, config: ExperimentConfig, workdir: Path, terminal: Terminal):
         self.config = config
@@ -56,15 +58,15 @@ class ImageExperiment:
         self.mesh = sharding.make_mesh(config.mesh)
         self.networks = ImageNetworks(config.model, self.mesh)
         self.stages = plan(config)
-        self._finished: dict[str, Fit] = {}
+        self._finished: dict[StageKey, Fit] = {}
         self._data: tuple[tuple[int, float], Tasks] | None = None
         self._did_work = False
         self._tables: dict[tuple[int, float, str], LossTable] = {}
-        self._measured_before: dict[str, float] = {}
-        self._trained: set[str] = set()
+        self._measured_before: dict[StageKey, dict[str, Any]] = {}
+        self._trained: set[StageKey] = set()
 
     def run(self, until: Until) -> dict[str, Any]:
-        """Does what is left, in the order of the plan."""
+        """Runs the stages that are not done yet, in the order of the plan; returns the results."""
         self._log = metrics_log.MetricsLog(self.workdir, writes=processes.is_main_process())
         try:
             return self._run(until)
@@ -74,7 +76,7 @@ class ImageExperiment:
     def _run(self, until: Until) -> dict[str, Any]:
         config = self.config
         self.terminal.start(
-            {stage.name: self._steps(stage) for stage in self.stages.values() if stage.stage}
+            {key.path: self._steps(stage) for key, stage in self.stages.items() if stage.config}
         )
         if until == "score":
             for seed in config.seeds:
@@ -87,12 +89,12 @@ class ImageExperiment:
             return {}
         measured = Measurements(self.workdir / "cells.jsonl", self._inputs)
         rows = {row_key(row): row for row in measured.read()}
-        for cell in cells(config):
-            last = cell_stages(config, cell)[-1].name
-            if until == "train" or cell.key not in rows:
+        for run in runs(config):
+            last = run_stages(config, run)[-1].key
+            if until == "train" or run.key not in rows:
                 self.fit(last)
-            if until != "train" and cell.key not in rows:
-                rows[cell.key] = measured.add(self.evaluate(cell))
+            if until != "train" and run.key not in rows:
+                rows[run.key] = measured.add(self.evaluate(run))
                 self._did_work = True
             else:
                 self._count_as_done(last)
@@ -106,18 +108,18 @@ class ImageExperiment:
                 f"all is done: {len(rows)} results, from the checkpoints in "
                 f"{self.workdir / 'checkpoints'} (use another --workdir to start anew)"
             )
-        results = select(config, [rows[cell.key] for cell in cells(config)])
+        results = select(config, [rows[run.key] for run in runs(config)])
         if processes.is_main_process():
             sealed.write(self.workdir / "results.json", results)
         return results
 
     def _inputs(self) -> dict[str, str]:
-        """Fingerprints of what comes from files: given weights, and the images of each split."""
+        """Returns fingerprints of what is read from files: weights and images."""
         config = self.config
         found = {}
         if config.model.path:
-            name = pretrain_name(config, config.seeds[0])
-            found["base weights"] = fingerprints.of_state(self.fit(name).model_state)
+            base = self.fit(pretrain_key(config, config.seeds[0]))
+            found["base weights"] = fingerprints.of_state(base.model_state)
         if isinstance(config.data, TransferDataConfig):
             tasks = self._tasks(0, 0.0)
             for task, splits in (("pretrain", tasks.pretrain), ("target", tasks.target)):
@@ -129,39 +131,39 @@ class ImageExperiment:
 
     # Stages.
 
-    def fit(self, name: str) -> Fit:
-        """The result of a stage: from memory, from its checkpoint, or by training."""
-        if name in self._finished:
-            return self._finished[name]
-        stage = self.stages[name]
+    def fit(self, key: StageKey) -> Fit:
+        """Returns the result of a stage: from memory, from its checkpoint, or by training."""
+        if key in self._finished:
+            return self._finished[key]
+        stage = self.stages[key]
         self._forget(stage)
         result = (
-            self._read_weights(stage) if stage.stage is None else self._train(stage, stage.stage)
+            self._read_weights(stage) if stage.config is None else self._train(stage, stage.config)
         )
-        if stage.stage is None and name not in self._trained:
-            self.terminal.print(f"{name}: from {self.config.model.path}")
-        self._trained.add(name)
+        if stage.config is None and key not in self._trained:
+            self.terminal.print(f"{key.path}: from {self.config.model.path}")
+        self._trained.add(key)
         self._did_work |= result.resumed_from < result.steps
-        self._finished[name] = result
+        self._finished[key] = result
         return result
 
     def _forget(self, stage: Stage) -> None:
         """Drops the models that neither this stage nor a later one starts from."""
-        keep = {each.start for each in self.stages.values() if each.name not in self._trained}
-        # What all of a setting's cells are compared with, averaged with and measured by.
-        keep |= {pretrain_name(self.config, stage.seed), stage.start}
+        needed = {each.start for each in self.stages.values() if each.key not in self._trained}
+        # All runs with this seed and label noise are compared and averaged with these.
+        needed |= {pretrain_key(self.config, stage.seed), stage.start}
         if stage.label_noise is not None:
-            keep.add(probe_name(stage.seed, stage.label_noise))
-        self._finished = {name: fit for name, fit in self._finished.items() if name in keep}
+            needed.add(probe_key(stage.seed, stage.label_noise))
+        self._finished = {key: fit for key, fit in self._finished.items() if key in needed}
 
     def _read_weights(self, stage: Stage) -> Fit:
-        """The pre-trained network that the configuration gives."""
+        """Reads the pre-trained network that the configuration names."""
         assert isinstance(self.config.data, TransferDataConfig)
         state = self.networks.given(self.data(stage).pretrain, self.config.data.names[0])
         return Fit(state, steps=0, seconds=0.0, resumed_from=0)
 
     def _train(self, stage: Stage, stage_config: StageConfig) -> Fit:
-        config, name = self.config, stage.name
+        config, name = self.config, stage.key.path
         start = self.fit(stage.start).model_state if stage.start is not None else None
         tasks = self.data(stage)
         task = tasks.pretrain if stage.label_noise is None else tasks.target
@@ -171,8 +173,9 @@ class ImageExperiment:
         def on_epoch(epoch: int, model_state: nnx.State) -> None:
             if epoch % config.eval_every_epochs == 0 or epoch == stage_config.epochs:
                 step = round(epoch * self._steps(stage) / stage_config.epochs)
-                values = self._accuracies(model_state, stage, "validation")
-                self._log.write(name, "validation", step, values)
+                measured = self._measure(model_state, stage, "validation")
+                accuracies = {task: values["accuracy"] for task, values in measured.items()}
+                self._log.write(name, "validation", step, accuracies)
 
         directory = self.workdir / "checkpoints" / name
         return fit(
@@ -201,14 +204,14 @@ class ImageExperiment:
     def loss_table(
         self, seed: int, label_noise: float, split: Literal["train", "test"] = "train"
     ) -> LossTable:
-        """The loss table of the probed model, scored if it is not there.
+        """Returns the loss table of the probed model; scores the data if it does not exist.
 
-        That of the test data is for groups of examples in the report; no weight comes from it.
+        The table of the test data only groups examples for the report; no weight depends on it.
         """
         if (seed, label_noise, split) in self._tables:
             return self._tables[seed, label_noise, split]
-        probe = self.stages[probe_name(seed, label_noise)]
-        model_state = self.fit(probe.name).model_state
+        probe = self.stages[probe_key(seed, label_noise)]
+        model_state = self.fit(probe.key).model_state
         target = self.data(probe).target
         source = target.test if split == "test" else target.train
         assert source is not None
@@ -222,57 +225,45 @@ class ImageExperiment:
             mesh=self.mesh,
             on_bad_example="error" if split == "test" else scoring_config.on_bad_example,
             rows_per_part=scoring_config.rows_per_part,
-            progress=self.terminal.part(f"score {probe.name}", "examples"),
+            progress=self.terminal.part(f"score {probe.key.path}", "examples"),
         )
         return table
 
-    def evaluate(self, cell: Cell) -> dict[str, Any]:
-        """Both accuracies of a cell, on validation and test data."""
-        stages = cell_stages(self.config, cell)
-        fits = [self.fit(stage.name) for stage in stages]
+    def evaluate(self, run: Run) -> dict[str, Any]:
+        """Measures a run on the validation and test data of both tasks."""
+        stages = run_stages(self.config, run)
+        fits = [self.fit(stage.key) for stage in stages]
         model_state = fits[-1].model_state
-        averaging = AVERAGINGS.find(cell.method.averaging)
+        averaging = AVERAGINGS.find(run.method.averaging)
         if averaging.when == "after":
             start = self._starting_point(stages[0])
-            model_state = averaging.merge(start, model_state, cell.method.alpha)
-        group_N = self._deciles(cell)
-        self.terminal.describe(f"evaluate {cell.method.name}")
-        before = self._before(cell.seed)
-        after = self._accuracies(model_state, stages[-1], "test", group_N)
-        validation = self._accuracies(model_state, stages[-1], "validation")
-        return {
-            "method": cell.method.name,
-            "seed": cell.seed,
-            "label_noise": cell.label_noise,
-            "learning_rate": cell.learning_rate,
-            "pretrain_before": before,
-            "pretrain_after": after["pretrain"],
-            "target": after["target"],
-            "mean": (after["pretrain"] + after["target"]) / 2,
-            "seconds": sum(each.seconds for each in fits),
-            "pretrain_validation": validation.get("pretrain"),
-            "target_validation": validation["target"],
-            "target_by_decile": after["target_by_decile"],
-        }
+            model_state = averaging.merge(start, model_state, run.method.alpha)
+        group_N = self._deciles(run)
+        self.terminal.describe(f"evaluate {run.method.name}")
+        before = self._before(run.seed)
+        after = self._measure(model_state, stages[-1], "test", group_N)
+        validation = self._measure(model_state, stages[-1], "validation")
+        seconds = sum(each.seconds for each in fits)
+        return row_of(run, before, after, validation, seconds, self.config.metrics)
 
     # Data and models.
 
     def data(self, stage: Stage) -> Tasks:
-        """Both tasks in a stage's setting; pre-training does not see the target."""
+        """Returns both tasks with a stage's seed and label noise."""
         return self._tasks(stage.seed, stage.label_noise or 0.0)
 
     def _tasks(self, seed: int, label_noise: float) -> Tasks:
         key = (seed, label_noise)
         if isinstance(self.config.data, TransferDataConfig):
-            key = (0, 0.0)  # what files hold is the same in every setting: it is opened once
+            key = (0, 0.0)  # files do not depend on seed and label noise: they are opened once
         if self._data is None or self._data[0] != key:
-            self._data = None  # before the next: both in memory may be too much
+            self._data = None  # frees the memory before the next data are loaded
             self._data = (key, load_tasks(self.config, *key))
             self._list_left_out(self._data[1])
         return self._data[1]
 
     def _list_left_out(self, tasks: Tasks) -> None:
-        """Writes which images `on_bad_example='drop'` has left out of which split, and why."""
+        """Writes which images `on_bad_example='drop'` left out of which split, and why."""
         found = {
             f"{task}/{split}": reasons
             for task in ("pretrain", "target")
@@ -283,7 +274,7 @@ class ImageExperiment:
             files.write_json(self.workdir / "left_out_images.json", found)
 
     def _model(self, stage: Stage, start: nnx.State | None, num_classes: int) -> resnet.ResNet:
-        """The model a stage begins with, in the mode it is trained in."""
+        """Returns the model that a stage starts with, in the mode in which it is trained."""
         if start is None:
             start = self.networks.fresh(num_classes, stage.seed)
         elif stage.new_head:
@@ -291,13 +282,13 @@ class ImageExperiment:
         return self.networks.merge(start, num_classes, stage.frozen_norm)
 
     def _starting_point(self, stage: Stage) -> nnx.State:
-        """The variables a fine-tuning stage began with, for WiSE-FT."""
+        """Returns the variables that a fine-tuning stage started with, for WiSE-FT."""
         assert stage.start is not None
         num_classes = self.data(stage).target.num_classes
         return nnx.state(self._model(stage, self.fit(stage.start).model_state, num_classes))
 
     def _weights(self, stage: Stage) -> dict[str, Any]:
-        """What weighs the examples of a stage: arguments of `fit`."""
+        """Returns the arguments of `fit` that weight the examples of a stage."""
         weighting = WEIGHTINGS.find(stage.weighting)
         if not weighting.needs:
             return {}
@@ -306,10 +297,10 @@ class ImageExperiment:
         weights = weighting(table, stage.seed)
         if "batch" not in weighting.needs:
             return weights._asdict()
-        probe = self.stages[probe_name(stage.seed, stage.label_noise)]
+        probe = self.stages[probe_key(stage.seed, stage.label_noise)]
         num_classes = self.data(probe).target.num_classes
         online = OnlineWeights(
-            self.networks.merge(self.fit(probe.name).model_state, num_classes),
+            self.networks.merge(self.fit(probe.key).model_state, num_classes),
             loss_fn=classification_loss,
             tau=table.temperature,
             mesh=self.mesh,
@@ -318,20 +309,23 @@ class ImageExperiment:
 
     # Measurements.
 
-    def _deciles(self, cell: Cell) -> np.ndarray:
-        """The target's test examples in ten groups by the probed model's loss (Table 5)."""
-        loss_N = self.loss_table(cell.seed, cell.label_noise, "test").loss_N()
+    def _deciles(self, run: Run) -> np.ndarray:
+        """Groups the target's test examples by the probed model's loss: deciles, if possible."""
+        loss_N = self.loss_table(run.seed, run.label_noise, "test").loss_N()
         return evaluate.loss_groups(loss_N, min(10, len(loss_N)))
 
-    def _accuracies(
+    def _measure(
         self,
         model_state: nnx.State,
         stage: Stage,
         split: Literal["validation", "test"],
         group_N: np.ndarray | None = None,
-    ) -> dict[str, Any]:
-        """Accuracy on each task that has the split; for the pre-training task its own parts are
-        put back. With groups of the target's examples, also `target_by_decile`."""
+    ) -> dict[str, dict[str, Any]]:
+        """Returns the metrics of each task that has the split: of `pretrain`, of `target`, or both.
+
+        On the pre-training task, the model has the task-specific parts of the pre-trained one. The
+        groups are of the target's examples.
+        """
         tasks = self.data(stage)
 
         def measure(
@@ -343,34 +337,32 @@ class ImageExperiment:
                 batch_size=self.config.eval_batch_size,
                 mesh=self.mesh,
                 group_N=group_N,
+                metrics=self.config.metrics,
             )
 
         result = {}
         if getattr(tasks.pretrain, split) is not None:
             old = model_state
             if stage.label_noise is not None:
-                pretrained = self.fit(pretrain_name(self.config, stage.seed)).model_state
+                pretrained = self.fit(pretrain_key(self.config, stage.seed)).model_state
                 old = evaluate.with_task_parts(model_state, pretrained, resnet.is_task_specific)
-            result["pretrain"] = measure(old, tasks.pretrain)["accuracy"]
+            result["pretrain"] = measure(old, tasks.pretrain)
         if stage.label_noise is not None:
-            target = measure(model_state, tasks.target, group_N)
-            result["target"] = target["accuracy"]
-            if group_N is not None:
-                result["target_by_decile"] = target["group_accuracy"]
+            result["target"] = measure(model_state, tasks.target, group_N)
         return result
 
-    def _before(self, seed: int) -> float:
-        """Accuracy on the pre-training task before fine-tuning."""
-        stage = self.stages[pretrain_name(self.config, seed)]
-        if stage.name not in self._measured_before:
-            measured = self._accuracies(self.fit(stage.name).model_state, stage, "test")
-            self._measured_before[stage.name] = measured["pretrain"]
-        return self._measured_before[stage.name]
+    def _before(self, seed: int) -> dict[str, Any]:
+        """Returns the metrics of the pre-training task before fine-tuning."""
+        stage = self.stages[pretrain_key(self.config, seed)]
+        if stage.key not in self._measured_before:
+            measured = self._measure(self.fit(stage.key).model_state, stage, "test")
+            self._measured_before[stage.key] = measured["pretrain"]
+        return self._measured_before[stage.key]
 
     # Bookkeeping.
 
     def _steps(self, stage: Stage) -> int:
-        if stage.stage is None:
+        if stage.config is None:
             return 0
         data, pretraining = self.config.data, stage.label_noise is None
         if isinstance(data, GlyphDataConfig):  # known before they are drawn
@@ -380,10 +372,10 @@ class ImageExperiment:
             source = (tasks.pretrain if pretraining else tasks.target).train
             assert source is not None
             size = len(source)
-        return -(-size * stage.stage.epochs // stage.stage.batch_size)
+        return -(-size * stage.config.epochs // stage.config.batch_size)
 
-    def _count_as_done(self, name: str | None) -> None:
-        """Progress for a chain of stages that need not run, because their results are there."""
-        while name is not None:
-            self.terminal.skip(name)
-            name = self.stages[name].start
+    def _count_as_done(self, key: StageKey | None) -> None:
+        """Advances the progress bar over a chain of stages whose results exist."""
+        while key is not None:
+            self.terminal.skip(key.path)
+            key = self.stages[key].start

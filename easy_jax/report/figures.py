@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
-from easy_jax.experiments.results import setting_name
+from easy_jax.experiments.results import condition_name
 
 Row = Mapping[str, Any]
 
@@ -68,7 +68,7 @@ def to_svg(figure: Figure) -> str:
 def scatter(
     rows: Sequence[Row], names: tuple[str, str], alpha_curves: Sequence[Row] = ()
 ) -> Figure:
-    """Pre-training accuracy kept against target accuracy: every method, every learning rate.
+    """Draws retained pre-training accuracy against target accuracy, for each method and rate.
 
     A point is the mean over seeds; larger points are larger learning rates, joined by a line.
 
@@ -97,8 +97,8 @@ def scatter(
                 ]
                 if chosen:
                     target = np.mean([row["target"] for row in chosen])
-                    kept = np.mean([row["pretrain_after"] for row in chosen])
-                    points.append((target, kept, _area(rate, rates)))
+                    retained = np.mean([row["pretrain_after"] for row in chosen])
+                    points.append((target, retained, _area(rate, rates)))
             x, y, size = np.array(points).T
             axis.plot(x, y, color=colour, linewidth=0.8, alpha=0.5)
             axis.scatter(x, y, s=size, color=colour, marker=marker, alpha=0.8, linewidths=0)
@@ -110,8 +110,8 @@ def scatter(
                 )
                 axis.plot(x, y, "--.", color=style(curve["method"])[0], linewidth=1.2, markersize=4)
         axis.set_xlabel(f"target learnt: {names[1]}, test accuracy (%)")
-        axis.set_ylabel(f"pre-training kept: {names[0]}, test accuracy (%)")
-        axis.set_title(setting_name(noise))
+        axis.set_ylabel(f"pre-training retained: {names[0]}, test accuracy (%)")
+        axis.set_title(condition_name(noise))
         axis.grid(alpha=0.3)
     handles = _markers(methods)
     if len(rates) > 1:

@@ -1,4 +1,4 @@
-"""From a workdir to what a person reads: tables, and a one-file HTML page."""
+"""Report of an experiment with images: tables, and one HTML page without other files."""
 
 import html
 from collections.abc import Mapping
@@ -27,10 +27,10 @@ _NAME_WIDTH = 13  # characters that fit above a picture
 
 
 def table(results: Mapping[str, Any]) -> Group:
-    """The results for the terminal, in percent."""
+    """Returns the results as tables for the terminal."""
     tables: list[Text | Table] = []
     for text in results_lib.chosen_tables(results):
-        # As narrow as it can be: 80 columns are enough for means with standard deviations.
+        # One word a line: means with standard deviations then fit into 80 columns.
         header = [name.replace(" ", "\n") for name in text.header]
         one = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for column in one.columns:
@@ -44,7 +44,7 @@ def table(results: Mapping[str, Any]) -> Group:
 
 
 def markdown(config: ExperimentConfig, results: Mapping[str, Any]) -> str:
-    """The same tables in Markdown, and one by learning rate; `results.md` in the workdir."""
+    """Returns the content of `results.md`: the same tables, and those by decile and rate."""
     parts = []
     for text in results_lib.all_tables(config, results):
         parts.append(f"**{text.title}.**\n")
@@ -56,7 +56,7 @@ def markdown(config: ExperimentConfig, results: Mapping[str, Any]) -> str:
 
 
 def write(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -> None:
-    """Writes `results.md` and `report.html`: one self-contained page, no network."""
+    """Writes `results.md` and `report.html`, which needs no other file and no network."""
     files.write(workdir / "results.md", markdown(config, results))
     files.write(workdir / "report.html", _page(config, workdir, results))
 
@@ -79,16 +79,16 @@ def _page(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -
     sections.append(_figure_html(scatter, caption))
     seed = config.seeds[0]
     for noise in config.data.label_noise:
-        title = f"{results_lib.setting_name(noise)}, seed {seed}"
+        title = f"{results_lib.condition_name(noise)}, seed {seed}"
         sections.append(f"<h2>{html.escape(title)}</h2>")
-        sections += _setting_html(config, workdir, results, seed, noise)
+        sections += _condition_html(config, workdir, results, seed, noise)
     return page.page(f"{config.name}: learnt and forgotten", sections)
 
 
-def _setting_html(
+def _condition_html(
     config: ExperimentConfig, workdir: Path, results: Mapping[str, Any], seed: int, noise: float
 ) -> list[str]:
-    """Loss histogram, example pictures, deciles and learning curves of one setting."""
+    """Returns loss histogram, example pictures, deciles and learning curves of a label noise."""
     sections = []
     table_path = plan.loss_table_path(workdir, seed, noise)
     if table_path.exists():
@@ -98,21 +98,21 @@ def _setting_html(
         assert source is not None
         loss_N, wrong_N = table.loss_N(), tasks.wrong_N
         weight_N = table.flow_weights()
-        kept_N = np.isfinite(loss_N)
+        good_N = np.isfinite(loss_N)
         split = ""
-        if (kept_N & wrong_N).any():
+        if (good_N & wrong_N).any():
             split = (
-                f" The mean weight of a right label is {weight_N[kept_N & ~wrong_N].mean():.2f}, "
-                f"of a wrong one {weight_N[kept_N & wrong_N].mean():.3f}."
+                f" The mean weight of a right label is {weight_N[good_N & ~wrong_N].mean():.2f}, "
+                f"of a wrong one {weight_N[good_N & wrong_N].mean():.3f}."
             )
         sections.append(
             _figure_html(
-                figures.loss_histogram(loss_N[kept_N], table.temperature, wrong_N[kept_N]),
-                f"The losses of the {int(kept_N.sum())} training examples, and the weight that "
+                figures.loss_histogram(loss_N[good_N], table.temperature, wrong_N[good_N]),
+                f"The losses of the {int(good_N.sum())} training examples, and the weight that "
                 f"FLOW gives them.{split}",
             )
         )
-        order = np.argsort(loss_N)[: int(kept_N.sum())]
+        order = np.argsort(loss_N)[: int(good_N.sum())]
         for name, ids in (("easiest", order[:_PICTURES]), ("hardest", order[::-1][:_PICTURES])):
             records = [source[int(i)] for i in ids]
             titles = [
@@ -148,8 +148,11 @@ def _setting_html(
 def _curves(
     config: ExperimentConfig, workdir: Path, results: Mapping[str, Any], seed: int, noise: float
 ) -> dict[str, list[Row]]:
-    """Validation entries of every method's stages, steps counted through. Averaging happens
-    after training, so methods that only average have the curve of what they average."""
+    """Returns the validation entries of every method, with steps counted over all its stages.
+
+    Methods that average weights after training are left out: their curve is that of the method
+    whose weights they average.
+    """
     entries: dict[str, list[Row]] = {}
     for entry in metrics_log.read(workdir):
         if entry["kind"] == "validation":
@@ -163,10 +166,10 @@ def _curves(
     for method in config.selected_methods():
         if AVERAGINGS.find(method.averaging).when == "after":
             continue
-        cell = plan.Cell(seed, noise, chosen[method.name], method)
+        run = plan.Run(seed, noise, chosen[method.name], method)
         curve, offset = [], 0
-        for stage in plan.cell_stages(config, cell):
-            found = sorted(entries.get(stage.name, ()), key=lambda entry: entry["step"])
+        for stage in plan.run_stages(config, run):
+            found = sorted(entries.get(stage.key.path, ()), key=lambda entry: entry["step"])
             curve += [{**entry, "step": entry["step"] + offset} for entry in found]
             offset = curve[-1]["step"] if curve else 0
         if curve:
@@ -175,7 +178,7 @@ def _curves(
 
 
 def _picture_title(name: str, loss: float) -> str:
-    """Short names beside the loss, longer ones above it, cut to the width of a picture."""
+    """Returns a class name and a loss, on two lines if the name is long, cut to the picture."""
     if len(name) > _NAME_WIDTH:
         name = f"{name[: _NAME_WIDTH - 1]}…"
     separator = "  " if len(name) <= 4 else "\n"
@@ -183,13 +186,14 @@ def _picture_title(name: str, loss: float) -> str:
 
 
 def _html_table(text: TableText) -> str:
-    best = {
-        column: max(_leading_number(line[column]) for line in text.lines) for column in text.best
-    }
+    best = {}
+    for columns, choose in ((text.best, max), (text.least, min)):
+        for column in columns:
+            best[column] = choose(_leading_number(line[column]) for line in text.lines)
     bold = [
         [
-            column in best and _leading_number(cell) == best[column]
-            for column, cell in enumerate(line)
+            column in best and _leading_number(entry) == best[column]
+            for column, entry in enumerate(line)
         ]
         for line in text.lines
     ]

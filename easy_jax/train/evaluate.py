@@ -1,7 +1,9 @@
-"""What was learnt and what was forgotten: metrics on both tasks, and the swap of task parts."""
+"""Measures what was learnt and what was forgotten: metrics of both tasks; swaps task parts."""
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +17,37 @@ from easy_jax.core import losses
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import processes, sharding
 from easy_jax.train import compatibility, scoring
+from easy_jax.train.metrics import METRICS, Metric
+
+_Evaluator = Callable[[Any, Mapping[str, jax.Array]], dict[str, losses.PerExampleLoss]]
 
 
-def nll_and_correct(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Per example: negative log-likelihood in nats, and 1 where the top class is the label."""
-    logits_BK = losses.image_logits(model, batch)
-    nll_B, _ = losses.softmax_cross_entropy(logits_BK, batch["label"])
-    return nll_B, (jnp.argmax(logits_BK, axis=1) == batch["label"]).astype(jnp.float32)
+@dataclasses.dataclass(frozen=True)
+class _ImageMetrics:
+    """The evaluator `(model, batch) -> {name: (sum_B, count_B)}` of some of `METRICS`."""
+
+    metrics: tuple[tuple[str, Metric], ...]
+
+    def __call__(
+        self, model: Any, batch: Mapping[str, jax.Array]
+    ) -> dict[str, losses.PerExampleLoss]:
+        logits_BK, label_B = losses.image_logits(model, batch), batch["label"]
+        values = {}
+        for name, metric in self.metrics:
+            value_B = jnp.asarray(metric.per_example(logits_BK, label_B), jnp.float32)
+            if value_B.shape != label_B.shape:
+                raise losses.ContractError(
+                    f"the metric {name!r} returned an array of shape {value_B.shape}; it must "
+                    f"return one value for every example, here {label_B.shape}"
+                )
+            values[name] = (value_B, jnp.ones_like(value_B))
+        return values
+
+
+def _language_metrics(
+    model: Any, batch: Mapping[str, jax.Array]
+) -> dict[str, losses.PerExampleLoss]:
+    return {"nll": losses.causal_lm_loss(model, batch)}
 
 
 def classification(
@@ -31,22 +57,26 @@ def classification(
     batch_size: int = 256,
     mesh: Mesh | None = None,
     group_N: np.ndarray | None = None,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Accuracy and mean loss over every example exactly once; in eval mode.
+    """Measures accuracy, mean loss and other metrics over every example once, in eval mode.
 
     Args:
       model: an image classifier, `model(image, mask) -> logits`.
       source: records with `image` and `label`.
       batch_size: global.
       mesh: default: all devices on the data axis.
-      group_N: a group for every example, from 0, each with an example at least.
+      group_N: int group of every example, counted from 0, none of them empty.
+      metrics: names of further metrics (`easy_jax.train.metrics.METRICS`).
 
     Returns:
-      `accuracy` in percent, `loss` in nats, `count`; with groups, also `group_accuracy`, a list.
+      `accuracy` in percent, `loss` in nats, each further metric by its name, and `count`, the
+      number of examples; with groups, also `group_accuracy`, a list.
 
     Raises:
-      ConfigError: a batch size that does not divide over the mesh.
-      DataError: a head that is not of the data's classes (`easy_jax.train.compatibility`).
+      ConfigError: an unknown metric, or a batch size that does not divide over the mesh.
+      ContractError: a metric without one value for every example.
+      DataError: the head has other classes than the data (`easy_jax.train.compatibility`).
 
     Example:
       >>> source = data.ArraySource({"image": np.eye(2, dtype="f"), "label": np.arange(2)})
@@ -55,24 +85,27 @@ def classification(
       >>> classification(Identity(), source, batch_size=8)["accuracy"]
       100.0
     """
-    compatibility.check_classifier(model, source, nll_and_correct)
-    nll_G, correct_G, count_G = _sums(model, source, nll_and_correct, batch_size, mesh, group_N)
-    count = count_G.sum()
-    result = {
-        "accuracy": float(100.0 * correct_G.sum() / count),
-        "loss": float(nll_G.sum() / count),
-        "count": int(count),
+    compatibility.check_classifier(model, source, losses.classification_loss)
+    names = tuple(dict.fromkeys(("accuracy", "loss", *metrics)))
+    evaluator = _ImageMetrics(tuple((name, METRICS.find(name, "metrics")) for name in names))
+    sums = _sums(model, source, evaluator, names, batch_size, mesh, group_N)
+    result: dict[str, Any] = {
+        name: float(sum_G.sum() / count_G.sum()) for name, (sum_G, count_G) in sums.items()
     }
+    accuracy_G, count_G = sums["accuracy"]
+    result["count"] = int(count_G.sum())
     if group_N is not None:
-        result["group_accuracy"] = (100.0 * correct_G / count_G).tolist()
+        result["group_accuracy"] = (accuracy_G / count_G).tolist()
     return result
 
 
 def loss_groups(loss_N: np.ndarray, groups: int = 10) -> np.ndarray:
-    """Groups of equal size (to within one) by loss: the deciles of the paper's Table 5.
+    """Divides examples by loss into groups of equal size (to within one).
+
+    Ten groups are the deciles of arXiv:2502.02797, Table 5.
 
     Args:
-      loss_N: at least as many as groups; of equal ones, the first come first.
+      loss_N: at least as many as groups; equal losses are taken in order.
 
     Returns:
       int [N], 0 for the smallest losses, `groups - 1` for the largest.
@@ -99,7 +132,7 @@ def language(
     batch_size: int = 8,
     mesh: Mesh | None = None,
 ) -> dict[str, float]:
-    """Cross-entropy of a causal language model over every target token exactly once.
+    """Measures the cross-entropy of a causal language model over every target token once.
 
     Args:
       model: like `easy_jax.models.transformer.Transformer`.
@@ -113,25 +146,32 @@ def language(
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
     """
-    sums = _sums(model, source, losses.causal_lm_loss, batch_size, mesh)
-    nll, tokens = (float(each.item()) for each in sums[:2])
+    sums = _sums(model, source, _language_metrics, ("nll",), batch_size, mesh)
+    nll, tokens = (float(each.item()) for each in sums["nll"])
     return {"nll": nll / tokens, "perplexity": math.exp(nll / tokens), "tokens": int(tokens)}
 
 
 def _sums(
     model: nnx.Module,
     source: data.AnySource,
-    function: Callable[..., tuple[jax.Array, ...]],
+    evaluator: _Evaluator,
+    names: tuple[str, ...],
     batch_size: int,
     mesh: Mesh | None,
     group_N: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums over each group of examples, [G] in float64, of the two values that a function gives
-    per example, and how many there are; without groups all are one.
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns the sums of an evaluator's values and counts over each group of examples.
+
+    Args:
+      names: of the values to take.
+      group_N: int group of every example; default: one group.
+
+    Returns:
+      `{name: (sum_G, count_G)}`, float64.
 
     Raises:
       ConfigError: a batch size that does not divide over the mesh.
-      DisagreementError: processes with more or fewer examples than others.
+      DisagreementError: processes have different numbers of examples.
       Stopped: after a SIGTERM.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
@@ -142,34 +182,57 @@ def _sums(
         "the start of an evaluation", examples=len(source), batches=loader.steps
     )
     state = sharding.shard_tree(state, mesh)
+    step = _make_step(graphdef, evaluator, names, mesh)
     group_N = np.zeros(len(source), np.int64) if group_N is None else group_N
-    sums_3G = np.zeros((3, group_N.max() + 1))
-    results = scoring.per_example(graphdef, state, function, loader, mesh, "evaluation")
-    for batch, (ids, first_b, second_b) in enumerate(results, 1):
-        for sums_G, value_b in zip(sums_3G, (first_b, second_b, np.ones(len(ids))), strict=True):
-            np.add.at(sums_G, group_N[ids], value_b)
-        if processes.should_stop(f"evaluation, batch {batch}"):
+    sums_2GM = np.zeros((2, group_N.max() + 1, len(names)))
+    results = scoring.per_example(step, state, loader, mesh, "evaluation")
+    for number, (ids, *values_bM) in enumerate(results, 1):
+        for sums_GM, value_bM in zip(sums_2GM, values_bM, strict=True):
+            np.add.at(sums_GM, group_N[ids], value_bM)
+        if processes.should_stop(f"evaluation, batch {number}"):
             raise processes.Stopped("stopped while evaluating, before its result")
-    parts = processes.gather("evaluation", sums_3G.tolist())
-    first_G, second_G, count_G = np.sum(np.array(parts), axis=0)
-    return first_G, second_G, count_G
+    parts = processes.gather("evaluation", sums_2GM.tolist())
+    sum_MG, count_MG = np.sum(np.array(parts), axis=0).transpose(0, 2, 1)
+    return {name: (sum_MG[m], count_MG[m]) for m, name in enumerate(names)}
+
+
+@functools.lru_cache(maxsize=32)
+def _make_step(
+    graphdef: nnx.GraphDef[Any], evaluator: _Evaluator, names: tuple[str, ...], mesh: Mesh
+) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
+    """Returns the jitted `(state, batch) -> (sum_BM, count_BM)`, with a column for each name."""
+
+    def evaluate(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        with sharding.tracing_on(mesh):
+            values = evaluator(nnx.merge(graphdef, state, copy=True), batch)
+        sums, counts = zip(*(values[name] for name in names), strict=True)
+        return jnp.stack(sums, axis=-1), jnp.stack(counts, axis=-1)
+
+    return jax.jit(
+        evaluate,
+        out_shardings=sharding.batch_sharding(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def with_task_parts(
     body: nnx.State, task: nnx.State, is_task_specific: Callable[..., bool]
 ) -> nnx.State:
-    """The body of one model with the task-specific parts of another.
+    """Replaces the task-specific parts of one model by those of another.
 
-    Evaluation on the pre-training task: `body` is the fine-tuned model, `task` the
-    pre-trained one, whose head and BatchNorm are put back (arXiv:2502.02797).
+    For evaluation on the pre-training task, `body` is the fine-tuned and `task` the pre-trained
+    model, whose head and BatchNorm are put back (arXiv:2502.02797).
 
     Args:
-      body: everything else is taken from here.
-      task: what the filter selects is taken from here.
-      is_task_specific: NNX filter `(path, variable) -> bool`.
+      body: the model whose task-specific parts are replaced.
+      task: the model that these parts are taken from.
+      is_task_specific: NNX filter `(path, variable) -> bool` of these parts.
+
+    Returns:
+      The state of the combined model.
 
     Raises:
-      ValueError: the rest of the two differs in its paths.
+      ValueError: the two models differ in the paths of their other variables.
 
     Example:
       >>> tuned = nnx.State({"body": nnx.Param(1), "head": nnx.Param(2)})

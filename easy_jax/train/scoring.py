@@ -131,7 +131,8 @@ def score(
     if not done_N.all():
         loader, writer = job.loader_and_writer(np.flatnonzero(~done_N))
         state = sharding.shard_tree(state, mesh)
-        results = per_example(graphdef, state, loss_fn, loader, mesh, check=True)
+        step = make_score_step(graphdef, loss_fn, mesh, code_fingerprint.of_function(loss_fn))
+        results = per_example(step, state, loader, mesh, check=name_of(loss_fn))
         with shown(progress, "scoring", "examples", quiet=not processes.is_main_process()) as part:
             part.begin(len(source), int(done_N.sum()), jax.process_count())
             for number, (ids, loss_sum, count, *tokens) in enumerate(results):
@@ -289,10 +290,13 @@ def make_score_step(
     mesh: Mesh,
     loss: str = "",
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
-    """The jitted forward pass `(state, batch) -> (nll_sum_B, count_B)`; cached, so that
-    every pass with the same model structure, loss and shapes shares one compilation. `loss`, the
-    loss function's fingerprint, tells apart what one object does before and after a change. On a
-    mesh of CPUs it has compiler options, with which JAX lets no other `jit` call it."""
+    """Returns the jitted forward pass `(state, batch) -> (loss_sum_B, count_B)`.
+
+    It is cached: passes with the same model structure, loss and shapes share one compilation.
+    `loss`, the fingerprint of the loss function, distinguishes what one object computes before
+    and after a change of its attributes. On a mesh of CPUs the step cannot be called inside
+    another `jax.jit`.
+    """
     del loss
 
     def score_step(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
@@ -308,40 +312,38 @@ def make_score_step(
 
 
 def per_example(
-    graphdef: nnx.GraphDef[Any],
+    step: Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]],
     state: nnx.State,
-    loss_fn: Callable[..., tuple[jax.Array, ...]],
     loader: data.Loader,
     mesh: Mesh,
     name: str = "scoring",
-    check: bool = False,
+    check: str = "",
 ) -> Iterator[tuple[Any, ...]]:
-    """Streams `(ids, first, second)` of a function that returns two arrays per example.
+    """Runs a compiled step over a loader and yields `(ids, first, second)` of every batch.
 
-    Where it returns a third array, of values per token of packed rows, a list of arrays
-    follows: each example's values at its target tokens.
-
-    Padding is removed, every example comes once, in one of the processes, and results are
-    read one batch late, so that the devices stay busy. Scoring and evaluation both run on this.
+    Padding is removed, and every example comes once, in one of the processes. Results are read
+    one batch late, so that the devices stay busy. Scoring and evaluation both run on this.
 
     Args:
-      graphdef, state: the model, in eval mode; the state on the mesh.
-      loss_fn: `(model, batch) -> (first_B, second_B)`.
+      step: `(state, batch) -> (first, second)`: arrays whose leading axes are those of the
+        batch's mask. A third array has a value for every token of packed rows; then a list of
+        arrays follows, with each example's values at its target tokens.
+      state: the model's variables in eval mode, on the mesh.
       loader: a scoring loader of `sharding.process_rows`.
       mesh: where the batches go.
-      name: of the pass, in the warning that devices wait for data.
-      check: on the first batch, that the function is per example (`contract.check_apart`).
+      name: of the pass, for the warning that devices wait for data.
+      check: the name of a loss function, to check on the first batch that it is per example
+        (`contract.check_apart`).
     """
-    score_step = make_score_step(graphdef, loss_fn, mesh, code_fingerprint.of_function(loss_fn))
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     throughput = Throughput(name)
     with contextlib.closing(iter(loader)) as batches:
         for number in range(1, loader.steps + 1):
             batch = throughput.fetch(batches)
             if check and number == 1:
-                check_first_batch(score_step, state, batch, mesh, name_of(loss_fn))
+                check_first_batch(step, state, batch, mesh, check)
             arrays = {name: array for name, array in batch.items() if name != "example_id"}
-            result = score_step(state, sharding.shard_batch(arrays, mesh))
+            result = step(state, sharding.shard_batch(arrays, mesh))
             if pending is not None:
                 yield _collect(*pending, mesh)
             pending = (batch, result)
