@@ -14,7 +14,7 @@ from typing import Any
 
 from easy_jax.ahead_of_time.chips import GIB, parse_topology
 
-CONFIGS = ("gemma2_2b_metamath", "llama32_3b_metamath")
+MODELS = ("gemma2_2b", "llama32_3b")  # of configs/metamath.py
 ROWS = 4  # on each chip
 GROUP = 16  # chips that share one copy of the state: the mesh axis fsdp
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v6e:4x4")
@@ -31,9 +31,9 @@ PASS = 10**9  # examples of the scoring pass, a row each
 Result = dict[str, Any]
 
 
-def compiled(folder: Path, config: str, method: str, topology: str) -> Result:
+def compiled(folder: Path, model: str, method: str, topology: str) -> Result:
     """What `easy-jax compile` wrote, now or before."""
-    workdir = folder / f"{config}-{method}-{topology.replace(':', '-')}"
+    workdir = folder / f"{model}-{method}-{topology.replace(':', '-')}"
     if not (workdir / "compile.json").exists():
         chips = parse_topology(topology).num_chips
         command = [
@@ -42,7 +42,7 @@ def compiled(folder: Path, config: str, method: str, topology: str) -> Result:
             "easy_jax.main",
             "compile",
             f"--topology={topology}",
-            f"--config=configs/{config}.py:{method}",
+            f"--config=configs/metamath.py:{model},{method}",
             f"--program={METHODS[method]}",
             f"--config.mesh.data={chips // GROUP}",
             f"--config.mesh.fsdp={GROUP}",
@@ -153,8 +153,8 @@ def main() -> None:
         sys.exit("usage: python benchmarks/scale.py FOLDER")
     folder = Path(sys.argv[1])
     results = {
-        (config, method, topology): compiled(folder, config, method, topology)
-        for config in CONFIGS
+        (model, method, topology): compiled(folder, model, method, topology)
+        for model in MODELS
         for topology in TOPOLOGIES
         for method in METHODS
     }
@@ -172,8 +172,8 @@ def main() -> None:
         "sent",
     ]
     print_table("**What fits**", head, [line for r in results.values() for line in fits(r)])
-    for config in CONFIGS:
-        scaling(*(results[config, "standard", topology] for topology in TOPOLOGIES[:2]))
+    for model in MODELS:
+        scaling(*(results[model, "standard", topology] for topology in TOPOLOGIES[:2]))
 
 
 if __name__ == "__main__":

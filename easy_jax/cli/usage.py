@@ -92,8 +92,8 @@ COMMANDS = {
         "Needs no data, weights or TPU, only the TPU compiler: pip install 'easy-jax[tpu]'.\n"
         "The exit code is 1 if something does not fit.",
         (
-            "compile --config=configs/gemma2_2b_metamath.py --topology=v5e:4x4",
-            "compile --config=configs/gemma2_2b_metamath.py --topology=v5e:4x4 --program=train "
+            "compile --config=configs/metamath.py:gemma2_2b --topology=v5e:4x4",
+            "compile --config=configs/metamath.py:gemma2_2b --topology=v5e:4x4 --program=train "
             "--largest_batch",
         ),
     ),

@@ -37,7 +37,7 @@ ROWS, LENGTH = 32, 256
 
 
 def _compile(
-    tmp_path, *arguments, family="gemma2", config="gemma2_2b_metamath.py:standard", **fields
+    tmp_path, *arguments, family="gemma2", config="metamath.py:gemma2_2b,standard", **fields
 ):
     folder = tmp_path / family
     folder.mkdir(exist_ok=True)
@@ -68,7 +68,7 @@ def _run(*arguments):
 
 @pytest.mark.parametrize(
     ("family", "config"),
-    [("gemma2", "gemma2_2b_metamath.py:standard"), ("llama", "llama32_3b_metamath.py:standard")],
+    [("gemma2", "metamath.py:gemma2_2b,standard"), ("llama", "metamath.py:llama32_3b,standard")],
 )
 def test_training_and_scoring_fit_and_use_the_kernel(tmp_path, family, config):
     code, out, err = _compile(tmp_path, "--json", family=family, config=config)
@@ -115,7 +115,7 @@ def test_adapters_alone(tmp_path):
             "--program=train",
             "--config.model.lora_rank=4",
             family="llama",
-            config=f"llama32_3b_metamath.py:{method}",
+            config=f"metamath.py:llama32_3b,{method}",
         )
         assert code == 0, err
         (results[method],) = json.loads(out)["programs"]
