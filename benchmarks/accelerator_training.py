@@ -44,9 +44,9 @@ def count_compilations() -> list[float]:
 
 
 def readme_table() -> dict[str, tuple[float, float]]:
-    """Method -> kept and target, of the README's first table."""
+    """Returns what each method retained and learnt in the README's first table."""
     found = {}
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 6 and cells[1] == "0.03":
             found[cells[0]] = (float(cells[2]), float(cells[4]))

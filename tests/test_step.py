@@ -303,8 +303,8 @@ def test_counts_of_removed_examples_cost_nothing():
         )
         compiled = step.lower(init_train_state(model, optimizer, mesh=mesh), batch).compile()
         flops[reduction] = compiled.cost_analysis()["flops"]
-    # A forward pass through the layer takes 2 * 64 * 3 * 4 = 1536.
-    assert abs(flops["token_mean"] - flops["weight_mean"]) < 500
+    # A second forward pass through the layer would take 2 * 64 * 3 * 4 = 1536 more.
+    assert abs(flops["token_mean"] - flops["weight_mean"]) < 768
 
 
 def test_a_state_keeps_the_keys_of_stored_checkpoints():

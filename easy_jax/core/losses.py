@@ -229,7 +229,8 @@ class CausalLMLoss:
       >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
       >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
       >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
-      >>> nll_sum_RS, count_RS = causal_lm_loss(model, next(iter(loader)))
+      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
+      >>> nll_sum_RS, count_RS = causal_lm_loss(model, batch)
       >>> nll_sum_RS.shape, count_RS.tolist()
       ((1, 1), [[2.0]])
     """
@@ -300,7 +301,8 @@ def causal_lm_token_losses(
       >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
       >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
       >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
-      >>> nll_sum_RS, count_RS, nll_RT = causal_lm_token_losses(model, next(iter(loader)))
+      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
+      >>> nll_sum_RS, count_RS, nll_RT = causal_lm_token_losses(model, batch)
       >>> count_RS.tolist(), nll_RT.shape, bool(jnp.allclose(nll_sum_RS[0, 0], nll_RT.sum()))
       ([[2.0]], (1, 4), True)
     """

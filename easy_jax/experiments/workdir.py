@@ -77,7 +77,7 @@ def _today(config: Any, found: Any) -> Any:
         if field.name in found:
             result[field.name] = _today(getattr(config, field.name), found[field.name])
         elif field.default is not dataclasses.MISSING:
-            result[field.name] = json.loads(json.dumps(field.default))
+            result[field.name] = json.loads(json.dumps(field.default, default=dataclasses.asdict))
     if isinstance(result.get("anchor"), str):
         result["anchor"] = FORMER_ANCHORS.get(result["anchor"], result["anchor"])
     return {**found, **result}
