@@ -128,7 +128,7 @@ def _write(output: Path, part: str, name: str, figures: dict[str, Any]) -> None:
     """Prints a result, and appends it to the output."""
     line = json.dumps({"part": part, "check": name, **figures}, default=float)
     print(line, flush=True)
-    with output.open("a") as file:
+    with output.open("a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
