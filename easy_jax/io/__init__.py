@@ -1,4 +1,4 @@
 """Files, fingerprints, checksums, checks of configurations, logs and progress on the terminal.
 
-Imports nothing else of easy_jax. What several processes agree on is in `parallel`.
+Imports no other part of easy_jax. Communication between processes is in `parallel`.
 """

@@ -88,7 +88,7 @@ def choice(config: Any, path: str, *names: str) -> None:
 
 
 def check_types(config: Any, path: str) -> None:
-    """Types of every field, so that a string where a number belongs is named, not run."""
+    """Checks field types, so that a bad value fails at start-up with the field's name."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         where = f"{path}.{field.name}"
@@ -108,7 +108,7 @@ def check_types(config: Any, path: str) -> None:
 
 def _check_scalar(value: object, expected: Any, where: str) -> None:
     if get_origin(expected) is Literal or not isinstance(expected, type):
-        return  # _choice names the options
+        return  # `choice` checks `Literal` fields and lists their options
     allowed = (int, float) if expected is float else (expected,)
     ok = isinstance(value, allowed) and (expected is bool or not isinstance(value, bool))
     require(ok, where, value, f"of type {expected.__name__}")

@@ -1,8 +1,9 @@
-"""Fingerprints of functions and of models' structure: of what they do, not of what they are called.
+"""Fingerprints of functions and of model structures, computed from their code.
 
-A function is its byte code, its defaults, the values it closes over and the globals it reads,
-followed into every function and class of the user's own. What installed packages (easy_jax and JAX
-among them) define is known by its name: an update of a package is not a change of the user's.
+A function's fingerprint covers its byte code, its defaults, the values it closes over and the
+globals it reads, recursively for every function and class that the user wrote. Whatever an
+installed package (easy_jax and JAX included) defines counts by its name only, so that updating a
+package does not change the fingerprints of the user's functions.
 """
 
 import collections.abc
@@ -27,7 +28,9 @@ from easy_jax.io import fingerprint as fingerprints
 
 _SIMPLE = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), type(NotImplemented))
 _PLACES = (jax.sharding.Mesh, jax.sharding.AbstractMesh, jax.sharding.Sharding, jax.Device)
-_WITH_OPTIONS = ("jax", "flax", "optax")  # wrappers of others, as `chex.assert_max_traces`, check
+# Wrappers made by these packages can change the result (`jax.vmap(f, in_axes=...)`), so they count;
+# wrappers of other packages, such as `chex.assert_max_traces`, only check.
+_WITH_OPTIONS = ("jax", "flax", "optax")
 _BOOKKEEPING = {
     "__dict__",
     "__weakref__",
@@ -48,8 +51,8 @@ _BOOKKEEPING = {
     "__annotations_cache__",
     "__match_args__",
 }
-# Names under which fingerprints of version 0.1 know these modules: a move within the package is no
-# change of what a function does, and artefacts on disk stay valid.
+# Current module name -> its name in version 0.1, which is the one that fingerprints contain. Moving
+# a module within the package thus leaves the artefacts on disk valid.
 _FIRST_NAMES = {
     "easy_jax.core.losses": "easy_jax.losses",
     "easy_jax.core.merge": "easy_jax.merge",
@@ -76,7 +79,7 @@ _STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """What messages call a function: its qualified name.
+    """The name of a function in messages: its qualified name.
 
     Example:
       >>> name_of(functools.partial(sorted, reverse=True))
@@ -92,10 +95,10 @@ def of_function(function: Callable[..., Any]) -> str:
     """The name of a function and, unless an installed package defines it, a hash of what it does.
 
     Two functions have the same fingerprint only if their code, defaults and closed-over values are
-    the same, and so are the globals and the user's own functions and classes they use. It does not
-    depend on the process, on comments or on where in a file a function stands. Arguments of
-    `functools.partial` and attributes of callable objects count; an object may say itself what it
-    is, with a method `fingerprint() -> str`.
+    the same, and so are the globals and the user's own functions and classes they use. The
+    fingerprint does not depend on the process, on comments or on the function's place in its file.
+    Arguments of `functools.partial` and attributes of callable objects count. An object with a
+    method `fingerprint() -> str` provides its own fingerprint.
 
     Example:
       >>> one, two = (lambda model, batch: 1), (lambda model, batch: 2)
@@ -112,15 +115,16 @@ def of_function(function: Callable[..., Any]) -> str:
 
 
 def of_structure(graphdef: nnx.GraphDef[Any]) -> str:
-    """Fingerprint of a model but for its variables: classes, their code, and static attributes."""
+    """Fingerprint of a model without its variables: classes, their code, static attributes."""
     return _Values().of(graphdef)[:16]
 
 
 class _Values:
-    """Hashes of Python values, recursively; an object that contains itself is no trouble."""
+    """Hashes Python values recursively; an object may contain itself."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[str, Any]] = {}  # by identity; holds on to the objects
+        # By identity; the reference to each object prevents its id from being reused.
+        self._known: dict[int, tuple[str, Any]] = {}
         self._depth = 0
 
     def of(self, value: Any) -> str:
@@ -140,7 +144,7 @@ class _Values:
         name = _name_in_package(value)
         if name is not None:
             yield f"named:{name}"
-        elif isinstance(value, _PLACES):  # where something is computed is not what
+        elif isinstance(value, _PLACES):  # the devices do not change what is computed
             yield type(value).__qualname__
         elif isinstance(value, types.ModuleType):
             yield f"module:{_first_name(value.__name__)}"
@@ -207,7 +211,7 @@ class _Values:
                 yield f"{name}={self.of(value)}"
 
     def _graph(self, graphdef: nnx.GraphDef[Any]) -> Iterator[str]:
-        for node in graphdef.nodes:  # of a variable the class: its metadata say where it lies
+        for node in graphdef.nodes:  # a variable's class only: its metadata is about sharding
             yield f"{type(node).__name__}:{self.of(getattr(node, 'type', None))}"
         for name, attribute in graphdef.attributes:
             if not str(name).startswith("_pytree__"):
@@ -235,7 +239,7 @@ class _Values:
     def _object(self, value: Any) -> Iterator[str]:
         try:  # the protocol of `copy`: class, arguments and state
             made: Any = value.__reduce_ex__(4)
-        except Exception:  # an object may refuse with whatever it likes: then it is its text
+        except Exception:  # any error can come from the user's object: use its `repr` instead
             made = None
         if isinstance(made, tuple):
             make, arguments, *rest = made
@@ -271,12 +275,12 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _name_in_package(value: Any) -> str | None:
-    """The full name of what an installed package defines; None for everything else."""
+    """The full name of an object that an installed package defines; None for all others."""
     name, module = (getattr(value, key, None) for key in ("__qualname__", "__module__"))
     if not isinstance(name, str) or "<" in name or not isinstance(module, str):
         return None
     if inspect.ismethod(value):
-        return None  # of an object, which has values of its own
+        return None  # the object it is bound to has values of its own
     made_in = getattr(value, "__globals__", {}).get("__name__", module)
     if made_in != module and made_in.partition(".")[0] in _WITH_OPTIONS:
         return None  # jax.vmap(function, in_axes=...) has the function's name
@@ -300,8 +304,10 @@ def _without_docstring(function: types.FunctionType) -> types.CodeType:
 
 
 def _globals(function: types.FunctionType) -> list[tuple[str, Any]]:
-    """The globals that a function and the functions within it read, sorted by name; of a module of
-    the user's own, the attributes read of it."""
+    """The globals that a function and the functions inside it read, sorted by name.
+
+    For a module, the attributes that are read from it are listed instead of the module.
+    """
     found: dict[str, Any] = {}
     codes = [function.__code__]
     while codes:

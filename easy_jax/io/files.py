@@ -1,8 +1,8 @@
-"""Files of a workdir, which is a folder or, as `gs://bucket/path`, in an object store.
+"""Files of a workdir, which is a local folder or a location in an object store, `gs://bucket/path`.
 
-Local paths are `pathlib`'s, others those of `etils.epath` (which needs `gcsfs` for `gs://`). What
-is written appears whole or not at all, also after a power cut: a file is on disk before it is
-renamed into place, an object is whole anyway.
+Local paths are `pathlib.Path`s, others are `etils.epath.Path`s (which need `gcsfs` for `gs://`).
+Every write is atomic, also across a power cut: a local file is synced to disk before it is renamed
+into place, and object stores write whole objects.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from etils import epath
 from easy_jax.io.checks import ConfigError
 
 Location = str | os.PathLike[str]
-_PATTERN = set("[]*?\\")  # what glob patterns are made of, where Orbax or an object store looks
+_PATTERN = set("[]*?\\")  # Orbax and object stores read these as glob patterns
 
 
 class WriteError(OSError):
@@ -31,10 +31,10 @@ class WriteError(OSError):
 
 @contextmanager
 def writing(target: Location) -> Iterator[None]:
-    """Whatever the operating system refuses inside is told in one line.
+    """Context in which every `OSError` becomes a one-line `WriteError`.
 
     Args:
-      target: what is written; named.
+      target: the file or folder being written, named in the message.
 
     Raises:
       WriteError: in place of any other `OSError`.
@@ -51,11 +51,11 @@ def writing(target: Location) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder whose path would be read as something else when it is looked up again.
+    """Refuses a folder whose path Orbax or an object store would misread, as a glob pattern say.
 
     Raises:
-      ConfigError: characters of glob patterns, a colon at the end of a name, or bytes that are no
-        text, anywhere in the absolute path.
+      ConfigError: the absolute path contains characters of glob patterns, a name that ends with a
+        colon, or bytes that are not valid text.
 
     Example:
       >>> check_folder(Path("/runs/run[1]"))
@@ -75,11 +75,11 @@ checkpoints cannot be read back; use another
 
 
 def path(location: Location) -> Path:
-    """A path that reads and writes where the location is.
+    """The path object of a location: `pathlib` for local files, `etils.epath` for object stores.
 
     Raises:
-      ConfigError: what talks to the object store is not installed; or a path there that its
-        listings would take for a pattern (see `check_folder`).
+      ConfigError: the package for this object store is not installed, or `check_folder` refuses
+        the path.
 
     Example:
       >>> path("runs/quickstart").name
@@ -99,17 +99,17 @@ def path(location: Location) -> Path:
 
 
 def is_local(location: Location) -> bool:
-    """Whether it is in a file system, and not in an object store."""
+    """Whether a location is in a file system rather than in an object store."""
     return "://" not in os.fspath(location)
 
 
 def write(target: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all; text as UTF-8, whatever the locale.
+    """Writes a file atomically; text is encoded as UTF-8, whatever the locale.
 
-    Half a character, as the bytes of a file's name can become, is written as its escape.
+    A lone surrogate, which can come from the name of a file, is written as its escape.
 
     Raises:
-      WriteError: it cannot be; what was there before is as it was.
+      WriteError: the file cannot be written; a previous version of it is unchanged.
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with writing(target):
@@ -127,7 +127,7 @@ def write(target: Path, content: str | bytes) -> None:
 
 
 def publish(temporary: Path, target: Path) -> None:
-    """Renames a local file or folder into place, when all that it holds is on disk."""
+    """Syncs a local file or folder to disk, then renames it into place."""
     inside = temporary.rglob("*") if temporary.is_dir() else ()
     for each in (*inside, temporary):
         _sync(each)
@@ -140,7 +140,7 @@ def _sync(written: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # What some network file systems say of folders, which they need not sync.
+        # Some network file systems answer this for folders, which need no sync there.
         if error.errno != errno.EINVAL or not written.is_dir():
             raise
     finally:
@@ -148,7 +148,7 @@ def _sync(written: Path) -> None:
 
 
 def write_json(target: Path, value: Any) -> None:
-    """Writes a JSON file for people and programs, whole or not at all."""
+    """Writes an indented JSON file atomically."""
     write(target, json.dumps(value, indent=2) + "\n")
 
 
@@ -157,8 +157,8 @@ def read_text(source: Path, error: type[Exception], fix: str = "") -> str:
 
     Args:
       source: the file.
-      error: raised for whatever is wrong with it, with its path.
-      fix: what to do then; ends the message.
+      error: the type of the exception for any problem but a missing file; its message has the path.
+      fix: what the reader should do; the end of the message.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -197,12 +197,12 @@ def read_json(source: Path, error: type[Exception], fix: str = "") -> dict[str, 
 
 
 class Lines:
-    """A file of lines that grows; what is flushed is kept. A last line cut short is removed.
+    """Appends lines to a file. Opening it removes a last line that an interruption cut short.
 
-    An object cannot grow: it is written anew by every flush.
+    Objects in an object store cannot grow, so every flush writes the whole object again.
 
     Raises:
-      WriteError: it cannot be opened, or later written.
+      WriteError: the file cannot be opened, or a later write fails.
     """
 
     def __init__(self, target: Path):
@@ -248,9 +248,9 @@ class Lines:
 
 @contextmanager
 def local_folder(target: Path) -> Iterator[Path]:
-    """A local folder for what can write nowhere else; uploaded at the end.
+    """A local folder for libraries that write only locally, uploaded to `target` at the end.
 
-    Of a local target, the target itself.
+    If the target is local, this is the target itself.
     """
     if is_local(target):
         yield target
@@ -261,8 +261,10 @@ def local_folder(target: Path) -> Iterator[Path]:
 
 
 def upload(folder: Path, target: Path) -> None:
-    """Copies all files of a local folder, and of those in it; a `config.json` at the end, so
-    that a model's folder which has one is complete."""
+    """Copies a local folder with its sub-folders.
+
+    `config.json` is copied last, so that a model's folder that contains one is complete.
+    """
     for source in sorted(folder.rglob("*"), key=lambda source: source.name == "config.json"):
         if source.is_file():
             place = target / source.relative_to(folder).as_posix()

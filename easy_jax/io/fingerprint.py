@@ -51,7 +51,7 @@ def of_state(state: nnx.State) -> str:
 
 
 def of_tree(tree: Any) -> str:
-    """Fingerprint of a tree of arrays, in the way of `of_state`.
+    """Fingerprint of a tree of arrays, computed as in `of_state`.
 
     Example:
       >>> of_tree({"a": jnp.zeros(2)}) == of_tree({"a": jnp.zeros(2).at[1].set(-0.0)})
@@ -67,8 +67,8 @@ def _of_named(named: Iterable[tuple[str, jax.Array]]) -> str:
     digest = hashlib.sha256()
     flat = sorted(named, key=lambda item: item[0])
     for path, value in flat:
-        # One at a time: programs that exchange data between devices, many of them under way on
-        # CPUs, can each wait for threads that the others hold.
+        # Waits for each result: on CPUs, several programs with collectives in flight at the same
+        # time can deadlock, each waiting for threads that another holds.
         checksum = jax.device_get(_checksum(value))
         digest.update(f"{path}:{value.dtype}:{value.shape}:{checksum[0]}:{checksum[1]};".encode())
     return digest.hexdigest()[:_LENGTH]
@@ -76,7 +76,7 @@ def _of_named(named: Iterable[tuple[str, jax.Array]]) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Two uint32 sums of mixed (index, bits); integer addition commutes, so shards may too."""
+    """Two uint32 sums of mixed (index, bits); integer sums do not depend on the sharding."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

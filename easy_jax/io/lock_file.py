@@ -1,6 +1,7 @@
-"""The file of a lock (`easy_jax.parallel.lock`): made by one, read, renewed, replaced.
+"""The lock file of a folder: atomic creation, reading, renewal and replacement.
 
-In a file system or, where a lock is an object, in an object store.
+One class for file systems, one for object stores. `easy_jax.parallel.lock` decides when to call
+them.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import fsspec
 from easy_jax.io import files
 
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EXDEV)
-_SETTLES = 0.2  # seconds until the last of several writes to an object is what all read
+_SETTLES = 0.2  # seconds after which all readers see the last of several concurrent writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Owner:
     """The process that holds a lock.
 
     Attributes:
-      host: its name.
-      kernel: boot and process-id namespace, within which ids can be compared; empty if unknown.
-      pid: of the process.
-      started: when, in the kernel's ticks since boot; empty if unknown.
-      since: when it took the lock, as text: UTC.
-      token: random, of this lock alone.
+      host: name of its machine.
+      kernel: boot id and process-id namespace, within which process ids can be compared; empty if
+        unknown.
+      pid: its process id.
+      started: its start time, in the kernel's ticks since boot; empty if unknown.
+      since: the time at which it took the lock, as text in UTC.
+      token: a random text that identifies this lock.
     """
 
     host: str
@@ -41,7 +43,7 @@ class Owner:
 
     @property
     def process(self) -> tuple[str, str, int, str]:
-        """What tells processes apart."""
+        """A key that identifies the process."""
         return self.host, self.kernel, self.pid, self.started
 
     def __str__(self) -> str:
@@ -50,14 +52,14 @@ class Owner:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A lock file as it is read; another one, or a renewed one, is not equal."""
+    """The content of a lock file when it was read. It changes when the lock is renewed."""
 
     content: bytes
     changed: int  # nanoseconds, of the file system's clock; 0 in an object store
 
     @property
     def owner(self) -> Owner | None:
-        """None if it is damaged."""
+        """The owner that the file names; None if the file is damaged."""
         try:
             entry = json.loads(self.content)
             owner = Owner(**entry)
@@ -82,13 +84,14 @@ class _File:
             return None
 
     def create(self, owner: Owner) -> bool:
-        """Whether it was not there, and now is, whole."""
+        """Creates the file atomically; returns whether it did, False if the file existed."""
         new = self._write(owner)
         try:
             os.link(new, self._path)
             return True
         except FileExistsError:
-            return new.stat().st_nlink > 1  # an answer that NFS lost: the first time did it
+            # NFS may lose the answer and repeat the request: then the first one made the link.
+            return new.stat().st_nlink > 1
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -105,11 +108,12 @@ class _File:
         else:
             self._write(owner).replace(self._path)
 
-    def renew(self, owner: Owner, beat: int) -> None:
-        del beat
+    def renew(self, owner: Owner, count: int) -> None:
+        del count
         with self._path.open("rb") as file:
             if Found(file.read(), 0).owner == owner:
-                os.utime(file.fileno())  # of this very file, were another one put in its place
+                # By descriptor: the path may by now lead to the file of another owner.
+                os.utime(file.fileno())
 
     def _write(self, owner: Owner) -> Path:
         new = self._path.with_name(f"{self._path.name}.{owner.token}")
@@ -118,7 +122,7 @@ class _File:
 
 
 class _Object:
-    """A lock in an object store, where a renewed one is written anew."""
+    """A lock in an object store; renewing it writes the object again."""
 
     def __init__(self, path: Path):
         self._fs, self._path = fsspec.url_to_fs(os.fspath(path))
@@ -130,13 +134,13 @@ class _Object:
             return None
 
     def create(self, owner: Owner) -> bool:
-        """Whether it was not there, and now is."""
+        """Creates the object; returns whether this process's write won."""
         try:
             self._fs.pipe_file(self._path, _content(owner), mode="create")
         except (FileExistsError, NotImplementedError, TypeError) as error:
             if isinstance(error, FileExistsError) or self.read() is not None:
                 return False
-            self._fs.pipe_file(self._path, _content(owner))  # no conditional writes there
+            self._fs.pipe_file(self._path, _content(owner))  # this store has no conditional writes
         time.sleep(_SETTLES)
         found = self.read()
         return found is not None and found.owner == owner
@@ -147,10 +151,10 @@ class _Object:
         else:
             self._fs.pipe_file(self._path, _content(owner))
 
-    def renew(self, owner: Owner, beat: int) -> None:
+    def renew(self, owner: Owner, count: int) -> None:
         found = self.read()
         if found is not None and found.owner == owner:
-            self._fs.pipe_file(self._path, _content(owner) + b" " * (beat % 8))
+            self._fs.pipe_file(self._path, _content(owner) + b" " * (count % 8))
 
 
 def _content(owner: Owner) -> bytes:
@@ -158,5 +162,5 @@ def _content(owner: Owner) -> bytes:
 
 
 def at(path: Path) -> "_File | _Object":
-    """The lock file with this path, which need not be there."""
+    """The lock file at a path; the file need not exist."""
     return _File(path) if files.is_local(path) else _Object(path)

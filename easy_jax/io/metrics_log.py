@@ -89,10 +89,12 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """All entries of a workdir's log, the last one of every (stage, kind, step).
+    """Reads a workdir's log: the last entry of every (stage, kind, step).
+
+    A last line that an interruption cut short is skipped.
 
     Raises:
-      ArtefactError: a line that is no entry, by file and number; but for a last one cut short.
+      ArtefactError: a line is not a valid entry; names the file and the line.
     """
     latest: dict[tuple[str, str, int], dict[str, Any]] = {}
     path = files.path(workdir) / "metrics.jsonl"

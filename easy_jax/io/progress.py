@@ -1,4 +1,4 @@
-"""How much is done and how long the rest takes: what is counted, and the columns that show it."""
+"""Counting of steps or examples, the estimate of the time left, and columns for progress bars."""
 
 import datetime
 from collections.abc import Callable
@@ -8,10 +8,9 @@ from rich.text import Text
 
 
 class Count:
-    """How much of something is done, and how long the rest takes at the speed until now.
+    """Counts what is done and estimates the time left from the speed so far.
 
-    What was done before, and what comes before the first step is over (its compilation), tell
-    nothing of the speed.
+    Steps of an earlier run, and the first step with its compilation, do not enter the speed.
 
     Example:
       >>> seconds = iter([100.0, 102.0, 104.0])
@@ -48,7 +47,7 @@ class Count:
             self._begun = self._begun[0], self._begun[1] + count
 
     def left(self) -> float | None:
-        """Seconds, at the last step; None if they are not known yet."""
+        """The estimated seconds left at the last step; None if unknown."""
         if self.total is None or self.done == self.total:
             return None if self.total is None else 0.0
         then, before = (self._last, self.done) if self._begun is None else self._begun
@@ -57,14 +56,14 @@ class Count:
 
 
 class Part:
-    """What `fit` and `score` tell of where they are; here nobody listens."""
+    """Receives the progress of `fit` and `score`; this base class ignores it."""
 
     def begin(self, total: int, done: int, processes: int = 1) -> None:
-        """Called once, when it is known how much there is, and how much is done from before.
+        """Called once, at the start of the loop.
 
         Args:
-          total, done: in steps or examples.
-          processes: how many share them, if each counts its own alone.
+          total, done: steps or examples in all, and those that an earlier run has done.
+          processes: the number of processes, if each one counts only its own examples.
         """
 
     def advance(self, count: int) -> None:
@@ -82,7 +81,7 @@ class Calls(Part):
 
 
 class Done(ProgressColumn):
-    """How many of how many."""
+    """Column with the number done and the total."""
 
     def render(self, task: Task) -> Text:
         count: Count | None = task.fields["count"]
@@ -92,7 +91,7 @@ class Done(ProgressColumn):
 
 
 class Left(ProgressColumn):
-    """The time left, never the time elapsed."""
+    """Column with the time left."""
 
     def render(self, task: Task) -> Text:
         count: Count | None = task.fields["count"]

@@ -1,6 +1,6 @@
-"""JSON that carries a checksum of itself, so that no change made to it afterwards is believed.
+"""JSON files with a checksum, by which a later change to them is detected.
 
-The checksum is of the values, not of the bytes: spaces and the order of keys do not matter.
+The checksum covers the values, not the bytes: spaces and the order of keys do not matter.
 """
 
 import json
@@ -15,7 +15,7 @@ KEY = "checksum"
 
 
 class ArtefactError(ValueError):
-    """A file of a workdir is damaged, was changed, or was made from other inputs than now."""
+    """A file of a workdir is damaged, was changed, or was computed with different inputs."""
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,13 +31,13 @@ def seal(value: Mapping[str, Any]) -> dict[str, Any]:
 def unseal(
     value: Mapping[str, Any], where: object, error: type[Exception], fix: str
 ) -> dict[str, Any]:
-    """The value without its checksum, if that is right.
+    """Checks the checksum of a value and returns the value without it.
 
     Args:
-      value: JSON, as it was read.
-      where: it was read; begins the message.
-      error: raised if it is not what `seal` made.
-      fix: what to do then; ends the message.
+      value: parsed JSON.
+      where: the file it was read from, for the beginning of the message.
+      error: the type of the exception if the checksum is missing or wrong.
+      fix: what the reader should do; the end of the message.
 
     Example:
       >>> unseal(seal({"median": 4.9}), "metadata.json", ValueError, "score again")
@@ -62,10 +62,10 @@ score again
 
 
 def write(target: Path, value: Mapping[str, Any]) -> None:
-    """Writes a sealed JSON file, whole or not at all.
+    """Writes a JSON file with its checksum, atomically.
 
     Raises:
-      WriteError: it cannot be.
+      WriteError: the file cannot be written.
     """
     files.write_json(target, seal(value))
 
@@ -75,8 +75,8 @@ def read(source: Path, error: type[Exception], fix: str) -> dict[str, Any]:
 
     Args:
       source: the file.
-      error: raised for whatever is wrong with it.
-      fix: what to do then.
+      error: the type of the exception for any problem but a missing file.
+      fix: what the reader should do; the end of the message.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -97,9 +97,9 @@ def read_lines(source: Path, error: type[Exception], fix: str) -> list[tuple[str
     A last line that was cut short by a kill is left out.
 
     Args:
-      source: the file; none at all has no lines.
-      error: raised for any other broken line, by file and number.
-      fix: what to do then.
+      source: the file; if it does not exist, the result is empty.
+      error: the type of the exception for any other broken line; its message has file and line.
+      fix: what the reader should do; the end of the message.
     """
     if not source.exists():
         return []

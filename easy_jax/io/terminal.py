@@ -1,4 +1,4 @@
-"""What a person sees while something long runs: bars with the time left, or lines in a log."""
+"""Progress on the terminal: bars with the time left, or lines where the output is a log."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from rich.table import Column
 
 from easy_jax.io.progress import Calls, Count, Done, Left, Part, clock_time
 
-_FIRST, _EVERY = 10.0, 60.0  # seconds: when a log gets its first line of progress, and the others
+_FIRST, _EVERY = 10.0, 60.0  # seconds before a log's first line of progress, and between lines
 _REDRAW = 0.1  # seconds: a bar that is redrawn at every fast step would slow them
 _COMPILED = {"step": "the training step", "score_step": "the forward pass"}  # by JAX's names
 
@@ -54,17 +54,16 @@ class _Row(Part):
 
 
 class Terminal:
-    """Bars of all training steps of an experiment and of what is going on, and messages.
+    """Shows messages and two progress bars: one for the whole experiment, one for the current part.
 
-    Outside of a terminal (CI, a log file, a pod) there are lines instead: one for every stage, and
-    once a minute how much is done and how long the rest takes; by one process of several: the
-    others are quiet.
+    Where the output is no terminal (CI, a log file, a pod), it prints lines instead: one for every
+    stage, and once a minute the progress and the time left.
 
     Args:
-      console: default: standard output.
-      quiet: print nothing.
-      brief: leave out what is no news to somebody who has called a function: lines for stages.
-      clock: in seconds.
+      console: where to print; default: standard output.
+      quiet: print nothing, as in all processes but the main one.
+      brief: leave out the lines that announce stages, for calls of a single function.
+      clock: returns seconds.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Terminal:
             console=self._console,
             transient=not brief,
             disable=not self.is_live,
-            # What is piped elsewhere stays there.
+            # Redirect only what goes to a terminal; a pipe is left alone.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
@@ -128,14 +127,14 @@ class Terminal:
         return _Row(self, name, unit, where)
 
     def skip(self, name: str) -> None:
-        """Counts a stage as done that need not run, because what came of it is there."""
+        """Counts a stage as done that need not run, because its result exists."""
         if name not in self._counted:
             self._counted.add(name)
             self._whole.skip(self._stages.get(name, 0))
             self._progress.update(self._all, completed=self._whole.done)
 
     def describe(self, text: str) -> None:
-        """Says what is going on, of which there is no count."""
+        """Shows a description of current work that has no count."""
         self._describe(text)
         if not self.is_live:
             self.print(text)
@@ -146,7 +145,7 @@ class Terminal:
         self._now = self._add(text, None)
 
     def begun(self, row: _Row) -> None:
-        """A stage knows where it begins."""
+        """Shows a stage that has begun, or continues an earlier run."""
         total, done = row.count.total or 0, row.count.done
         again = row.name in self._counted
         self._row = row
@@ -168,7 +167,7 @@ class Terminal:
             self.print(f"{row.name}: {total:,} {row.unit}")
 
     def advanced(self, row: _Row, count: int) -> None:
-        """A stage has got on."""
+        """Updates the bars, or prints a line if one is due, after steps of a stage."""
         if row.name in self._stages:
             self._whole.advance(count)
         now = self.clock()
@@ -184,7 +183,7 @@ class Terminal:
             self.print(self._line(row))
 
     def _line(self, row: _Row) -> str:
-        """Where a stage is, and the whole."""
+        """The line about the progress of a stage and of the whole experiment."""
         text = f"{row.name}: {row.count.done:,} of {row.count.total:,} {row.unit}{self._speed}"
         if self._whole.total and row.name in self._stages:
             text += f"; {self._whole.done:,} of {self._whole.total:,} steps in all"
@@ -194,7 +193,7 @@ class Terminal:
         return f"{text}, about {clock_time(left)} left"
 
     def speed(self, values: dict[str, float]) -> None:
-        """Shows examples per second and, if it is much, the time lost waiting for data."""
+        """Shows examples per second and, above 5 %, the share of time spent waiting for data."""
         speed = values["examples_per_second"]
         text = f", {speed:,.0f} examples/s" if speed >= 10 else f", {speed:.2g} examples/s"
         if values["input_wait"] > 0.05:
@@ -213,7 +212,7 @@ class Terminal:
             self.print(f"{self._description_now()}: compiling {what} ...")
 
     def interrupted(self) -> str:
-        """What a person is told who has stopped it: where it was, and what is kept."""
+        """The message after Ctrl-C: where the run stopped, and what is saved."""
         row = self._row
         if row is None:
             return f"interrupted ({self._description}); what was done before is kept"
@@ -231,7 +230,7 @@ class Terminal:
         self._console.print(what, soft_wrap=isinstance(what, str))
 
     def _add(self, name: str, count: Count | None, unit: str = "", visible: bool = True) -> TaskID:
-        """A bar, or a name without one."""
+        """Adds a bar, or only a name if there is no count."""
         total, done = (None, 0) if count is None else (count.total, count.done)
         return self._progress.add_task(
             self._short(name),
@@ -247,11 +246,11 @@ class Terminal:
         return self._description if self._row is None else self._row.name
 
     def _room(self) -> int:
-        """Characters for a name: what the counts and the time leave, of 80 columns."""
+        """The number of characters for a name; counts and time take the rest of the line."""
         return min(40, max(12, self._console.width - 52))
 
     def _short(self, text: str) -> str:
-        """The end of a stage's name, which tells more than its beginning."""
+        """Shortens a name to the room there is; keeps its end, which is more specific."""
         room = self._room()
         return text if len(text) <= room else f"…{text[1 - room :]}"
 
@@ -275,13 +274,14 @@ class Terminal:
 def shown(
     progress: bool | Callable[[int], None] | Part, name: str, unit: str, quiet: bool
 ) -> Iterator[Part]:
-    """What the argument `progress` of `fit` and `score` asks for.
+    """The `Part` for the argument `progress` of `fit` and `score`.
 
     Args:
-      progress: True: a bar on standard error, in a terminal or notebook; elsewhere a line if
-        something is continued, and one a minute. False: nothing. A function: called with counts.
-      name, unit: of the bar.
-      quiet: for the processes that do not lead.
+      progress: True: a bar on standard error in a terminal or notebook; elsewhere a line if
+        an earlier run is continued, and one every minute. False: nothing. A function: it is called
+        with the number of new steps or examples. A `Part`: it is used as it is.
+      name, unit: labels of the bar.
+      quiet: show nothing, for all processes but the main one.
     """
     if isinstance(progress, Part):
         yield progress
@@ -299,12 +299,12 @@ def _can_draw(console: Console) -> bool:
     return console.is_terminal
 
 
-_open: list[Terminal] = []  # the last one shows what is compiled
+_open: list[Terminal] = []  # the last one shows the program that is being compiled
 
 
 @functools.cache
 def _listen_to_jax() -> None:
-    """Has JAX tell when it compiles."""
+    """Registers listeners for the beginning and end of JAX's compilations."""
     import jax
 
     jax.monitoring.register_scalar_listener(_compilation_begins)

@@ -1,4 +1,4 @@
-"""How fast a loop over batches is, and whether its devices wait for data."""
+"""Measures the speed of a loop over batches and the time that devices wait for data."""
 
 import time
 import warnings
@@ -9,8 +9,8 @@ import jax
 
 T = TypeVar("T")
 
-_SHARE = 0.2  # of the time, lost to waiting: worth a warning
-_SECONDS = 10.0  # not before: a share of less says little
+_SHARE = 0.2  # warn if more than this share of the time is lost to waiting
+_SECONDS = 10.0  # shortest time over which the share is meaningful
 
 
 class InputBoundWarning(UserWarning):
@@ -20,13 +20,13 @@ class InputBoundWarning(UserWarning):
 class Throughput:
     """Steps per second of a loop, and the share of time that devices lose waiting for batches.
 
-    A step runs on the devices while the next batch is fetched, so only what a fetch takes
-    beyond a step is lost. How long a step takes by itself is asked once in an interval, by
-    waiting for one (`read`); between these the loop is not held up.
+    A step runs on the devices while the next batch is fetched, so time is lost only if the fetch
+    takes longer than the step. The time of a step is measured once in an interval, by waiting for
+    one step in `read`; otherwise the loop is not blocked.
 
     Args:
-      name: of the loop, in the warning.
-      clock: in seconds.
+      name: name of the loop, for the warning.
+      clock: returns seconds.
 
     Example:
       >>> throughput = Throughput("fit")
@@ -46,13 +46,13 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Begins an interval anew, after something that is no step."""
+        """Starts a new interval, for instance after an evaluation, whose time must not count."""
         self._start = self._clock()
         self._waits: list[float] = []
 
     def fetch(self, batches: Iterator[T]) -> T:
         """The next batch; called once a step, after the step before has been dispatched."""
-        if self._waits and not self._compiled:  # what came before was compilation
+        if self._waits and not self._compiled:  # the first step included the compilation
             self._compiled = True
             self.restart()
         start = self._clock()
@@ -64,7 +64,7 @@ class Throughput:
         """Ends an interval, and begins the next.
 
         Args:
-          running: arrays of the step that was dispatched last, the one before being done.
+          running: outputs of the last dispatched step; the step before it must be finished.
 
         Returns:
           `steps_per_second`, and `input_wait`, the share of time lost, in [0, 1].
