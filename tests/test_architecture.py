@@ -76,7 +76,7 @@ def test_the_structure_is_printed_for_any_checkout(tmp_path):
         "house/__init__.py": "from house.top import run\n",
         "house/top.py": "from house.low import sum_of\n\n\ndef run():\n    pass\n",
         "house/low/__init__.py": "",
-        "house/low/sum_of.py": "import house.top\n\nclass A:\n    def f(self):\n        pass\n",
+        "house/low/sum_of.py": 'import house.top\n\ndef f():\n    """F."""\n\n    pass\n',
     }.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,14 +93,21 @@ def test_the_structure_is_printed_for_any_checkout(tmp_path):
         "floors of modules         1",
         "cycles of modules         ['low.sum_of = top']",
         "largest files, in lines",
-        "     5  low.sum_of",
+        "     6  low.sum_of",
         "     5  top",
         "     1  __init__",
         "     0  low",
-        "largest functions, in lines",
-        "     2  sum_of.py:4 f",
+        "largest functions without docstrings, in lines",
+        "     3  sum_of.py:3 f",
         "     2  top.py:4 run",
     ]
+
+
+def test_files_and_functions_are_short(root):
+    for path in (root / "easy_jax").rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
+        long = {name: lines for name, lines in structure.functions(path).items() if lines > 60}
+        assert not long, path
 
 
 def test_configs_import_only_the_schema(root):

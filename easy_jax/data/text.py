@@ -127,10 +127,7 @@ def tokenize(
     bad.settle(size)
 
     texts = {i: (instructions[i], inputs[i] or "", answers[i]) for i in answers if i not in bad}
-    ended = [i for i, (_, _, answer) in texts.items() if answer != responses[i]]
-    tell(size, ended, f"the response ends in {eos_token!r} already; it is put there once")
-    blank = [i for i, (instruction, _, _) in texts.items() if not instruction.strip()]
-    tell(size, blank, "the instruction is blank; the prompt is the template alone")
+    _tell_odd_texts(texts, responses, eos_token)
     _tell_control_tokens(tokenizer, texts, size)
     _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in texts}, tokenizer)
     return _joined(
@@ -145,6 +142,17 @@ def tokenize(
         border=border,
         merged_ids=merged_ids,
     )
+
+
+def _tell_odd_texts(
+    texts: dict[int, tuple[str, str, str]], responses: Sequence[str], eos_token: str
+) -> None:
+    """Warns of responses that end in the EOS, and of blank instructions."""
+    size = len(responses)
+    ended = [i for i, (_, _, answer) in texts.items() if answer != responses[i]]
+    tell(size, ended, f"the response ends in {eos_token!r} already; it is put there once")
+    blank = [i for i, (instruction, _, _) in texts.items() if not instruction.strip()]
+    tell(size, blank, "the instruction is blank; the prompt is the template alone")
 
 
 def _templates(template: str, input_template: str, needed: bool) -> tuple[str, str]:

@@ -166,21 +166,8 @@ def _on_device(
         logits_NU = jnp.einsum("nd,ud->nu", hidden_ND, head_UD, preferred_element_type=jnp.float32)
         if cap is not None:
             logits_NU = cap * jnp.tanh(logits_NU / cap)
-        valid_1U = (ids_U < vocab)[None, :]
         is_target_NU = ids_U[None, :] == target_N[:, None]
-        if cap is not None and cap <= _LARGEST_CAP:
-            max_N = jnp.full(target_N.shape, cap, jnp.float32)  # known: one pass less
-        else:
-            max_N = jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1)
-            max_N = jax.lax.pmax(max_N, _VOCAB)
-        share_NU = jnp.where(valid_1U, jnp.exp(logits_NU - max_N[:, None]), 0.0)
-        chosen_N = jnp.sum(jnp.where(is_target_NU, logits_NU, 0.0), axis=1)
-        sum_N, chosen_N = jax.lax.psum((jnp.sum(share_NU, axis=1), chosen_N), _VOCAB)
-        in_range_N = (target_N >= 0) & (target_N < vocab)
-        # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
-        nll_N = (max_N - chosen_N) + jnp.log(sum_N)
-        nll_N = jnp.where(in_range_N, jnp.where(nll_N < 0, 0.0, nll_N), jnp.nan)
-        nll_N = jnp.where(target_N == NO_TARGET, 0.0, nll_N)
+        nll_N, share_NU, sum_N = _losses(logits_NU, is_target_NU, target_N, ids_U, vocab, cap)
         nll_BC = _own(nll_N.reshape(-1, *chunk[1].shape))
         if head_bar_UD is None:
             return None, (nll_BC,)
@@ -204,6 +191,35 @@ def _on_device(
     head_bar_UD = jax.lax.psum(head_bar_UD, "data").astype(head_UD.dtype)
     head_bar_VD = jax.lax.all_to_all(head_bar_UD, "fsdp", split_axis=1, concat_axis=0, tiled=True)
     return nll_BT, hidden_bar_BTD[0], head_bar_VD[:rows]
+
+
+def _losses(
+    logits_NU: jax.Array,
+    is_target_NU: jax.Array,
+    target_N: jax.Array,
+    ids_U: jax.Array,
+    vocab: int,
+    cap: float | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the losses of a chunk, and the softmax of this device's ids as shares of a sum.
+
+    Returns:
+      `(nll_N, share_NU, sum_N)`; the probabilities are `share_NU / sum_N`.
+    """
+    valid_1U = (ids_U < vocab)[None, :]
+    if cap is not None and cap <= _LARGEST_CAP:
+        max_N = jnp.full(target_N.shape, cap, jnp.float32)  # known: one pass less
+    else:
+        max_N = jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1)
+        max_N = jax.lax.pmax(max_N, _VOCAB)
+    share_NU = jnp.where(valid_1U, jnp.exp(logits_NU - max_N[:, None]), 0.0)
+    chosen_N = jnp.sum(jnp.where(is_target_NU, logits_NU, 0.0), axis=1)
+    sum_N, chosen_N = jax.lax.psum((jnp.sum(share_NU, axis=1), chosen_N), _VOCAB)
+    in_range_N = (target_N >= 0) & (target_N < vocab)
+    # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
+    nll_N = (max_N - chosen_N) + jnp.log(sum_N)
+    nll_N = jnp.where(in_range_N, jnp.where(nll_N < 0, 0.0, nll_N), jnp.nan)
+    return jnp.where(target_N == NO_TARGET, 0.0, nll_N), share_NU, sum_N
 
 
 def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:

@@ -31,14 +31,13 @@ from easy_jax.train import checkpoint, checks, identity, scoring
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.config import StageConfig
 from easy_jax.train.hooks import (
-    Averaging,
     Bar,
-    Evaluation,
     Hook,
     Hooks,
     Loop,
     Metrics,
     Speed,
+    standard_hooks,
 )
 from easy_jax.train.identity import ANCHORED
 
@@ -179,23 +178,19 @@ def fit(
     if overwrite:
         processes.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
     state, train_step = _start(model, loss_fn, stage, run, trainable, anchored, loader.steps, mesh)
-    loop = Loop(name, loader.steps, stage.epochs, state)
-    examples_per_step = _num_used(source, weight_N) * stage.epochs / loader.steps
-    metrics = Metrics(log, log_every_steps)
-    averaging = [] if sfa_beta is None else [Averaging(state.params, sfa_beta)]
-    speed = Speed(log, log_every_steps, examples_per_step, on_speed)
-    evaluation = [] if on_epoch is None else [Evaluation(on_epoch)]
-    check = functools.partial(_check_first_batch, model, loss_fn, run, stage, mesh)
+    speed = Speed(log, log_every_steps, _mean_batch(source, weight_N, stage, loader), on_speed)
     with (
         contextlib.closing(iter(loader)) as batches,
         Checkpointer(directory, run, keep, keep_best) as checkpointer,
         shown(progress, name, "steps", quiet=not processes.is_main_process()) as part,
     ):
+        loop = Loop(name, loader.steps, stage.epochs, state)
         _restore(loop, checkpointer, batches, run)
-        every = Hooks([*averaging, metrics, speed, Bar(part), *evaluation, *hooks])
-        saving = _Saving(checkpointer, batches, save_every_steps, metrics)
+        saving = _Saving(checkpointer, batches, save_every_steps, Metrics(log, log_every_steps))
         place = functools.partial(_placed, online=online, mesh=mesh)
-        return _train(loop, batches, train_step, place, check, saving, every)
+        check = functools.partial(_check_first_batch, model, loss_fn, run, stage, mesh)
+        own = standard_hooks(state, sfa_beta, saving.metrics, speed, Bar(part), on_epoch)
+        return _train(loop, batches, train_step, place, check, saving, Hooks([*own, *hooks]))
 
 
 def _train(
@@ -264,11 +259,13 @@ def _used(weight_N: np.ndarray | None, token_weight: data.Ragged | None) -> np.n
     return used_N
 
 
-def _num_used(source: data.AnySource, weight_N: np.ndarray | None) -> int:
-    """How many of the source's examples have a weight."""
+def _mean_batch(
+    source: data.AnySource, weight_N: np.ndarray | None, stage: StageConfig, loader: data.Loader
+) -> float:
+    """Returns the mean number of examples in a step; those without a weight do not count."""
     present = data.present_ids(source)
     weight_n = np.ones(len(present)) if weight_N is None else np.asarray(weight_N)[present]
-    return int(np.count_nonzero(~np.isnan(weight_n)))
+    return np.count_nonzero(~np.isnan(weight_n)) * stage.epochs / loader.steps
 
 
 def _start(

@@ -296,3 +296,17 @@ class Evaluation(Hook):
                 self._function(loop.epoch, loop.state.model_state())
             except processes.Stopped:
                 loop.stopped = True
+
+
+def standard_hooks(
+    state: TrainState,
+    sfa_beta: float | None,
+    metrics: Metrics,
+    speed: Speed,
+    bar: Bar,
+    on_epoch: Callable[[int, nnx.State], None] | None,
+) -> list[Hook]:
+    """Returns the hooks of `fit` itself, in the order in which they are called."""
+    averaging = [] if sfa_beta is None else [Averaging(state.params, sfa_beta)]
+    evaluation = [] if on_epoch is None else [Evaluation(on_epoch)]
+    return [*averaging, metrics, speed, bar, *evaluation]

@@ -110,14 +110,7 @@ def score(
     # With "drop", labels and tokens out of range are dropped with the other bad examples.
     checks.check_match(model, source, loss_fn, np.zeros(len(source), bool) if drop else None)
     graphdef, state = nnx.split(eval_mode(model))
-    identity = {
-        "model": fingerprints.of_state(state),
-        "structure": code_fingerprint.of_structure(graphdef),
-        "data": data.fingerprint(source),
-        "loss": code_fingerprint.of_function(loss_fn),
-        "num_examples": len(source),
-        "token_losses": token_losses,
-    }
+    identity = _identity(graphdef, state, source, loss_fn, token_losses)
     start: dict[str, Any] = {**identity, "batch_size": batch_size}
     processes.assert_equal_across_processes("the start of scoring", **start)
     if overwrite:
@@ -153,6 +146,24 @@ def score(
     if not drop:
         _raise_bad(bad, len(source))
     return job.complete()
+
+
+def _identity(
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State,
+    source: data.AnySource,
+    loss_fn: Callable[..., tuple[jax.Array, ...]],
+    token_losses: bool,
+) -> dict[str, Any]:
+    """Returns what a loss table depends on; stored with it, and compared when it is opened."""
+    return {
+        "model": fingerprints.of_state(state),
+        "structure": code_fingerprint.of_structure(graphdef),
+        "data": data.fingerprint(source),
+        "loss": code_fingerprint.of_function(loss_fn),
+        "num_examples": len(source),
+        "token_losses": token_losses,
+    }
 
 
 def _judged(
