@@ -88,7 +88,7 @@ def test_a_step_is_compiled_once_per_kind_of_stage(root, tmp_path, monkeypatch):
     assert len(results["results"]) == 13 and len(results["grid"]) == 13
 
     names = [entry["stage"] for entry in _lines(tmp_path / "run" / "metrics.jsonl")]
-    assert set(names) == set(plan.plan(config))
+    assert set(names) == {key.path for key in plan.plan(config)}
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<figure>") == 6 and "<script" not in page
     for method in config.methods:

@@ -28,12 +28,12 @@ from easy_jax.config import (
 from easy_jax.data import DataError, DataWarning, ImageSource
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
 from easy_jax.data.images import FORMATS, Views, decode
-from easy_jax.experiments.plan import Stage
+from easy_jax.experiments.plan import Stage, probe_key
 from easy_jax.experiments.tasks import load_tasks
 from easy_jax.experiments.vision import ImageExperiment
 from easy_jax.io.terminal import Terminal
 
-STAGE = Stage("probe", 0, 0.0, None, False, None)
+STAGE = Stage(probe_key(0, 0.0), seed=0, start=None, new_head=False, config=None)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from easy_jax.core import losses
 from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.data.images import training_view, uniforms
 from easy_jax.experiments import results as results_lib
-from easy_jax.experiments.plan import plan
+from easy_jax.experiments.plan import StageKey, plan, probe_key
 from easy_jax.experiments.tasks import load_tasks
 from easy_jax.io.sealed import ArtefactError
 from easy_jax.models import resnet
@@ -145,8 +145,9 @@ def test_deciles_are_of_the_probed_models_loss_on_test_data(experiment):
     assert (np.diff(group_N[order]) >= 0).all()
     runner = train.ImageExperiment(config, workdir, train.Terminal(quiet=True))
     runner.run("train")
-    for method, name in (("probe", "probe"), ("static", "lr0.02/probe-all-flow")):
-        model = runner.networks.merge(runner.fit(f"seed0/noise0.3/{name}").model_state, 10)
+    static = StageKey("probe-all-flow", 0, 0.3, 0.02)
+    for method, key in (("probe", probe_key(0, 0.3)), ("static", static)):
+        model = runner.networks.merge(runner.fit(key).model_state, 10)
         logits_NK = nnx.jit(eval_mode(model))(tasks.target.test.fields["image"])
         right_N = np.argmax(logits_NK, axis=1) == tasks.target.test.fields["label"]
         expected = [100 * np.mean(right_N[group_N == decile]) for decile in range(10)]
@@ -188,7 +189,7 @@ def test_online_weights_are_the_tables_where_views_are_fixed(experiment):
     runner.run("train")
     static, online, tuned = (
         jax.tree.leaves(
-            jax.device_get(runner.fit(f"seed0/noise0.3/lr0.02/probe-all{kind}").model_state)
+            jax.device_get(runner.fit(StageKey(f"probe-all{kind}", 0, 0.3, 0.02)).model_state)
         )
         for kind in ("-flow", "-flow_online", "")
     )
