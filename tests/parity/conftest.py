@@ -5,6 +5,12 @@ its import fails, because it adds to two of them; no test calls one, so declarin
 """
 
 import importlib.util
+import os
+
+from processes import CHEAP_COMPILATION
+
+# Full optimisation, as users have it: SmolLM2 takes long otherwise, and rounding is another one.
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(CHEAP_COMPILATION, "")
 
 if importlib.util.find_spec("torchvision") is not None:
     import torch
