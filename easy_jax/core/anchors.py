@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from easy_jax.core.config import FORMER_ANCHORS
 from easy_jax.io.registry import Registry
 
 Distance = Callable[[jax.Array], jax.Array]
 ANCHORS: Registry[Distance] = Registry("anchor")
-_STORED = {"l1_sp": "l1", "l2_sp": "l2"}  # as directories and checkpoints of version 0.1 say
+# Directories and checkpoints have the names of version 0.1.
+_STORED = {now: former for former, now in FORMER_ANCHORS.items()}
 
 
 @ANCHORS.register("none")
@@ -27,7 +29,7 @@ def no_distance(difference: jax.Array) -> jax.Array:
     return jnp.zeros((), difference.dtype)
 
 
-@ANCHORS.register("l1_sp", former=("l1",))
+@ANCHORS.register("l1_sp", former=(_STORED["l1_sp"],))
 def l1_distance(difference: jax.Array) -> jax.Array:
     """The sum of |theta - theta*| (arXiv:2502.02797).
 
@@ -38,7 +40,7 @@ def l1_distance(difference: jax.Array) -> jax.Array:
     return jnp.sum(jnp.abs(difference))
 
 
-@ANCHORS.register("l2_sp", former=("l2",))
+@ANCHORS.register("l2_sp", former=(_STORED["l2_sp"],))
 def l2_distance(difference: jax.Array) -> jax.Array:
     """The sum of (theta - theta*)^2: L2-SP (arXiv:1802.01483; arXiv:2502.02797).
 

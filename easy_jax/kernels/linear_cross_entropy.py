@@ -127,9 +127,8 @@ def weighted_linear_cross_entropy(
     targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
-        half = max(
-            1, (token_chunk or _TOKEN_CHUNK) // 2
-        )  # logits and their gradients are there at once
+        # Logits and their gradients are in memory at once.
+        half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
         return vocabulary_parallel.weighted_sum(
             hidden_ND, head_VD, targets_N, weight_N, soft_cap, half
         )
