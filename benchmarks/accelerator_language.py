@@ -18,7 +18,7 @@ from timing import interleave, median_ratio
 
 import easy_jax as ej
 from easy_jax.ahead_of_time.language_programs import model_flops
-from easy_jax.train.scoring import make_score_step
+from easy_jax.train.forward import make_score_step
 
 # Dense bfloat16 operations per second, from the makers' data sheets.
 PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}

@@ -25,7 +25,7 @@ import easy_jax as ej
 from easy_jax.kernels.convolution import convolve, max_pool
 from easy_jax.kernels.linear_cross_entropy import weighted_linear_cross_entropy
 from easy_jax.kernels.splash import attend
-from easy_jax.train.scoring import make_score_step
+from easy_jax.train.forward import make_score_step
 
 Arrays = dict[str, np.ndarray]
 # Of values (losses, outputs) and of gradients, by precision.

@@ -16,7 +16,7 @@ from timing import exit_unless, interleave, median_ratio
 
 import easy_jax as ej
 from easy_jax.parallel import sharding
-from easy_jax.train import scoring
+from easy_jax.train import forward
 
 NUM_IMAGES = 8192
 BATCH_SIZE = 256
@@ -40,16 +40,16 @@ def main() -> None:
     loader = ej.scoring_loader(source, BATCH_SIZE)
 
     @functools.partial(jax.jit, compiler_options=sharding.compiler_options(mesh))
-    def forward(state: nnx.State, image_BHWC: jax.Array) -> jax.Array:
+    def plain_forward(state: nnx.State, image_BHWC: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, state)(image_BHWC)
 
     def plain() -> None:
-        jax.block_until_ready([forward(state, image_BHWC) for image_BHWC in placed])
+        jax.block_until_ready([plain_forward(state, image_BHWC) for image_BHWC in placed])
 
-    step = scoring.make_score_step(graphdef, ej.classification_loss, mesh)
+    step = forward.make_score_step(graphdef, ej.classification_loss, mesh)
 
     def per_example() -> None:
-        for _ in scoring.per_example(step, state, loader, mesh):
+        for _ in forward.per_example(step, state, loader, mesh):
             pass
 
     with tempfile.TemporaryDirectory() as folder:

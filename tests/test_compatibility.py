@@ -22,7 +22,7 @@ from easy_jax.experiments.image_networks import ImageNetworks
 from easy_jax.models.classifier import ClassifierInfo
 from easy_jax.models.resnet import head_params
 from easy_jax.pretrained.weight_files import WeightsError
-from easy_jax.train import compatibility, evaluate, fitting, scoring
+from easy_jax.train import compatibility, evaluate, fitting, forward
 
 TINY = ej.ResNetConfig(in_channels=3, width=4, depths=(1,))
 
@@ -62,7 +62,7 @@ def nothing_runs(monkeypatch):
     def compiled(*_, **__):
         raise AssertionError("something was compiled")
 
-    monkeypatch.setattr(scoring, "make_score_step", compiled)
+    monkeypatch.setattr(forward, "make_score_step", compiled)
     monkeypatch.setattr(evaluate, "_make_step", compiled)
     monkeypatch.setattr(fitting, "_compiled", compiled)
 

@@ -18,7 +18,7 @@ from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.kernels import convolution
 from easy_jax.kernels.convolution import convolve, max_pool
 from easy_jax.parallel import sharding
-from easy_jax.train import scoring
+from easy_jax.train import forward
 
 CASES = [  # batch, height, width, channels, features, window, stride
     (2, 9, 8, 3, 5, 3, 1),
@@ -180,7 +180,7 @@ def test_steps_are_compiled_with_the_options(monkeypatch):
     train_step = make_train_step(
         nnx.graphdef(model), loss_fn, optimizer, reduction="example_mean", mesh=mesh
     )
-    score_step = scoring.make_score_step(nnx.graphdef(model), loss_fn, mesh)
+    score_step = forward.make_score_step(nnx.graphdef(model), loss_fn, mesh)
     weigh = OnlineWeights(model, loss_fn=loss_fn, tau=1.0, mesh=mesh)
     state = init_train_state(model, optimizer, mesh=mesh)
     for call in (

@@ -2,16 +2,19 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import devices_mesh
 
 from easy_jax.config import OptimizerConfig, ResNetConfig, StageConfig
 from easy_jax.core.losses import classification_loss
+from easy_jax.core.step import make_train_step
 from easy_jax.data import ArraySource
+from easy_jax.io import terminal
 from easy_jax.models import resnet
 from easy_jax.models.modes import eval_mode, train_mode
-from easy_jax.train import evaluate
+from easy_jax.train import evaluate, forward
 from easy_jax.train.fitting import fit
 
 CONFIG = ResNetConfig(width=4, depths=(1, 1))
@@ -102,3 +105,15 @@ def test_the_swap_is_exact(tmp_path):
     kernel = [s["blocks"][0]["conv1"]["kernel"][...] for s in (swapped, pretrained)]
     assert (np.asarray(kernel[0]) != np.asarray(kernel[1])).any()
     np.testing.assert_array_equal(swapped["head"]["bias"][...], pretrained["head"]["bias"][...])
+
+
+def test_compilations_of_these_functions_are_shown():
+    graphdef = nnx.graphdef(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    mesh, loss_fn = devices_mesh(1), classification_loss
+    step = make_train_step(graphdef, loss_fn, optax.sgd(0.1), reduction="token_mean", mesh=mesh)
+    assert terminal._COMPILED[step.__name__] == "the training step"
+    for passed in (
+        forward.make_score_step(graphdef, loss_fn, mesh),
+        evaluate._make_step(graphdef, loss_fn, ("loss",), mesh),
+    ):
+        assert terminal._COMPILED[passed.__name__] == "the forward pass"

@@ -15,7 +15,7 @@ from easy_jax.data import ArraySource, training_loader
 from easy_jax.io import code_fingerprint
 from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.parallel import sharding
-from easy_jax.train import loss_parts, loss_table, scoring
+from easy_jax.train import forward, loss_parts, loss_table
 from easy_jax.train.loss_table import LossTable, LossTableError
 from easy_jax.train.scoring import ScoringError, score
 
@@ -320,7 +320,7 @@ def test_one_compilation(tmp_path):
             source = ArraySource(make_arrays(size))
             score(make_model(seed), source, tmp_path / f"{seed}-{size}", **options)
     graphdef = nnx.graphdef(eval_mode(make_model()))
-    step = scoring.make_score_step(
+    step = forward.make_score_step(
         graphdef, traced, sharding.make_mesh(), code_fingerprint.of_function(traced)
     )
     assert step._cache_size() == 1

@@ -20,7 +20,7 @@ from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.parallel import sharding
-from easy_jax.train import scoring
+from easy_jax.train import forward
 
 SHAPES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
 FAMILIES = ("resnet", "llama", "gemma2")
@@ -73,8 +73,8 @@ def _losses(family, shape):
     graphdef, state = nnx.split(eval_mode(model))
     state = sharding.shard_tree(state, mesh)
     loader = scoring_loader(_source(family), ROWS)
-    step = scoring.make_score_step(graphdef, loss_fn, mesh)
-    ((_, loss_sum, count),) = scoring.per_example(step, state, loader, mesh)
+    step = forward.make_score_step(graphdef, loss_fn, mesh)
+    ((_, loss_sum, count),) = forward.per_example(step, state, loader, mesh)
     return loss_sum / count
 
 

@@ -24,7 +24,7 @@ from easy_jax.models import lora
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.parallel import sharding
-from easy_jax.train.scoring import make_score_step
+from easy_jax.train.forward import make_score_step
 
 MESHES = ((1, 8, 1), (2, 2, 2), (1, 2, 4), (8, 1, 1))
 

@@ -33,7 +33,7 @@ from easy_jax.io.checks import ConfigError
 from easy_jax.models import resnet
 from easy_jax.models.config import ResNetConfig
 from easy_jax.models.modes import eval_mode, train_mode
-from easy_jax.train.scoring import make_score_step
+from easy_jax.train.forward import make_score_step
 
 # Models that an experiment keeps: the pre-trained and the probed one, and, where the head is
 # trained alone at last, what was fine-tuned.

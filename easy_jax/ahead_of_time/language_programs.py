@@ -23,14 +23,15 @@ from easy_jax.ahead_of_time.programs import (
 from easy_jax.core import losses, optim
 from easy_jax.core.step import make_train_step
 from easy_jax.core.weightings import WEIGHTINGS
+from easy_jax.experiments.config import MethodConfig
 from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
-from easy_jax.experiments.language_config import LanguageConfig, MethodConfig
+from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.models.modes import eval_mode
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig
 from easy_jax.pretrained import hugging_face
 from easy_jax.pretrained.weight_files import hub_name
-from easy_jax.train.scoring import make_score_step
+from easy_jax.train.forward import make_score_step
 
 _SEGMENTS = 8  # of a row where the configuration sets no limit
 

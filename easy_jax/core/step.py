@@ -178,7 +178,12 @@ def make_train_step(
     if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}")
     gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction), has_aux=True)
-    step = functools.partial(_step, gradient, optimizer, micro_batches, mesh)
+
+    def step(  # by this name `io.terminal` knows the compilation
+        state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, Metrics]:
+        return _step(gradient, optimizer, micro_batches, mesh, state, batch)
+
     return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
 
 

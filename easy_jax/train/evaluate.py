@@ -16,7 +16,7 @@ from easy_jax import data
 from easy_jax.core import losses
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import processes, sharding
-from easy_jax.train import compatibility, scoring
+from easy_jax.train import compatibility, forward
 from easy_jax.train.metrics import METRICS, Metric
 
 _Evaluator = Callable[[Any, Mapping[str, jax.Array]], dict[str, losses.PerExampleLoss]]
@@ -185,7 +185,7 @@ def _sums(
     step = _make_step(graphdef, evaluator, names, mesh)
     group_N = np.zeros(len(source), np.int64) if group_N is None else group_N
     sums_2GM = np.zeros((2, group_N.max() + 1, len(names)))
-    results = scoring.per_example(step, state, loader, mesh, "evaluation")
+    results = forward.per_example(step, state, loader, mesh, "evaluation")
     for number, (ids, *values_bM) in enumerate(results, 1):
         for sums_GM, value_bM in zip(sums_2GM, values_bM, strict=True):
             np.add.at(sums_GM, group_N[ids], value_bM)
@@ -202,17 +202,12 @@ def _make_step(
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], tuple[jax.Array, ...]]:
     """Returns the jitted `(state, batch) -> (sum_BM, count_BM)`, with a column for each name."""
 
-    def evaluate(state: nnx.State, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
-        with sharding.tracing_on(mesh):
-            values = evaluator(nnx.merge(graphdef, state, copy=True), batch)
+    def stacked(model: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
+        values = evaluator(model, batch)
         sums, counts = zip(*(values[name] for name in names), strict=True)
         return jnp.stack(sums, axis=-1), jnp.stack(counts, axis=-1)
 
-    return jax.jit(
-        evaluate,
-        out_shardings=sharding.batch_sharding(mesh),
-        compiler_options=sharding.compiler_options(mesh),
-    )
+    return forward.forward_step(graphdef, stacked, mesh)
 
 
 def with_task_parts(

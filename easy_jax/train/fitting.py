@@ -27,7 +27,7 @@ from easy_jax.io.terminal import shown
 from easy_jax.io.throughput import Throughput
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import lock, processes, sharding
-from easy_jax.train import checkpoint, checks, identity, scoring
+from easy_jax.train import checkpoint, checks, forward, identity
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.config import StageConfig
 from easy_jax.train.hooks import (
@@ -376,10 +376,10 @@ def _check_first_batch(
     if contract.knows(model, loss_fn):
         return
     graphdef = nnx.graphdef(eval_mode(model))
-    score_step = scoring.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
+    score_step = forward.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
     rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
     part = {name: array[:rows] for name, array in batch.items()}
-    scoring.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))
+    forward.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))
 
 
 def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> TrainState:
