@@ -75,10 +75,13 @@ def test_a_mistake_of_a_member_ends_all_at_once(other, message):
 def test_a_member_by_token_with_another_command_ends_all_at_once():
     run = Run(3)
     start = time.monotonic()
+
+    def wrong():
+        time.sleep(0.3)  # process 1 has come by then: only who is there can be told
+        return run.peer(2, token="secret", run="other")
+
     errors = run.together(
-        lambda: run.peer(0, token="secret"),
-        lambda: run.peer(1, token="secret"),
-        lambda: run.peer(2, token="secret", run="other"),
+        lambda: run.peer(0, token="secret"), lambda: run.peer(1, token="secret"), wrong
     )
     for error in errors:
         message = 'process 2 .* runs another command or version, "other"; process 0 runs "same"'
