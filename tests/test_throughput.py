@@ -11,7 +11,7 @@ from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
 from easy_jax.io.metrics_log import MetricsLog, read
 from easy_jax.io.throughput import InputBoundWarning, Throughput
-from easy_jax.train import fitting, scoring
+from easy_jax.train import fitting, forward
 from easy_jax.train.fitting import fit
 from easy_jax.train.scoring import score
 
@@ -142,8 +142,8 @@ def test_fit_measures_and_warns(tmp_path, monkeypatch):
 
 
 def test_scoring_warns(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "Throughput", Slow)
-    monkeypatch.setattr(scoring, "_SPEED_EVERY", 5)
+    monkeypatch.setattr(forward, "Throughput", Slow)
+    monkeypatch.setattr(forward, "_SPEED_EVERY", 5)
     model, source = _model_and_source(160)
     with pytest.warns(InputBoundWarning, match="scoring: the devices wait for data"):
         score(model, source, tmp_path, loss_fn=_loss, batch_size=8)
