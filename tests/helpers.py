@@ -4,6 +4,7 @@ import importlib.util
 
 import jax
 
+from easy_jax.config import GlyphDataConfig
 from easy_jax.parallel import sharding
 
 
@@ -52,3 +53,10 @@ def stop_after(calls):
             raise InterruptionError
 
     return progress
+
+
+def small_glyphs(**fields):
+    """Letters and digits of 8 x 8 pixels, one batch of 32 of each to train on."""
+    sizes = {"pretrain_train": 32, "pretrain_validation": 16, "pretrain_test": 16}
+    sizes |= {"target_train": 32, "target_validation": 16}
+    return GlyphDataConfig(image_size=8, **sizes, **fields)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import load_config
+from helpers import load_config, small_glyphs
 
 from easy_jax import config
 from easy_jax import pipeline as train
@@ -21,20 +21,11 @@ def _shrunken(config: ExperimentConfig, **changes) -> ExperimentConfig:
     """The same experiment on a few examples: one step per stage."""
     stages = ("pretrain", "probe", "finetune", "head")
     small = {f"{name}.{field}": n for name in stages for field, n in SMALL.items()}
-    data = GlyphDataConfig(
-        image_size=8,
-        pretrain_train=32,
-        pretrain_validation=16,
-        pretrain_test=16,
-        target_train=32,
-        target_validation=16,
-        label_noise=config.data.label_noise[:1],
-    )
     config = replace(
         config,
         {**small, "scoring.batch_size": 1024},
         model=ResNetConfig(width=4, depths=(1, 1)),
-        data=data,
+        data=small_glyphs(label_noise=config.data.label_noise[:1]),
         eval_batch_size=1024,
         seeds=config.seeds[:1],
         learning_rates=config.learning_rates[:1],

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import devices_mesh
+from helpers import devices_mesh, small_glyphs
 
 import easy_jax as ej
 from easy_jax import pipeline
 from easy_jax.config import (
     ConfigError,
     ExperimentConfig,
-    GlyphDataConfig,
     MethodConfig,
     ResNetConfig,
     StageConfig,
@@ -98,18 +97,9 @@ def test_a_mean_over_the_batch_is_refused(monkeypatch):
 
 def _config(**changes):
     stage = StageConfig(epochs=1, batch_size=32)
-    data = GlyphDataConfig(
-        image_size=8,
-        pretrain_train=32,
-        pretrain_validation=16,
-        pretrain_test=16,
-        target_train=32,
-        target_validation=16,
-        label_noise=(0.0,),
-    )
     return ExperimentConfig(
         model=ResNetConfig(width=4, depths=(1,)),
-        data=data,
+        data=small_glyphs(label_noise=(0.0,)),
         methods=(MethodConfig("standard"),),
         **dict.fromkeys(("pretrain", "probe", "finetune", "head"), stage),
         **changes,
