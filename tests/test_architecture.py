@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 
+import pytest
 import structure
 from structure import cycles, import_graph, imports, is_face, longest_chain, modules, unit, without
 
@@ -36,15 +37,18 @@ def _arrows_up(graph: dict[str, set[str]]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_every_module_has_a_floor(root):
     wings = {unit(module) for module in import_graph(root / "easy_jax")}
     assert wings == set().union(*FLOORS) | FACES
 
 
+@pytest.mark.slow
 def test_wings_import_only_wings_below_them(root):
     assert _arrows_up(import_graph(root / "easy_jax")) == []
 
 
+@pytest.mark.slow
 def test_no_module_imports_itself_by_way_of_others(root):
     package = root / "easy_jax"
     faces = {name for name, path in modules(package).items() if is_face(path)}
@@ -103,6 +107,7 @@ def test_the_structure_is_printed_for_any_checkout(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_files_and_functions_are_short(root):
     for path in (root / "easy_jax").rglob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
@@ -115,6 +120,7 @@ def test_configs_import_only_the_schema(root):
         assert {unit(name) for name in imports(path, "easy_jax")} <= {"config"}, path
 
 
+@pytest.mark.slow
 def test_the_package_does_not_import_configs(root):
     for path in (root / "easy_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

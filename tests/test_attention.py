@@ -48,6 +48,7 @@ def _numpy(q, k, v, segments, window=None, cap=None):
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [1, 3, 4, 11, 64, None])
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (1, None), (3, 1.5), (5, None), (99, 2)])
 def test_values_are_those_of_numpy(window, cap, block):
@@ -57,6 +58,7 @@ def test_values_are_those_of_numpy(window, cap, block):
     np.testing.assert_allclose(y, _numpy(*case, window, cap), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [300, 1030])  # 128 and 128 and 44 queries; 8 blocks of 129
 @pytest.mark.parametrize("window", [None, 140])
 def test_default_blocks_and_gradients_are_those_of_dense_attention(length, window):
@@ -74,6 +76,7 @@ def test_default_blocks_and_gradients_are_those_of_dense_attention(length, windo
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_with_a_soft_cap_are_finite_differences():
     q, k, v, segments = _case()
 
@@ -83,6 +86,7 @@ def test_gradients_with_a_soft_cap_are_finite_differences():
     check_grads(attend, (q, k, v), order=1, modes=["rev"], atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 50.0])
 def test_large_logits_do_not_overflow(cap):
     q, k, v, segments = _case()
@@ -117,6 +121,7 @@ def test_only_keys_that_may_be_seen_are_looked_at(window, keys):
     assert [shape[-1] for name, shape, _ in operations if name == "exp"] == keys
 
 
+@pytest.mark.slow
 def test_bfloat16_is_accumulated_in_float32():
     q, k, v, segments = _case(length=150)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))

@@ -92,6 +92,7 @@ def test_training_error_names_the_step_and_its_examples(tmp_path):
     assert str([i for i in ids if i >= 0]) in str(error.value)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
     """The loss need not show them: here the broken parameter reaches no logit."""
 

@@ -185,6 +185,7 @@ def checkpoints(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("named", "changes"),
     [
@@ -205,6 +206,7 @@ def test_checkpoint_of_another_run(checkpoints, named, changes):
     assert re.findall(r"(?:^|; )([\w. ]+): ", differing) == [named]
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_same_run_is_taken(checkpoints):
     assert small_fit(checkpoints).resumed_from == 3
 

@@ -142,6 +142,7 @@ def test_all_losses_zero():
         weightings.flow_weights(np.array([0.0, 0.0, 0.0, 2.0, 3.0]))
 
 
+@pytest.mark.slow
 def test_all_losses_zero_in_a_table(tmp_path):
     model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
     x = np.eye(2, dtype=np.float32)[np.arange(20) % 2]

@@ -104,6 +104,7 @@ def test_every_byte_of_the_response_is_in_a_target(kind, template, response):
 TEXT = st.text(st.sampled_from("aeYs Qé日🙂🤖½:?/\n.A\u200d"), max_size=8)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150, database=None)
 @given(st.sampled_from(sorted(TOKENIZERS)), TEXT, TEXT.filter(str.strip))
 def test_every_byte_of_a_random_response_is_in_a_target(kind, end, response):

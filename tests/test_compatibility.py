@@ -70,6 +70,7 @@ def nothing_runs(monkeypatch):
 STAGE = ej.StageConfig(batch_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_runs")
 @pytest.mark.parametrize("outputs", [1000, 1])
 def test_a_head_of_another_size_is_refused(images, outputs, tmp_path):
@@ -105,6 +106,7 @@ def test_labels_beyond_the_outputs_are_named_before_compilation(tmp_path):
         ej.fit(MLP(4), source, tmp_path, stage=STAGE, loss_fn=own_loss)
 
 
+@pytest.mark.slow
 def test_labels_of_examples_that_are_dropped_may_be_wrong(tmp_path):
     source = points(3)
     source.fields["label"][5] = 4
@@ -132,6 +134,7 @@ def test_what_is_not_known_is_not_guessed():
 # A new head.
 
 
+@pytest.mark.slow
 def test_a_new_head_keeps_the_rest(images, tmp_path):
     model = ej.ResNet(TINY, 1000, rngs=nnx.Rngs(0))
     before = model.head.kernel[...]
@@ -273,6 +276,7 @@ def test_names_and_pixels_travel_with_an_export(images, tmp_path):
     assert ej.timm_weights.read_info(tmp_path / "first").classes == ("a", "b")
 
 
+@pytest.mark.slow
 def test_given_weights_are_compared_with_the_task(images, tmp_path, monkeypatch):
     """What `easy-jax` does with `model.path`, by all that `config.json` tells."""
     monkeypatch.setitem(RESNETS, "small", ("basic", (1,)))

@@ -68,6 +68,7 @@ def _numpy_gradients(image_BHWC, kernel, gradient_BHWC, stride):
     return output, image_gradient, kernel_gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece_bytes", [2**20, 100])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_convolve(case, piece_bytes, monkeypatch):
@@ -88,6 +89,7 @@ def test_convolve(case, piece_bytes, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "settings", [{}, {"rhs_dilation": (1, 2)}, {"feature_group_count": 2}], ids=str
@@ -163,6 +165,7 @@ def test_eigen_computes_convolutions_on_cpus(monkeypatch):
         sharding._eigen_convolutions.cache_clear()
 
 
+@pytest.mark.slow
 def test_steps_are_compiled_with_the_options(monkeypatch):
     monkeypatch.setattr(sharding, "compiler_options", lambda mesh: {"xla_no_such_option": "1"})
     mesh, optimizer = devices_mesh(1), optax.sgd(0.1)
@@ -192,6 +195,7 @@ def test_steps_are_compiled_with_the_options(monkeypatch):
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 2), (6, 9)], ids=str)
 def test_max_pool(size, dtype):

@@ -63,6 +63,7 @@ def check_every_byte(path, read, same, error):
     return survived
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_metadata(table):
     path = table.directory / "metadata.json"
     survived = check_every_byte(
@@ -74,6 +75,7 @@ def test_every_byte_of_the_metadata(table):
     assert 0 < survived < path.stat().st_size  # some spaces and line breaks mean nothing
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_part(table):
     path = table.directory / "part-00000-00001.parquet"
     check_every_byte(

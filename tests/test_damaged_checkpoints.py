@@ -17,6 +17,8 @@ from easy_jax.data import ArraySource
 from easy_jax.train.checkpoint import CheckpointError, CheckpointWarning
 from easy_jax.train.fitting import fit
 
+pytestmark = pytest.mark.slow
+
 
 class Network(nnx.Module):
     """Two layers, large enough that their arrays are not in the index of the checkpoint."""

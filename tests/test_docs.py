@@ -59,6 +59,7 @@ def test_names_of_the_package_exist(page, root):
         assert name in ej.__all__, name
 
 
+@pytest.mark.slow
 def test_the_example_of_the_readme_for_images(root, tmp_path, monkeypatch):
     """The short form trains the model in place; the loop written by hand makes as many steps."""
     blocks = (root / "README.md").read_text().split("```python\n")[1:]

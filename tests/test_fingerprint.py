@@ -98,6 +98,7 @@ def small_state(replaced=None):
     )
 
 
+@pytest.mark.slow
 def test_fingerprint_of_a_model_does_not_depend_on_its_sharding():
     state = small_state()
     sharded = sharding.shard_tree(state, sharding.make_mesh(MeshConfig(data=2, fsdp=4)))

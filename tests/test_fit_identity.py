@@ -72,6 +72,7 @@ def finished(tmp_path_factory):
     return directory, fit(directory)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("named", "changes"),
     [
@@ -97,12 +98,14 @@ def test_what_differs_is_refused_and_named(finished, named, changes):
     assert "overwrite=True" in text and "\n" not in text
 
 
+@pytest.mark.slow
 def test_the_anchored_set_is_refused_and_named(tmp_path):
     fit(tmp_path, stage=ANCHORED, anchored=is_bias)
     with pytest.raises(CheckpointError, match=r"anchored parameters: '2 of 2, .* '1 of 2, "):
         fit(tmp_path, stage=ANCHORED, anchored=lambda path, _: path[-1] in ("bias", "kernel"))
 
 
+@pytest.mark.slow
 def test_the_weights_of_every_batch_are_refused_and_named(tmp_path, finished):
     mesh = ej.make_mesh()
 
@@ -141,6 +144,7 @@ def test_a_source_without_a_fingerprint_is_looked_into(tmp_path):
         fit(tmp_path, source=Records([*records[:15], records[0]]))
 
 
+@pytest.mark.slow
 def test_overwrite_starts_anew(tmp_path):
     fit(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
@@ -152,6 +156,7 @@ def test_overwrite_starts_anew(tmp_path):
     assert fit(tmp_path, loss_fn=another_squared)[0].resumed_from == 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_changes_in_a_process_is_compiled_anew(tmp_path):
     # One object: caches that go by it would hand out the step of its old factor.
     loss = Loss()
@@ -196,6 +201,7 @@ def test_starting_parameters_survive(finished):
     np.testing.assert_array_equal(model.kernel[...], before["kernel"][...])
 
 
+@pytest.mark.slow
 def test_the_identity_of_a_stage_is_that_of_version_0_1():
     """Computed by commit 7b5e5d5; checkpoints of that version must be continued."""
     model = ej.train_mode(ej.ResNet(ej.ResNetConfig(width=4, depths=(1, 1)), 3, rngs=nnx.Rngs(0)))

@@ -110,6 +110,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(model, source, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_one_compilation_for_a_sweep(model, source, tmp_path):
     # Learning rates and weights are data: six stages, one trace of the loss; and an abstract one,
     # which compares the head with the labels.
@@ -137,6 +138,7 @@ def test_the_number_of_devices_does_not_matter(model, source, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_weight_of_nan_is_an_example_left_out(model, source, tmp_path):
     # 32 examples left of 50: two batches per epoch, none of them with a dropped id.
     weight_N = _weights()
@@ -150,6 +152,7 @@ def test_a_weight_of_nan_is_an_example_left_out(model, source, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_sfa_with_beta_one_returns_to_the_start(model, source, tmp_path):
     result = _fit(model, source, tmp_path / "sfa", sfa_beta=1.0)
     start = nnx.to_flat_state(nnx.state(model, nnx.Param))
@@ -158,6 +161,7 @@ def test_sfa_with_beta_one_returns_to_the_start(model, source, tmp_path):
         np.testing.assert_array_equal(end[path][...], value[...])
 
 
+@pytest.mark.slow
 def test_sfa_averages_with_the_start(model, source, tmp_path):
     # One step and one average at its end: half of the plain step.
     few = ArraySource({name: array[:16] for name, array in source.fields.items()})
@@ -175,6 +179,7 @@ def test_sfa_averages_with_the_start(model, source, tmp_path):
     np.testing.assert_allclose(averaged, moved / 2, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_strong_anchor_stays_at_the_start(model, source, tmp_path):
     def distance(result):
         start = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
@@ -198,12 +203,14 @@ def test_a_strong_anchor_stays_at_the_start(model, source, tmp_path):
     assert anchored < 0.5 * free
 
 
+@pytest.mark.slow
 def test_epoch_ends_are_told_once_each(model, source, tmp_path):
     seen = []
     _fit(model, source, tmp_path / "a", on_epoch=lambda epoch, state: seen.append(epoch))
     assert seen == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_are_kept(model, source, tmp_path, monkeypatch):
     """Of losses that are told, the second is the lowest."""
     told = iter([0.5, 0.1, 0.7, 0.6, 0.4])
@@ -216,6 +223,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(model, source, tmp_path, mon
     assert (best, kept) == (4, [4, 8, 10])
 
 
+@pytest.mark.slow
 def test_a_save_that_was_cut_off_is_no_checkpoint(model, source, tmp_path):
     whole = _fit(model, source, tmp_path / "whole")
     (tmp_path / "parts").mkdir()
@@ -226,6 +234,7 @@ def test_a_save_that_was_cut_off_is_no_checkpoint(model, source, tmp_path):
     assert (whole.steps, again.resumed_from) == (10, 0)
 
 
+@pytest.mark.slow
 def test_a_stop_while_an_epoch_is_evaluated_loses_no_step(model, source, tmp_path):
     whole = _fit(model, source, tmp_path / "whole")
 
@@ -242,6 +251,7 @@ def test_a_stop_while_an_epoch_is_evaluated_loses_no_step(model, source, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_and_a_small_learning_rate_are_told(tmp_path):
     linear = nnx.Linear(4, 3, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, dtype=jnp.float32)
     source = ArraySource({"x": np.ones((8, 4), np.float32), "y": np.ones((8, 3), np.float32)})

@@ -53,6 +53,7 @@ def easy_jax(root, *arguments, timeout=60):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_imports_nothing_heavy(root):
     code = (
         "import sys; from easy_jax.main import cli; sys.argv = ['easy-jax', '--help']; cli()\n"
@@ -128,6 +129,7 @@ def test_ways_to_ask_for_help(arguments, asked):
     assert main.information(arguments) == usage.help_text(asked)
 
 
+@pytest.mark.slow
 def test_version(root):
     code, out, err = easy_jax(root, "--version")
     assert (code, err) == (0, "") and re.fullmatch(r"easy-jax \d+\.\d+\.\d+\n", out)

@@ -55,6 +55,7 @@ class _Calls(Hook):
         self.calls.append(("stop", loop.step))
 
 
+@pytest.mark.slow
 def test_the_order_of_calls(source, tmp_path):
     hook = _Calls()
     ej.fit(_model(), source, tmp_path, stage=STAGE, loss_fn=_loss, save_every_steps=4, hooks=[hook])
@@ -65,6 +66,7 @@ def test_the_order_of_calls(source, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_hook_stops_the_loop_which_then_continues_to_the_same_result(source, tmp_path):
     def run(name, hook):
         arguments = {"stage": STAGE, "loss_fn": _loss, "hooks": [hook]}
@@ -81,6 +83,7 @@ def test_a_hook_stops_the_loop_which_then_continues_to_the_same_result(source, t
     jax.tree.map(np.testing.assert_array_equal, whole.model_state, continued.model_state)
 
 
+@pytest.mark.slow
 def test_a_loop_of_ones_own_logs_what_fit_logs(source, tmp_path):
     for name in ("fit", "own"):
         (tmp_path / name).mkdir()

@@ -42,6 +42,7 @@ def _assert_same(actual, expected):
         assert actual[name].shape == tensor.shape, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -67,6 +68,7 @@ def test_what_is_loaded_is_exported(tmp_path, changes):
     assert not (tmp_path / "out.tmp").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float64])
 def test_the_dtype_of_the_file_is_kept(tmp_path, dtype):
     base = llama_folder.write_config(tmp_path / "base")
@@ -79,6 +81,7 @@ def test_the_dtype_of_the_file_is_kept(tmp_path, dtype):
     _assert_same(load_file(tmp_path / "out" / "model.safetensors"), tensors)
 
 
+@pytest.mark.slow
 def test_shards_are_read_and_written(good, folder, tmp_path):
     llama_folder.shard(folder)
     tensors = load_file(good / "model.safetensors")
@@ -190,6 +193,7 @@ def test_export_of_another_model(good, folder, tmp_path):
 # The model.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_depth_does_not_lengthen_the_program(family):
     def equations(layers):

@@ -36,6 +36,7 @@ def test_extra_tensor(folder):
     assert_refused(folder, r"has 1 tensors that the model has no place for: .*q_proj\.bias")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [Q, EMBEDDING, "model.layers.0.input_layernorm.weight"])
 def test_wrong_shape(folder, name):
     llama_folder.change(folder, lambda t: t.update({name: np.ascontiguousarray(t[name][:-1])}))

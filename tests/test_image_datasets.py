@@ -27,6 +27,7 @@ def test_every_name_has_an_entry():
     assert set(known_images.DATA_SETS) == set(get_args(ImageDataName))
 
 
+@pytest.mark.slow
 def test_splits_of_tfds(tfds_images):
     made = data_config(tfds_images, name="oxford_flowers102", format="tfds")
     sizes = {split: len(load_images(made, split)) for split in ("train", "validation", "test")}
@@ -72,6 +73,7 @@ def test_classes_that_differ_between_splits(tmp_path):
         load_images(data_config(tmp_path), "test")
 
 
+@pytest.mark.slow
 def test_tasks_know_the_names_of_their_classes(tmp_path):
     for task, classes in (("old", ("ant", "bee")), ("new", ("bird", "cow", "dog"))):
         for split in ("train", "test"):

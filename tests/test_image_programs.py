@@ -85,6 +85,7 @@ def _products(jaxpr):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [33, 64])
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("stem", ["small", "imagenet"])
@@ -147,6 +148,7 @@ def test_each_kind_of_step_is_compiled_once():
     ]
 
 
+@pytest.mark.slow
 def test_memory_is_of_the_whole_experiment():
     flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
     programs = _programs(_config(methods=(METHODS[0], flow)))
@@ -165,6 +167,7 @@ def test_memory_is_of_the_whole_experiment():
     assert halves["train all"].activation_bytes == half
 
 
+@pytest.mark.slow
 def test_files_need_not_be_there():
     """Data and weights are only named; images are bytes that the device normalises."""
     config = _config(

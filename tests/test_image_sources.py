@@ -57,6 +57,7 @@ def test_bad_images_are_named_by_path_and_id(folder, kind):
         list(training_loader(source, 8, epochs=1, seed=0))
 
 
+@pytest.mark.slow
 def test_a_bad_image_of_tfds_is_named_by_example(tfds_images):
     source = ImageSource(TfdsImages("broken", "train", tfds_images), VIEWS)
     with pytest.raises(DataError, match="example 3 of split 'train' of TFDS data set 'broken'"):

@@ -59,6 +59,7 @@ def normalised(source):
     return ArraySource({"image": image.astype(np.float32), "label": batch["label"]})
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_normalised_pixels(config, tmp_path):
     source = load_images(config, "train")
     model = network(source)
@@ -70,6 +71,7 @@ def test_losses_are_those_of_normalised_pixels(config, tmp_path):
     np.testing.assert_allclose(*(table.loss_N() for table in tables), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_table_is_scored_once_whatever_training_sees(config, tmp_path):
     """Scoring again finds the table, with other training views; not with other scoring views."""
     source = load_images(config, "train")
@@ -132,6 +134,7 @@ def test_training_resumes_bit_for_bit_with_other_readers(config, tmp_path):
     assert max(moved) > 1e-4  # the views do make a difference
 
 
+@pytest.mark.slow
 def test_training_learns(config, tmp_path):
     source = load_images(config, "train")
     model = train_mode(network(source))

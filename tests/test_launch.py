@@ -32,6 +32,7 @@ def shellcheck(file):
     return subprocess.run([program, "-x", file], capture_output=True, text=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_clean(root, script):
     file = root / "launch" / script
@@ -89,6 +90,7 @@ def test_babysit_dry_run_is_one_attempt(dry):
     assert [c[4] for c in commands if c[0] == "gcloud"].count("create") == 1
 
 
+@pytest.mark.slow
 def test_tpu_vm_runs_everywhere_and_deletes(cloud):
     setup = "--setup=printf '%s' \"$(hostname) $HOME\" >set-up"
     out, err = cloud.run("tpu_vm.sh", *SLICE, setup, "--secret=HF_TOKEN", "--", *RUN)
@@ -108,6 +110,7 @@ def test_tpu_vm_runs_everywhere_and_deletes(cloud):
     assert not list(cloud.folder.glob("tmp.*"))  # nor is the file of secrets left here
 
 
+@pytest.mark.slow
 def test_tpu_vm_keeps_and_continues_on_what_is_there(cloud):
     options = [*SLICE, "--secret=HF_TOKEN", "--keep", "--commit=HEAD", "--", *RUN]
     _, err = cloud.run("tpu_vm.sh", *options)
@@ -122,6 +125,7 @@ def test_tpu_vm_keeps_and_continues_on_what_is_there(cloud):
     assert len({run["run_token"] for run in cloud.read("runs.jsonl")}) == 2  # one for every start
 
 
+@pytest.mark.slow
 def test_tpu_vm_joins_the_run_of_a_dead_client(cloud):
     cloud.plan(run="hang")
     client = cloud.start("tpu_vm.sh", *SLICE, "--", *RUN)
@@ -144,6 +148,7 @@ def test_tpu_vm_joins_the_run_of_a_dead_client(cloud):
     assert not (cloud.folder / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "code"),
     [
@@ -174,6 +179,7 @@ def test_tpu_vm_failed_creation(cloud):
     assert not cloud.calls("gcloud", "ssh")
 
 
+@pytest.mark.slow
 def test_tpu_vm_counts_the_workers(cloud):
     """gcloud leaves out nodes that it cannot reach and reports success."""
     cloud.plan(reachable=1)
@@ -182,6 +188,7 @@ def test_tpu_vm_counts_the_workers(cloud):
     assert not (cloud.folder / "state").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "babysit.sh"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_deletes(cloud, script, sent):
@@ -198,6 +205,7 @@ def test_interruption_saves_and_deletes(cloud, script, sent):
     assert len(cloud.calls("gcloud", "create")) == 1  # and not tried again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plan", "options", "attempts", "code"),
     [

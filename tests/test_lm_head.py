@@ -80,6 +80,7 @@ def _assert_close(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(np.float64(a), b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("vocab", "block", "chunk"), SIZES)
 @pytest.mark.parametrize(("shape", "cap"), [((7,), 1.5), ((3, 7), None), ((3, 7), 1.5)])
 def test_values_and_gradients_are_those_of_numpy(shape, cap, vocab, block, chunk):
@@ -89,6 +90,7 @@ def test_values_and_gradients_are_those_of_numpy(shape, cap, vocab, block, chunk
     _assert_close(actual, _numpy(*case, cap=cap))
 
 
+@pytest.mark.slow
 def test_rows_without_any_target():
     hidden, head, targets, cotangent = _case((4, 7), 23)
     targets[[0, 2]] = NO_TARGET
@@ -98,6 +100,7 @@ def test_rows_without_any_target():
     assert not np.any(actual[1][np.array([0, 2])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(7,), (3, 7)])
 def test_no_target_at_all_gives_zeros(shape):
     hidden, head, targets, cotangent = _case(shape, 23)
@@ -105,6 +108,7 @@ def test_no_target_at_all_gives_zeros(shape):
         assert not np.any(result)  # NaN counts as true
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("chunk", [1, 2048])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, 1e4])
@@ -142,6 +146,7 @@ def test_a_loss_is_never_negative():
     assert np.all(_jax(hidden, head, targets, cotangent)[0] >= 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_bfloat16_accumulates_in_float32(cap):
     hidden, head, targets, cotangent = _case((3, 40), 46, features=64)
@@ -155,6 +160,7 @@ def test_bfloat16_accumulates_in_float32(cap):
         assert np.abs(np.float64(a) - b).max() < 2**-7 * np.abs(b).max()
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences():
     hidden, head, targets, cotangent = _case((2, 3), 7)
 
@@ -181,6 +187,7 @@ def test_shapes_must_agree(shapes):
         linear_cross_entropy(jnp.zeros(hidden), jnp.zeros(head), jnp.zeros(targets, jnp.int32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vocab", "head_spec"),
     [
@@ -216,6 +223,7 @@ def _gradient(loss):
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256,), (4, 64)])
 def test_less_memory_than_the_logits(shape):
     vocab, features = 65_536, 16
@@ -257,6 +265,7 @@ def test_no_array_has_all_logits():
     assert blocked <= tokens * 2048
 
 
+@pytest.mark.slow
 def test_sizes_on_gpus_give_the_same(monkeypatch):
     case = _case((2, 40), 30)
     expected = _numpy(*case)

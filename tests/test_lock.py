@@ -85,6 +85,7 @@ def test_a_lock_says_whose_it_is_and_leaves_nothing_behind(tmp_path):
     assert _names(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_another_process_is_refused_and_writes_nothing(tmp_path, holder):
     before = _names(tmp_path), tmp_path.stat().st_mtime_ns
     with pytest.raises(LockError) as refused, lock.hold(tmp_path):
@@ -96,6 +97,7 @@ def test_another_process_is_refused_and_writes_nothing(tmp_path, holder):
     assert holder.poll() is None
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_lock_that_is_taken_over_at_once(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)  # a zombie, which nobody has waited for
     begin = time.monotonic()
@@ -161,6 +163,7 @@ def test_the_second_lock_of_a_dead_process_is_not_waited_for(tmp_path, short_lea
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"pid": 1}', b"[" * 100_000])
 def test_a_damaged_lock_is_watched_and_taken_over(tmp_path, short_lease, content):
     (tmp_path / lock.NAME).write_bytes(content)
@@ -188,6 +191,7 @@ def test_without_proc_a_process_that_is_there_is_watched(tmp_path, short_lease, 
         pass
 
 
+@pytest.mark.slow
 def test_take_over(tmp_path, holder):
     with lock.hold(tmp_path, take_over=True):
         assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
@@ -307,6 +311,7 @@ def _fit(directory):
     return fit(model, _source(), directory, stage=stage, loss_fn=_loss)
 
 
+@pytest.mark.slow
 def test_score_and_fit_refuse_a_folder_in_use(tmp_path, holder):
     model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
     for call in (
@@ -331,6 +336,7 @@ def test_fit_writes_nothing_more_when_its_folder_was_taken_over(tmp_path, monkey
     assert _names(tmp_path) == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_every_command_refuses_a_workdir_in_use(tmp_path, holder):
     config = tiny_language.get_config(str(tmp_path / "no_model"))
     for until in get_args(Until):

@@ -49,6 +49,7 @@ def test_new_adapters_change_nothing(targets):
     assert adapted == set(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_merged_kernel_is_that_of_numpy(name):
     linear = getattr(_with_adapters().blocks[0], name)
@@ -61,6 +62,7 @@ def test_merged_kernel_is_that_of_numpy(name):
         np.testing.assert_allclose(merged_kernel(linear)[group], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_merged_kernels_compute_the_same():
     adapted, merged = _with_adapters(), _model()
     for name in TARGETS:
@@ -70,6 +72,7 @@ def test_merged_kernels_compute_the_same():
     np.testing.assert_allclose(adapted(TOKENS), merged(TOKENS), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_adapters_the_merged_kernel_is_the_kernel():
     linear = _model().blocks[0].q
     np.testing.assert_array_equal(merged_kernel(linear), linear.kernel[...])
@@ -84,6 +87,7 @@ def test_dtypes():
     assert model.hidden_states(TOKENS).dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full", "dots"])
 def test_split_merged_and_jitted(remat):
     model = _with_adapters(remat=remat)
@@ -135,6 +139,7 @@ def test_adapters_alone_are_trained():
         assert np.asarray(variable[...]).tobytes() == np.asarray(before[path][...]).tobytes(), path
 
 
+@pytest.mark.slow
 def test_the_optimiser_holds_adapters_only():
     state, _ = _train(_with_adapters(), devices_mesh(1), steps=1)
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(state.params))
@@ -169,6 +174,7 @@ def test_bad_options(options, message):
         add_adapters(_model(), **({"rank": 1, "alpha": 1.0, "rngs": nnx.Rngs(0)} | options))
 
 
+@pytest.mark.slow
 def test_adapters_are_added_once():
     model = _with_adapters(["k"])
     with pytest.raises(ValueError, match="k has adapters already"):

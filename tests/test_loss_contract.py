@@ -67,6 +67,7 @@ RETURNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [score, fit, own_loop])
 @pytest.mark.parametrize("name", RETURNS)
 def test_what_a_loss_function_returns(name, run, tmp_path):
@@ -77,6 +78,7 @@ def test_what_a_loss_function_returns(name, run, tmp_path):
     assert list(tmp_path.glob("*.json")) == []  # nothing that refuses the next call
 
 
+@pytest.mark.slow
 def test_losses_alone_count_one_each(tmp_path):
     alone, both = (score(each, tmp_path / each.__name__) for each in (losses, pair))
     np.testing.assert_array_equal(alone.loss_N(), both.loss_N())
@@ -111,6 +113,7 @@ COUPLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [score, fit])
 @pytest.mark.parametrize("name", COUPLED)
 def test_losses_that_depend_on_the_batch(name, run, tmp_path):
@@ -139,6 +142,7 @@ def test_a_mean_is_told_of_a_large_batch_of_similar_losses(tmp_path):
         ej.score(model, source, tmp_path, loss_fn=mean, batch_size=4096)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_few_examples_are_no_trouble(size, tmp_path):
     source = ej.ArraySource({"x": X[:size], "y": LABEL[:size]})
@@ -173,6 +177,7 @@ class Normed(nnx.Module):
         return self.head(self.dropout(self.norm(x)))
 
 
+@pytest.mark.slow
 def test_batch_norm_and_dropout_in_training_are_no_trouble(tmp_path):
     assert fit(losses, tmp_path, model=ej.train_mode(Normed())).steps == 3
 
@@ -186,6 +191,7 @@ def test_batch_norm_of_ones_own_is_told(tmp_path):
         fit(centred, tmp_path)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_no_trouble(tmp_path):
     stage = dataclasses.replace(STAGE, batch_size=16, micro_batches=2)
     assert ej.fit(Model(), SOURCE, tmp_path / "a", stage=stage, loss_fn=losses).steps == 2

@@ -56,6 +56,7 @@ def test_order_statistics_are_exact(kind, size):
         assert found == [expected[rank] for rank in ranks]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30, database=None)
 @given(
     values=hnp.arrays(
@@ -130,6 +131,7 @@ def test_fingerprint_does_not_depend_on_the_parts(tmp_path):
     assert other.fingerprint() != tables[0].fingerprint()
 
 
+@pytest.mark.slow
 def test_dropped_examples_have_no_loss_and_no_weight(tmp_path):
     losses = random_losses("uniform", 11)
     table = write_table(tmp_path / "t", losses, (4,), dropped=(0, 5, 12))
@@ -141,6 +143,7 @@ def test_dropped_examples_have_no_loss_and_no_weight(tmp_path):
     assert table.temperature == float(np.median(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [None, 0.3, 50.0])
 def test_flow_weights_in_float64(tau, tmp_path):
     losses = np.random.default_rng(0).exponential(2.0, 101).astype(np.float32)

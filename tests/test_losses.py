@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from easy_jax.core import losses
 
@@ -12,6 +13,7 @@ def _log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_softmax_cross_entropy_equals_float64():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 8, (50, 11)).astype(np.float32)
@@ -23,6 +25,7 @@ def test_softmax_cross_entropy_equals_float64():
     assert nll.dtype == count.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_softmax_cross_entropy_gradient_is_softmax_minus_one_hot():
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (6, 5)).astype(np.float32)
@@ -34,6 +37,7 @@ def test_softmax_cross_entropy_gradient_is_softmax_minus_one_hot():
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_extreme_logits_stay_finite_and_non_negative():
     logits = jnp.array([[1e4, -1e4], [1e4, -1e4], [0.0, 0.0]])
     nll, _ = losses.softmax_cross_entropy(logits, jnp.array([0, 1, 0]))
@@ -47,6 +51,7 @@ def test_bfloat16_logits_are_reduced_in_float32():
     assert nll.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_labels_out_of_range_are_nan_and_never_clipped():
     nll, _ = losses.softmax_cross_entropy(jnp.zeros((4, 3)), jnp.array([-1, 0, 2, 3]))
     assert np.isnan(np.asarray(nll)).tolist() == [True, False, False, True]

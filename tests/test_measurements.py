@@ -13,6 +13,8 @@ from easy_jax.config import MethodConfig
 from easy_jax.experiments.measurements import Measurements
 from easy_jax.io.sealed import ArtefactError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):

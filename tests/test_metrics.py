@@ -49,6 +49,7 @@ def _points(size=45, classes=9):
     return ej.ArraySource({**fields, "image": fields["image"].astype(np.float32)}, classes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "batch_size"), [(1, 7), (8, 16)])
 def test_it_is_the_mean_over_all_examples(devices, batch_size):
     model, source = Linear(6, 9, rngs=nnx.Rngs(0)), _points()

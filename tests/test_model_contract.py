@@ -122,6 +122,7 @@ def test_fields_that_are_no_mapping():
         ej.ArraySource((X, LABEL))
 
 
+@pytest.mark.slow
 def test_tokens_outside_of_the_vocabulary(tmp_path):
     model = tiny_model()
     vocab = model.config.vocab

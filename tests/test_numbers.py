@@ -62,6 +62,7 @@ def _step(batch, loss_fn, reduction, micro_batches=1):
     return np.asarray(state.params["kernel"][...]), jax.device_get(metrics)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
@@ -94,6 +95,7 @@ def test_denominators_count_an_example_of_weight_zero_as_before():
         )
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_is_out_of_the_batch_statistics():
     """BatchNorm of a batch with an example of weight 0 is that of the batch without it."""
 
@@ -122,6 +124,7 @@ def test_a_weight_of_zero_is_out_of_the_batch_statistics():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("soft_cap", [None, 5.0])
 def test_a_token_of_weight_zero_leaves_the_head_s_gradient_clean(soft_cap):
     rng = np.random.default_rng(0)
@@ -190,6 +193,7 @@ def test_all_weights_of_a_data_set_are_zero(tmp_path):
         _fit(tmp_path, _source(), weight_N=weight_N)
 
 
+@pytest.mark.slow
 def test_weights_that_devices_take_for_zero_are_told(tmp_path):
     weight_N = np.where(np.arange(8) == 5, 1e-40, 1.0)
     with pytest.warns(DataWarning, match=r"1 weights are positive and below 1.2e-38.* ids \[5\]"):

@@ -33,6 +33,7 @@ def _cosine(step, total, warmup=0):
     return 0.5 * (1 + np.cos(np.pi * (step - warmup) / (total - warmup)))
 
 
+@pytest.mark.slow
 def test_sgd_with_momentum_decay_and_cosine_equals_numpy():
     steps, rate = 12, 0.1
     config = OptimizerConfig(learning_rate=rate, momentum=0.9, weight_decay=5e-4)
@@ -45,6 +46,7 @@ def test_sgd_with_momentum_decay_and_cosine_equals_numpy():
         np.testing.assert_allclose(path[step], x, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_adamw_equals_numpy():
     steps, rate, b1, b2, eps, decay = 15, 0.05, 0.9, 0.99, 1e-8, 0.1
     config = OptimizerConfig(
@@ -73,6 +75,7 @@ def test_constant_schedule_and_clipping():
     np.testing.assert_allclose(path, [[-0.3, -0.4], [-0.6, -0.8]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["l1_sp", "l2_sp"])
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_anchor_is_the_gradient_of_the_distance(kind, per_parameter):
@@ -92,6 +95,7 @@ def test_anchor_is_the_gradient_of_the_distance(kind, per_parameter):
     np.testing.assert_allclose(updates["x"], numeric, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_anchor_leaves_the_head_alone():
     model = nnx.Dict(
         head=nnx.Linear(2, 2, rngs=nnx.Rngs(0)), body=nnx.Linear(2, 2, rngs=nnx.Rngs(1))
@@ -111,6 +115,7 @@ def test_anchor_needs_the_parameters():
         pull.update({"x": jnp.zeros(1)}, pull.init({"x": jnp.zeros(1)}))
 
 
+@pytest.mark.slow
 def test_updates_that_bfloat16_rounds_away_are_told():
     """The share is that of the values whose half of a last digit is above the learning rate."""
     values = np.random.default_rng(0).normal(scale=0.02, size=10_000).astype(np.float32)

@@ -50,6 +50,7 @@ def _expected_losses(family="llama"):
     return np.array([losses.mean() for losses in _expected_token_losses(family)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 @pytest.mark.parametrize("family", CONFIGS)
 def test_losses_are_those_of_each_example_alone(family, kind, tmp_path):
@@ -62,6 +63,7 @@ def test_losses_are_those_of_each_example_alone(family, kind, tmp_path):
         np.testing.assert_allclose(tokens[i], losses, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_depend_on_what_comes_before():
     # Were it not so, the test above would say little about attention.
     tokens, _ = _alone()
@@ -210,6 +212,7 @@ def test_a_weight_of_zero_leaves_the_example_out():
         _assert_close(weighted, _expected_gradient(reduction, zero))
 
 
+@pytest.mark.slow
 def test_the_table_is_in_order_over_its_parts(tmp_path):
     table = packed.score_rows(packed.source(), tmp_path, batch_size=4)
     assert len(list(tmp_path.glob("part-*.parquet"))) > 1

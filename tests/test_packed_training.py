@@ -17,13 +17,14 @@ from easy_jax.train import loss_parts
 from easy_jax.train.fitting import fit
 from easy_jax.train.loss_table import LossTable, LossTableError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return packed.score_rows(packed.source(), tmp_path_factory.mktemp("table"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "devices", "batch_size"),
     [("packed", 2, 4), ("packed", 8, 16), ("padded", 2, 16), ("padded", 8, 8)],
@@ -130,7 +131,6 @@ def test_a_bad_token_is_reported_with_its_example_alone(table, tmp_path):
 # Training.
 
 
-@pytest.mark.slow
 def test_resumed_training_is_uninterrupted_bit_for_bit(table, tmp_path):
     # One compilation of the step for all of it: every batch has the same shape.
     chex.clear_trace_counter()

@@ -11,6 +11,7 @@ from peer_threads import TIMEOUT, Run, leave
 from easy_jax.parallel.rendezvous import EXIT_PEERS, PeersError
 
 
+@pytest.mark.slow
 def test_all_come_and_all_leave():
     run = Run(3)
     peers = run.all()
@@ -20,6 +21,7 @@ def test_all_come_and_all_leave():
     assert run.ended.empty()
 
 
+@pytest.mark.slow
 def test_the_missing_are_named_to_all_that_came():
     run = Run(5)
     start = time.monotonic()
@@ -29,12 +31,14 @@ def test_the_missing_are_named_to_all_that_came():
         assert "processes 1, 3 of 5 did not come within 6 s" in str(error)
 
 
+@pytest.mark.slow
 def test_no_process_0():
     run = Run(2)
     with pytest.raises(PeersError, match=rf"process 1 found no process 0 at {run.address} within"):
         run.peer(1)
 
 
+@pytest.mark.slow
 def test_a_late_process_0_has_its_time():
     run = Run(2)
 
@@ -89,6 +93,7 @@ def test_a_member_by_token_with_another_command_ends_all_at_once():
     assert time.monotonic() - start < 0.5 * TIMEOUT
 
 
+@pytest.mark.slow
 def test_who_says_nothing_keeps_nobody_waiting():
     run = Run(2)
     start = time.monotonic()
@@ -105,6 +110,7 @@ def test_who_says_nothing_keeps_nobody_waiting():
     leave(peers)
 
 
+@pytest.mark.slow
 def test_a_greeting_in_two_pieces():
     run = Run(3)
 
@@ -139,6 +145,7 @@ def test_what_comes_together_with_the_call_to_go_is_heard():
     line.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_starts_again_before_all_are_there():
     run = Run(2)
 
@@ -176,6 +183,7 @@ def test_a_killed_process_ends_the_others_at_once(lost):
         assert why.endswith("is gone; the same command again continues")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_silent_process_ends_the_others_in_time(silent):
     run = Run(3)
@@ -218,6 +226,7 @@ def test_a_process_that_fails_says_why_to_all(failed):
         assert ended[index] == (2, f"process {failed} ended: config.seed is -1")
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_move_is_told_by_place(capsys):
     run = Run(3, timeout=2.0)
     peers = run.all()

@@ -70,6 +70,7 @@ def _of_the_locale(code):
                 yield node.lineno
 
 
+@pytest.mark.slow
 def test_no_file_depends_on_the_locale(root):
     assert [*_of_the_locale('p.read_text()\np.open("w")\nopen(p, "wb")\np.read_text("utf-8")')] == [
         1,

@@ -21,6 +21,7 @@ print(*sorted({{module.partition(".")[0] for module in sys.modules}} & set({HEAV
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "used",
     [

@@ -88,6 +88,7 @@ def with_a_reset(run):
         link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
+@pytest.mark.slow
 def test_no_stranger_ends_the_wait_or_is_taken_for_a_process(capsys):
     run = Run(2, timeout=WAIT)
     begin = time.monotonic()
@@ -129,6 +130,7 @@ def is_dropped(link, seconds):
     return True
 
 
+@pytest.mark.slow
 def test_each_stranger_is_dropped_and_the_run_begins():
     run = Run(2)
     patient = {"nothing", "half a hello"}  # these might still say the rest
@@ -171,6 +173,7 @@ def test_many_connections_at_once_keep_nobody_out():
     leave(peers)
 
 
+@pytest.mark.slow
 def test_without_file_descriptors_it_waits_until_there_are_some(capsys):
     run = Run(2, timeout=10)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -193,6 +196,7 @@ def test_without_file_descriptors_it_waits_until_there_are_some(capsys):
     assert "a connection could not be accepted: Too many open files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("other", "theirs", "ours"),
     [
@@ -225,6 +229,7 @@ def test_a_process_of_another_run_is_told_and_named_at_the_end(other, theirs, ou
     assert "refused process 1 (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_token_is_told():
     run = Run(2, timeout=WAIT)
     errors = run.together(lambda: run.peer(0, token="one"), lambda: run.peer(1, token="two"))
@@ -232,6 +237,7 @@ def test_another_token_is_told():
         assert "it has another token in EASY_JAX_RUN_TOKEN" in str(error)
 
 
+@pytest.mark.slow
 def test_a_refused_process_may_come_again():
     run = Run(2)
 
@@ -244,6 +250,7 @@ def test_a_refused_process_may_come_again():
     leave(run.together(lambda: run.peer(0), wrong_and_right))
 
 
+@pytest.mark.slow
 def test_a_proof_is_for_one_connection(capsys):
     """What a process said to one challenge is no proof for another."""
     run = Run(2, timeout=WAIT)
@@ -261,6 +268,7 @@ def test_a_proof_is_for_one_connection(capsys):
     assert "it says process 1 (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_not_process_0_is_not_believed():
     """A listener at the coordinator's port that says `go` without the key."""
     run = Run(2, timeout=1.0)

@@ -41,6 +41,7 @@ def reference(norm, x_BHWC, mask_B):
     return y_BHWC, 0.9 * norm.mean[...] + 0.1 * mean_C, 0.9 * norm.var[...] + 0.1 * unbiased_C
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_batch_norm_with_padding(mask):
     norm, x_BHWC, mask_B = batch_norm(), images(), np.array(mask)
@@ -50,6 +51,7 @@ def test_batch_norm_with_padding(mask):
     np.testing.assert_allclose(norm.var[...], var_C, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_padding_a_mask_changes_nothing():
     x_BHWC = images()
     masked, plain, theirs = batch_norm(), batch_norm(), batch_norm()
@@ -81,6 +83,7 @@ def test_running_statistics_normalise_in_eval_mode():
     np.testing.assert_array_equal(np.float64(norm.mean[...]), mean_C)
 
 
+@pytest.mark.slow
 def test_padding_alone_has_no_gradient():
     """In a network so deep that values which grow with every layer overflow."""
     config = ResNetConfig(depths=(9,), width=2)
@@ -104,6 +107,7 @@ def test_one_value_has_no_variance_to_learn():
     np.testing.assert_array_equal(norm.var[...], var_C)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_gradients_of_batch_norm(mask, offset):
@@ -193,6 +197,7 @@ def test_shapes(block, features, stem):
     assert model.conv1.kernel.shape[:2] == ((7, 7) if stem == "imagenet" else (3, 3))
 
 
+@pytest.mark.slow
 def test_padding_leaves_logits_and_statistics_alone():
     state, train = network()
     image_BHWC, mask_B = inputs(), np.array([True, False, True, False])
@@ -216,6 +221,7 @@ def test_padding_leaves_logits_and_statistics_alone():
     assert len(changed) == 2 * 9  # of every BatchNorm
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_with_parameters_and_batch_norm_in_float32():
     (state, exact), (_, train) = network(), network(dtype="bfloat16")
     image_BHWC, mask_B = inputs(), np.ones(4, bool)

@@ -311,6 +311,7 @@ def test_metadata_is_plain_json(tmp_path):
     assert {"model", "data", "loss", "num_examples", "median", "quantiles"} <= set(metadata)
 
 
+@pytest.mark.slow
 def test_one_compilation(tmp_path):
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(regress, n=1)

@@ -103,12 +103,14 @@ def _unsharded(family):
     return _losses(family, (1, 1, 1)), _trained(family, (1, 1, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses(family, shape):
     np.testing.assert_allclose(_losses(family, shape), _unsharded(family)[0], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step(family, shape):
@@ -146,6 +148,7 @@ def _bytes(shape):
     return 4 * int(np.prod([int(size) for size in shape.split(",") if size]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_on_a_device(family, shape):
@@ -163,6 +166,7 @@ def test_bytes_on_a_device(family, shape):
     assert kernels >= 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_born_in_its_shards(shape):
     mesh = _mesh(shape)

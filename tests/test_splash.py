@@ -24,6 +24,7 @@ def _case(length=256, heads=4, kv_heads=2, head_dim=128):
     return normal(heads), normal(kv_heads), normal(kv_heads), np.cumsum(starts, 1, dtype=np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (None, 5.0), (100, 5.0), (999, None)])
 def test_values_and_gradients_are_those_of_the_reference(window, cap):
     q, k, v, segments = _case()

@@ -128,6 +128,7 @@ def _assert_close(a, b, rtol=1e-4, atol=1e-6):
         np.testing.assert_allclose(value, b[path], rtol=rtol, atol=atol, err_msg=str(path))
 
 
+@pytest.mark.slow
 def test_weights_of_one_give_plain_fine_tuning(network):
     batch = {**_image_batch(), "weight": np.ones(16, np.float32)}
 
@@ -163,6 +164,7 @@ def test_a_weight_of_zero_removes_the_example(reduction):
     _assert_close(gradient, {path: scale * g for path, g in removed.items()})
 
 
+@pytest.mark.slow
 def test_the_content_of_padding_does_not_matter():
     model, batch = _linear(), _linear_batch()
     junk = {name: array.copy() for name, array in batch.items()}
@@ -175,6 +177,7 @@ def test_the_content_of_padding_does_not_matter():
         _assert_close(clean, dirty, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_any_split_gives_the_same_gradient(reduction):
     # Micro-batches of unequal counts, weights and padding: the denominator must be global.
@@ -193,6 +196,7 @@ def test_any_split_gives_the_same_gradient(reduction):
             np.testing.assert_allclose(part_metrics["loss"], metrics["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "fsdp"), [(2, 1), (8, 1), (8, 4)])
 def test_a_network_in_train_mode_does_not_see_the_devices(network, count, fsdp):
     # BatchNorm's statistics are of the global batch, so even train mode is invariant.
@@ -212,6 +216,7 @@ def test_a_network_in_train_mode_does_not_see_the_devices(network, count, fsdp):
         assert shard.size * fsdp == kernel.size
 
 
+@pytest.mark.slow
 def test_padding_stays_out_of_the_batch_statistics(network):
     train = nnx.view(network, use_running_average=False)
     short = _image_batch(12)
@@ -224,6 +229,7 @@ def test_padding_stays_out_of_the_batch_statistics(network):
     chex.assert_trees_all_close(a.model_state(), b.model_state(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_micro_batch_of_padding_alone_changes_nothing(network):
     # Micro-batch m of 4 has the examples m, m + 4, ...: here the last is padding alone.
     train = nnx.view(network, use_running_average=False)
@@ -239,6 +245,7 @@ def test_a_micro_batch_of_padding_alone_changes_nothing(network):
     chex.assert_trees_all_close(four.model_state(), three.model_state(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_do_not_move_and_have_no_optimiser_state(network):
     batch = _image_batch()
     optimizer = optax.adam(0.1)

@@ -323,6 +323,7 @@ def _begin_and_stop(directory):
         _fit(directory, progress=_stop_after(2))
 
 
+@pytest.mark.slow
 def test_fit_and_score_tell_where_they_begin_and_every_step(tmp_path):
     _begin_and_stop(tmp_path / "fit")
     heard = Heard()
@@ -333,6 +334,7 @@ def test_fit_and_score_tell_where_they_begin_and_every_step(tmp_path):
     assert heard.told == [(40, 0), 8, 8, 8, 8, 8]
 
 
+@pytest.mark.slow
 def test_by_default_a_log_has_only_news(tmp_path, capsys):
     _begin_and_stop(tmp_path / "fit")
     for _ in range(2):
@@ -344,6 +346,7 @@ def test_by_default_a_log_has_only_news(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_without_progress_nothing_is_said(tmp_path, capsys):
     _begin_and_stop(tmp_path / "fit")
     _fit(tmp_path / "fit", progress=False)

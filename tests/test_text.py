@@ -248,6 +248,7 @@ TEXT = st.text(max_size=20)
 _RANDOM = bpe()
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40, database=None)
 @given(
     st.lists(st.tuples(TEXT, TEXT.filter(lambda text: text.strip())), min_size=1, max_size=5),

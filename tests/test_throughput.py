@@ -115,6 +115,7 @@ def _model_and_source(size):
     return nnx.Linear(1, 1, rngs=nnx.Rngs(0)), ArraySource({"x": x, "y": x})
 
 
+@pytest.mark.slow
 def test_fit_measures_and_warns(tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "Throughput", Slow)
     model, source = _model_and_source(160)

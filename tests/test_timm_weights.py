@@ -128,6 +128,7 @@ def test_other_floats_become_float32(folder, dtype):
     assert model.head.bias[...].dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_what_is_loaded_in_shards_is_exported(resnet18, tmp_path):
     base = shutil.copytree(resnet18, tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -145,6 +146,7 @@ def test_what_is_loaded_in_shards_is_exported(resnet18, tmp_path):
     assert not (tmp_path / "out.tmp").exists()
 
 
+@pytest.mark.slow
 def test_the_network_is_known_with_and_without_config_json(resnet18, tmp_path):
     found = timm_weights.read_config(resnet18)
     assert found == ResNetConfig.named("resnet18", path=str(resnet18))
@@ -243,6 +245,7 @@ def test_config_json_of_another_network_than_configured(folder):
     _assert_refused(folder, r"config.json: architecture is 'resnet50'.*is resnet18$", RESNET18)
 
 
+@pytest.mark.slow
 def test_config_json_of_another_network_than_the_tensors(resnet18, tmp_path):
     folder = shutil.copytree(resnet18, tmp_path / "model")
     _write_config(folder, architecture="resnet34")
@@ -273,6 +276,7 @@ def test_files_asked_for_what_they_do_not_have(folder):
 # Exports that are refused.
 
 
+@pytest.mark.slow
 def test_export_does_not_overwrite(resnet18, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("kept")
@@ -286,6 +290,7 @@ def test_export_of_a_network_that_timm_does_not_have(tmp_path):
         timm_weights.export(_random_state(TINY), TINY, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_export_of_another_network(resnet18, folder, tmp_path):
     state = _random_state(RESNET18)
     with pytest.raises(WeightsError, match=r"is not the resnet34 that its configuration says"):

@@ -213,6 +213,7 @@ def photos(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_online_weights_are_of_the_view_trained_on(photos):
     source = data.load_images(photos.target, "train")
     model = eval_mode(resnet.ResNet(ResNetConfig(in_channels=3, width=4), 2, rngs=nnx.Rngs(0)))

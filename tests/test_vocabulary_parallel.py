@@ -67,6 +67,7 @@ def _on(mesh, case):
     return hidden, jax.device_put(head, place), targets, cotangent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "vocab", "cap", "chunk"),
     [
@@ -203,6 +204,7 @@ def _assert_as_on_one_device(sizes, *case):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "family", "remat", "adapters"),
     [
@@ -217,6 +219,7 @@ def test_a_step_on_a_mesh_is_the_step_of_one_device(sizes, family, remat, adapte
     _assert_as_on_one_device(sizes, family, remat, None, adapters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "window", "adapters"),  # windows: shorter than the row; as good as none
     [((1, 8, 1), 4, False), ((1, 8, 1), 99, True), ((2, 2, 2), 4, True), ((2, 2, 2), 99, False)],
@@ -230,6 +233,7 @@ def test_what_is_traced_for_tpus_computes_the_same(monkeypatch, sizes, window, a
     _assert_as_on_one_device(sizes, *case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["token_mean", "example_mean", "weight_mean"])
 def test_the_weighted_sum_is_the_sum_of_the_examples(reduction):
     """`causal_lm_loss` against itself without its second form."""
@@ -246,6 +250,7 @@ def test_the_weighted_sum_is_the_sum_of_the_examples(reduction):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES)
 def test_scores_on_a_mesh_are_those_of_one_device(sizes):
     graphdef, state = nnx.split(_model("gemma2"))

@@ -14,6 +14,7 @@ from easy_jax.core import weightings
 LOSSES = st.lists(st.just(0.0) | st.floats(2.0**-100, 50.0, width=32), min_size=1, max_size=60)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(LOSSES)
 def test_temperature_and_weights_equal_numpy(losses):
@@ -55,6 +56,7 @@ def test_normalised_weights_minimise_the_entropic_objective():
     np.testing.assert_allclose(weights / weights.sum(), result.x, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_no_random_point_of_the_simplex_is_lower():
     rng = np.random.default_rng(1)
     loss = rng.exponential(1.0, 20).astype(np.float32)

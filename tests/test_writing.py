@@ -68,6 +68,7 @@ def test_a_full_disk_while_scoring(name, fill, tmp_path):
         assert (tmp_path / "run" / part).read_bytes() == kept[part]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["results.json", "results.md", "report.html"])
 def test_a_full_disk_while_reporting(name, fill, tmp_path):
     config = tiny_language.get_config(str(tiny_language.write_folder(tmp_path)))
@@ -103,6 +104,7 @@ def test_the_log_on_a_disk_that_is_really_full(tmp_path):
         lines.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["loss_table", "loss_table/metadata.json", "cells.jsonl"])
 def test_a_file_where_a_folder_belongs_or_the_reverse(name, tmp_path):
     config = tiny_language.get_config(str(tiny_language.write_folder(tmp_path)))

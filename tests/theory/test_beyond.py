@@ -32,6 +32,7 @@ def within_four_standard_errors(terms_N, expected):
     assert (standard_error < 0.02).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_std", [0.0, 0.4, 1.5])
 def test_weighted_covariance_and_minimiser_by_sampling(problem, noise_std):
     tau = theory.median_temperature(problem.e_norm, noise_std)
@@ -47,6 +48,7 @@ def test_weighted_covariance_and_minimiser_by_sampling(problem, noise_std):
     within_four_standard_errors(weight_N[:, None], [mean])
 
 
+@pytest.mark.slow
 def test_noisy_descent_converges_to_the_minimiser(problem):
     tau = theory.median_temperature(problem.e_norm, 0.5)
     end = theory.noisy_flow_iterate_gd(problem, tau, 0.5, 5000, 0.3)
@@ -79,6 +81,7 @@ def test_median_temperature_is_the_median():
     assert theory.median_temperature(jnp.float32(2.0)).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_simulated_label_noise_has_the_closed_form(problem):
     tau = theory.median_temperature(problem.e_norm, 0.5)
     simulated = theory.simulate_flow(
@@ -134,6 +137,7 @@ def test_kl_dro_continues_the_family_of_flow(problem):
         assert rates[0] > rates[1] > rates[2]
 
 
+@pytest.mark.slow
 def test_phase_diagram():
     rhos, angles = jnp.linspace(0, 0.9, 7), jnp.linspace(0, np.pi, 9)
     betas = jnp.geomspace(1e-3, 1, 60)
@@ -150,6 +154,7 @@ def test_phase_diagram():
     assert (expected > 0.02).any() and (expected < -0.02).any()
 
 
+@pytest.mark.slow
 def test_simulation_converges_like_one_over_root_n(problem):
     tau = theory.median_temperature(problem.e_norm)
     convergence = theory.convergence(

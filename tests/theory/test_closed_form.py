@@ -126,6 +126,7 @@ def test_closed_forms_equal_linear_algebra(dim, seed, rho, beta):
         assert worst <= 1e-9 * scale, f"{name}: {worst} of {scale}"
 
 
+@pytest.mark.slow
 def test_the_reference_sees_a_wrong_formula():
     sides = both_sides(problem_of(4, 0, 0.5), 0.3)
     other = both_sides(problem_of(4, 0, 0.5), 0.3 + 1e-6)
@@ -159,6 +160,7 @@ SCALARS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     ("function", "rho", "at"),
@@ -188,6 +190,7 @@ def test_beta_of_extreme_temperatures(rho):
         np.testing.assert_allclose(beta(jnp.float32(tau)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_float32_gradient_near_a_double_eigenvalue():
     def leftover(rho, dtype, tau):
         leaves = {"theta_pre": [1.0, 0.0], "theta_ft": [0.0, 0.0], "e_perp": [0.0, 1.0]}
@@ -203,6 +206,7 @@ def test_float32_gradient_near_a_double_eigenvalue():
         np.testing.assert_allclose(double, -5 * 0.2 * 0.8**4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALARS)
 @pytest.mark.parametrize("at", [0.05, 0.4, 0.95])
 def test_gradients_equal_finite_differences(name, at):
@@ -212,6 +216,7 @@ def test_gradients_equal_finite_differences(name, at):
     np.testing.assert_allclose(jax.grad(function)(at), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_gradient_with_respect_to_the_problem():
     problem = problem_of(4, 1, 0.5)
     gradient = jax.grad(lambda p: theory.total_error(p, theory.flow_iterate(p, 0.3, 5)))(problem)
@@ -239,6 +244,7 @@ def _in_order(problem, leaves):
 # Edge cases.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [2, 7])
 def test_without_correlation_flow_is_averaging(dim):
     problem = problem_of(dim, 0, 0.0)
@@ -250,6 +256,7 @@ def test_without_correlation_flow_is_averaging(dim):
             )
 
 
+@pytest.mark.slow
 def test_zero_steps_are_the_pretrained_model():
     problem = problem_of(3, 0, 0.7)
     tau = theory.temperature_from_beta(0.2, 0.7, problem.e_norm)
@@ -262,6 +269,7 @@ def test_zero_steps_are_the_pretrained_model():
         np.testing.assert_allclose(theta, problem.theta_pre, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_a_high_temperature_is_vanilla_and_a_low_one_learns_nothing():
     problem = problem_of(4, 0, 0.7)
     hot = theory.flow_iterate_gd(problem, 1e14, 6, RATE)
@@ -273,6 +281,7 @@ def test_a_high_temperature_is_vanilla_and_a_low_one_learns_nothing():
     np.testing.assert_allclose(limit, theory.vanilla_iterate(problem, 5), atol=1e-14)
 
 
+@pytest.mark.slow
 def test_works_under_jit_and_vmap_and_in_float32():
     keys = jax.random.split(jax.random.key(0), 3)
     problems = jax.vmap(lambda key: theory.random_problem(key, 4, 0.5))(keys)
@@ -287,6 +296,7 @@ def test_works_under_jit_and_vmap_and_in_float32():
         np.testing.assert_allclose(result, together[index], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_best_flow_against_best_averaging():
     keys = jax.random.split(jax.random.key(5), 40)
     rho = jnp.linspace(0.0, 0.95, 40)

@@ -15,6 +15,7 @@ def losses():
     return np.random.default_rng(0).exponential(2.0, size=SIZE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", range(5))
 def test_mirror_descent_reaches_the_weights(losses, start):
     tau = float(ej.temperature(losses))
@@ -27,6 +28,7 @@ def test_mirror_descent_reaches_the_weights(losses, start):
     np.testing.assert_allclose(pi_N, weight_N / weight_N.sum(), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concentration", [0.05, 1.0, 50.0])
 def test_no_random_point_is_lower(losses, concentration):
     tau = float(ej.temperature(losses))

@@ -49,6 +49,7 @@ def test_what_is_refused(changes, message):
         theory.Problem(**{**GOOD, **changes})
 
 
+@pytest.mark.slow
 def test_random_problems_are_valid_and_differ():
     keys = jax.random.split(jax.random.key(0), 20)
     problems = [theory.random_problem(key, 2 + i % 5, 0.05 * i) for i, key in enumerate(keys)]
@@ -59,6 +60,7 @@ def test_random_problems_are_valid_and_differ():
         theory.random_problem(keys[0], 3, 1.5)
 
 
+@pytest.mark.slow
 def test_random_problems_close_to_the_pretrained_model_in_float32():
     with jax.enable_x64(False):
         for key in jax.random.split(jax.random.key(1), 10):
