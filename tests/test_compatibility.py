@@ -164,7 +164,7 @@ def test_heads_that_cannot_be():
         ej.new_head(MLP(3), 2)
     with pytest.raises(ConfigError, match="num_classes is 0; it must be positive"):
         ej.new_head(model, 0)
-    with pytest.raises(ConfigError, match="class names is 2; it must be that of the classes, 3"):
+    with pytest.raises(ConfigError, match="class names is 2; it must be num_classes, which is 3"):
         ej.new_head(model, 3, classes=["a", "b"])
 
 

@@ -164,9 +164,9 @@ def test_sharded_training_is_that_of_one_device():
     ("options", "message"),
     [
         ({"rank": 0}, "rank is 0; it must be at least 1"),
-        ({"targets": ["q", "head"]}, r"targets are \['q', 'head'\]; they must be out of"),
-        ({"targets": []}, r"targets are \[\]; they must be out of"),
-        ({"targets": ["q", "q"]}, r"they must be out of .*, each once"),
+        ({"targets": ["q", "head"]}, r"targets are \['q', 'head'\]; each must be one of"),
+        ({"targets": []}, r"targets are \[\]; each must be one of"),
+        ({"targets": ["q", "q"]}, r"each must be one of .*, without repeats"),
     ],
 )
 def test_bad_options(options, message):

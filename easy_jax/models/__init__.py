@@ -1,1 +1,4 @@
-"""Flax NNX models: residual networks, transformers, LoRA. Weights of others are in `pretrained`."""
+"""Flax NNX models: residual networks, transformers and LoRA.
+
+`easy_jax.pretrained` loads and exports pre-trained weights.
+"""

@@ -1,4 +1,4 @@
-"""What every classifier shares: its head, and what its outputs and inputs mean."""
+"""Classification heads, and the description of a classifier's classes and input images."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,11 +13,14 @@ M = TypeVar("M", bound=nnx.Module)
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierInfo:
-    """What a classifier of images was made for (`core.compatibility` compares it with data).
+    """Class names and image normalisation that an image classifier was trained with.
+
+    `easy_jax.train.compatibility` compares them with those of a data source.
 
     Attributes:
-      classes: names of the outputs, in order; empty: not known.
-      mean, std: by channel, of the images that it wants, of pixels in [0, 1]; empty: not known.
+      classes: class names in the order of the outputs; empty if unknown.
+      mean, std: mean and standard deviation of each channel, for pixels in [0, 1], with which the
+        model expects images to be normalised; empty if unknown.
 
     Example:
       >>> ClassifierInfo(classes=("cat", "dog")).classes
@@ -30,7 +33,7 @@ class ClassifierInfo:
 
     @classmethod
     def of(cls, source: Any) -> "ClassifierInfo":
-        """What a source of data tells of itself: for a network that was trained on it.
+        """Returns the classes and normalisation of a data source, for a network trained on it.
 
         Example:
           >>> from types import SimpleNamespace
@@ -45,7 +48,7 @@ class ClassifierInfo:
 
 
 def info_of(model: nnx.Module) -> ClassifierInfo:
-    """The model's attribute `info`; one that knows nothing where it has none."""
+    """Returns the model's attribute `info`, or an empty `ClassifierInfo` if it has none."""
     info = getattr(model, "info", None)
     return info if isinstance(info, ClassifierInfo) else ClassifierInfo()
 
@@ -53,7 +56,7 @@ def info_of(model: nnx.Module) -> ClassifierInfo:
 def linear_head(
     features: int, num_classes: int, rngs: nnx.Rngs, *, use_bias: bool = True
 ) -> nnx.Linear:
-    """A fresh linear classification head, `features` to `num_classes`, with zero bias."""
+    """Returns a new linear classification head: random kernel, zero bias, float32."""
     return nnx.Linear(
         features,
         num_classes,
@@ -65,20 +68,21 @@ def linear_head(
 
 
 def new_head(model: M, num_classes: int, *, classes: Sequence[str] = (), seed: int = 0) -> M:
-    """Gives a classifier a fresh head for other classes; the model passed keeps its own.
+    """Returns a classifier with a new head for other classes; the given model is not changed.
 
     Args:
-      model: with an attribute `head` that is an `nnx.Linear`, such as `ResNet`. All but the head
-        is shared with the result, not copied.
-      num_classes: outputs of the new head, as the data's `num_classes`.
-      classes: their names, in order; they travel with the model into an export.
-      seed: of the random kernel; the bias is zero.
+      model: a model whose attribute `head` is an `nnx.Linear`, such as `ResNet`. The result shares
+        all its other variables.
+      num_classes: number of outputs of the new head.
+      classes: class names in the order of the outputs; exports include them.
+      seed: random seed of the kernel; the bias is zero.
 
     Returns:
       A model of the same type, in the same mode.
 
     Raises:
-      ConfigError: no such head, fewer than one class, or another number of names than of classes.
+      ConfigError: the model has no such head, `num_classes` is below one, or the number of names
+        differs from it.
 
     Example:
       >>> from easy_jax.config import ResNetConfig
@@ -91,17 +95,17 @@ def new_head(model: M, num_classes: int, *, classes: Sequence[str] = (), seed: i
     head = getattr(model, "head", None)
     if not isinstance(head, nnx.Linear):
         raise ConfigError(
-            f"{type(model).__name__} has no `head` that is an nnx.Linear; give it one, or replace "
-            "its last layer by one of as many outputs as there are classes"
+            f"{type(model).__name__} has no `head` that is an nnx.Linear; rename its last "
+            "layer to `head`, or replace that layer yourself"
         )
     require(num_classes > 0, "num_classes", num_classes, "positive")
     require(
         not classes or len(classes) == num_classes,
         "the number of class names",
         len(classes),
-        f"that of the classes, {num_classes}",
+        f"num_classes, which is {num_classes}",
     )
-    other: M = nnx.merge(*nnx.split(model))  # the same arrays, in a module of its own
+    other: M = nnx.merge(*nnx.split(model))  # a new module that shares the arrays
     other.head = linear_head(  # type: ignore[attr-defined]
         head.in_features, num_classes, nnx.Rngs(params=seed), use_bias=head.use_bias
     )

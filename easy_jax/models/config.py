@@ -5,7 +5,7 @@ from typing import Literal
 
 from easy_jax.io.checks import choice, require
 
-# The networks that timm has by these names: kind of block, and blocks per stage.
+# timm's name of a network -> the kind of block and the number of blocks per stage.
 RESNETS: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
     "resnet18": ("basic", (2, 2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6, 3)),
@@ -16,19 +16,20 @@ RESNETS: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ResNetConfig:
-    """A residual network; the default is a small one for small images.
+    """Configuration of a residual network; the default is a small network for small images.
 
     Attributes:
-      in_channels: of the images.
-      width: channels of the stem and inside the blocks of the first stage; every stage doubles
-        it, and halves height and width. A bottleneck's output is four times as wide.
-      depths: blocks per stage.
-      block: `basic`, two 3x3 convolutions, or `bottleneck`, 1x1, 3x3 (with the stride) and 1x1.
-      stem: `small`, a 3x3 convolution, or `imagenet`, a 7x7 one and a maximum over 3x3, both of
-        stride 2.
-      path: of pre-trained weights of timm or torchvision: a folder, or `hf://OWNER/NAME` for a
-        model of the Hugging Face Hub, such as `hf://timm/resnet50.a1_in1k`. Empty: random ones.
-      dtype: of the computation; parameters, BatchNorm and the head are float32.
+      in_channels: channels of the images.
+      width: channels of the stem and inside the blocks of the first stage. Each later stage
+        doubles the channels and halves height and width. The output of a bottleneck block has
+        four times as many channels as its inside.
+      depths: number of blocks per stage.
+      block: `basic` (two 3x3 convolutions) or `bottleneck` (1x1, 3x3 with the stride, 1x1).
+      stem: `small` (a 3x3 convolution) or `imagenet` (a 7x7 convolution and a 3x3 max pooling,
+        both with stride 2).
+      path: pre-trained weights of timm or torchvision: a folder, or `hf://OWNER/NAME` for a model
+        on the Hugging Face Hub, such as `hf://timm/resnet50.a1_in1k`. Empty: random weights.
+      dtype: dtype of the computation; parameters, BatchNorm and the head are always float32.
 
     Example:
       >>> ResNetConfig.named("resnet50").depths
@@ -52,10 +53,10 @@ class ResNetConfig:
         path: str = "",
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> "ResNetConfig":
-        """One of `RESNETS`.
+        """Returns the configuration of a network in `RESNETS`.
 
         Raises:
-          ConfigError: an unknown name.
+          ConfigError: the name is unknown.
 
         Example:
           >>> ResNetConfig.named("resnet50").depths
@@ -66,7 +67,7 @@ class ResNetConfig:
         return cls(in_channels, 64, depths, block, "imagenet", path, dtype)
 
     def name(self) -> str | None:
-        """Which of `RESNETS` it is, None if it is another; input channels may be any."""
+        """Returns the network's name in `RESNETS`, or None; input channels are not compared."""
         for name in RESNETS:
             named = self.named(name, in_channels=self.in_channels, path=self.path, dtype=self.dtype)
             if named == self:

@@ -1,4 +1,4 @@
-"""Looking up embeddings in a table that is split over devices by features."""
+"""Embedding lookup in a table whose rows and features are sharded over devices."""
 
 from typing import Any
 
@@ -10,11 +10,16 @@ from easy_jax.parallel import sharding
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: Any) -> jax.Array:
-    """The rows of the table, [B, T, D] in `dtype`.
+    """Returns the embeddings of tokens, [B, T, D] in `dtype`.
 
-    On a mesh every device looks up its own features for the rows of its whole `fsdp` group, and
-    then they exchange: what travels are activations, never the table, and its gradient is summed
-    where its shard is.
+    On a mesh that shards parameters, each device looks up the features it holds for all rows of its
+    `fsdp` group, and an all-to-all then redistributes the results. Only tokens and activations are
+    communicated, never the table, and the table's gradient is accumulated in its shards.
+
+    Args:
+      table_VD: the embedding table.
+      tokens_BT: token ids.
+      dtype: dtype of the result.
     """
     mesh = sharding.current_mesh()
     if (

@@ -1,7 +1,7 @@
-"""Model families: what each adds to Llama, and what its tensors are called in checkpoints.
+"""Model families: how each differs from Llama, and the names of its tensors in checkpoints.
 
-A family of the same kind is one entry of `FAMILIES`; `models/transformer.py` and
-`pretrained/hugging_face.py` read its features and never test its name.
+A new decoder-only family is one entry in `FAMILIES`. `models/transformer.py` and
+`pretrained/hugging_face.py` read the features of the entry and never test its name.
 """
 
 import dataclasses
@@ -29,19 +29,18 @@ class Family:
     """Features of a family of decoder-only transformers; the defaults are Llama's.
 
     Attributes:
-      activation: of the MLP's gate; `gelu` is the tanh approximation.
-      norm_offset: added to the scale of every RMS norm; Gemma's scale is 1 + w.
-      post_norm: RMS norms after attention and MLP, before the residual is added.
-      scaled_embeddings: embeddings are multiplied by sqrt(embed).
-      tied: the head is the embedding, where a checkpoint's configuration does not say.
-      query_scale: factor of the queries where the configuration does not say; None: always
-        1 / sqrt(head_dim).
-      attention_cap, final_cap: soft caps of the attention logits and of the head's logits where
-        the configuration does not say; None: the family has no such cap, and a configuration
-        with one is refused.
-      windows: period of sliding windows in tokens (None: full attention) where the configuration
-        does not say; (None,): the family has full attention only, and others are refused.
-      tensors: modules of a layer -> their names in a checkpoint, below `model.layers.<i>.`.
+      activation: activation of the MLP's gate; `gelu` is the tanh approximation.
+      norm_offset: constant added to the scale of every RMS norm; Gemma's scale is 1 + w.
+      post_norm: whether RMS norms follow attention and MLP, before the residual is added.
+      scaled_embeddings: whether embeddings are multiplied by sqrt(embed).
+      tied: default for checkpoints whose configuration does not say whether the head shares the
+        weights of the embedding.
+      query_scale: default factor of the queries; None if it is always 1 / sqrt(head_dim).
+      attention_cap, final_cap: default soft caps of the attention logits and of the head's logits.
+        None: the family has no such cap, and a configuration that sets one is refused.
+      windows: default period of sliding windows, in tokens, with None for full attention.
+        (None,): the family has full attention only, and other configurations are refused.
+      tensors: module of a layer -> its name in a checkpoint, below `model.layers.<i>.`.
     """
 
     activation: Activation = "silu"
@@ -56,7 +55,7 @@ class Family:
     tensors: Mapping[str, str] = dataclasses.field(default_factory=lambda: _MAPS | _PRE_NORMS)
 
 
-# By `model_type` of Hugging Face's `config.json`.
+# `model_type` in Hugging Face's `config.json` -> the family.
 FAMILIES: Registry[Family] = Registry("model family")
 
 FAMILIES.register("llama")(Family())  # Llama 2 and 3, SmolLM2

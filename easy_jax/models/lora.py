@@ -1,7 +1,8 @@
-"""Low-rank adapters (Hu et al. 2022) on the transformer's linear maps.
+"""Low-rank adapters (LoRA, Hu et al. 2022) for the transformer's linear maps.
 
-`nnx.LoRA` wraps one `nnx.Linear`; here the maps of all layers are stacked and scanned over,
-so the adapters are stacks too. They are `nnx.LoRAParam`: train them with that as the filter.
+`nnx.LoRA` wraps one `nnx.Linear`. Here the kernels of all layers are stacked and scanned over, so
+adapters are stacked too. Adapters are of type `nnx.LoRAParam`; use that type as the filter of
+trainable parameters.
 """
 
 import math
@@ -24,20 +25,20 @@ def add_adapters(
     rngs: nnx.Rngs,
     targets: Sequence[str] = TARGETS,
 ) -> None:
-    """Adds `alpha / rank * x A B` to linear maps of every layer, in place.
+    """Adds low-rank adapters, `alpha / rank * x A B`, to linear maps of every layer, in place.
 
-    A is random (uniform, as in PEFT), B is zero: the model computes what it did. Adapters
-    are float32, whatever the parameters are.
+    A is random (uniform, as in PEFT) and B is zero, so the model's output does not change at first.
+    Adapters are float32, whatever the dtype of the parameters.
 
     Args:
-      model: changed in place.
-      rank, alpha: the paper has 64 and 64 (arXiv:2502.02797).
+      model: the model to change.
+      rank, alpha: rank and scale of the adapters; both are 64 in arXiv:2502.02797.
       rngs: NNX random streams; `params` is used.
-      targets: which maps: out of `q k v o gate up down`.
+      targets: the linear maps to adapt, a subset of `q k v o gate up down`.
 
     Raises:
-      ValueError: a rank below 1, a target that is unknown or given twice, or adapters that are
-        there already.
+      ValueError: the rank is below 1, a target is unknown or repeated, or a target has adapters
+        already.
 
     Example:
       >>> from easy_jax.models.transformer_config import TransformerConfig
@@ -52,9 +53,9 @@ def add_adapters(
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown or not targets or len(set(targets)) < len(targets):
         raise ValueError(
-            f"targets are {list(targets)}; they must be out of {list(TARGETS)}, each once"
+            f"targets are {list(targets)}; each must be one of {list(TARGETS)}, without repeats"
         )
-    # All are checked before any is changed.
+    # Check all targets before changing any.
     for name in targets:
         if any(getattr(block, name).lora_a is not None for block in model.blocks):
             raise ValueError(f"{name} has adapters already")
@@ -77,16 +78,16 @@ def add_adapters(
 
 
 def merged_kernel(linear: Linear) -> jax.Array:
-    """The stack of kernels with the adapters merged in, in the kernels' dtype.
+    """Returns the stack of kernels with the adapters merged in, in the kernels' dtype.
 
     Args:
-      linear: one of the transformer's linear maps, with or without adapters.
+      linear: a linear map of the transformer, with or without adapters.
 
     Example:
       >>> from easy_jax.models.transformer_config import TransformerConfig
       >>> model = Transformer(TransformerConfig("llama", vocab=8, embed=4, mlp=8, layers=1,
       ...     heads=1, kv_heads=1, head_dim=4), rngs=nnx.Rngs(0))
-      >>> add_adapters(model, rank=2, alpha=4.0, rngs=nnx.Rngs(1))  # B begins as zeros
+      >>> add_adapters(model, rank=2, alpha=4.0, rngs=nnx.Rngs(1))  # B is initialised to zero
       >>> layer = model.blocks[0].q
       >>> bool((merged_kernel(layer) == layer.kernel[...]).all())
       True

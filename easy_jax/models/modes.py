@@ -1,4 +1,4 @@
-"""Train and eval mode of a model."""
+"""Train mode and eval mode of a model."""
 
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ def eval_mode(model: M) -> M:
     """Returns the model in eval mode: BatchNorm uses running statistics, dropout is off.
 
     Args:
-      model: a Flax NNX module, which stays as it is; the variables are shared with the result.
+      model: a Flax NNX module. It is not changed, and the result shares its variables.
 
     Example:
       >>> eval_mode(nnx.Dropout(0.5)).deterministic
@@ -24,7 +24,7 @@ def train_mode(model: M) -> M:
     """Returns the model in train mode: BatchNorm uses batch statistics, dropout is on.
 
     Args:
-      model: a Flax NNX module, which stays as it is; the variables are shared with the result.
+      model: a Flax NNX module. It is not changed, and the result shares its variables.
 
     Example:
       >>> train_mode(nnx.BatchNorm(2, rngs=nnx.Rngs(0))).use_running_average

@@ -2,9 +2,9 @@
 
 Shape suffixes: B batch, H height, W width, C channels, F features, K classes.
 
-Every parameter carries its logical axes in the metadata field `logical_axes`;
-`easy_jax.parallel.sharding` turns them into shardings. (NNX's own `out_sharding` is not
-used: it wants a mesh at construction time, and models are built abstractly first.)
+Every parameter has its logical axes in the metadata field `logical_axes`;
+`easy_jax.parallel.sharding` turns them into shardings. (NNX's own `out_sharding` is not used,
+because it needs a mesh at construction time, while models are first built abstractly.)
 """
 
 import functools
@@ -26,7 +26,7 @@ _KERNEL_AXES = ("conv_height", "conv_width", "conv_in", "conv_out")
 def _conv(
     in_features: int, features: int, size: int, stride: int, dtype: Any, rngs: nnx.Rngs
 ) -> nnx.Conv:
-    # Explicit symmetric padding: "SAME" pads strided convolutions unlike PyTorch does.
+    # Explicit symmetric padding, because "SAME" pads strided convolutions differently from PyTorch.
     return nnx.Conv(
         in_features,
         features,
@@ -43,9 +43,10 @@ def _conv(
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch norm in float32, as PyTorch's with its momentum of 0.1, that leaves padding out.
+    """Batch normalisation in float32 that ignores padding.
 
-    A batch is normalised by its biased variance; the running one learns from the unbiased.
+    It matches PyTorch's with a momentum of 0.1: the biased variance normalises a batch, and the
+    unbiased variance updates the running variance.
     """
 
     def __init__(self, features: int, rngs: nnx.Rngs):
@@ -59,7 +60,15 @@ class BatchNorm(nnx.BatchNorm):
         )
 
     def __call__(self, x_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:  # type: ignore[override]
-        """Normalised and scaled, in the dtype of `x_BHWC`; where `mask_B` is False, anything."""
+        """Normalises and scales the features; updates the running statistics in train mode.
+
+        Args:
+          x_BHWC: features.
+          mask_B: boolean, False for padding.
+
+        Returns:
+          An array with the shape and dtype of `x_BHWC`; its values are unspecified for padding.
+        """
         assert self.scale is not None and self.bias is not None
         scale_C, bias_C, mean_C = self.scale[...], self.bias[...], self.mean[...]
         if self.use_running_average:
@@ -70,8 +79,8 @@ class BatchNorm(nnx.BatchNorm):
         return y_BHWC
 
     def _learn(self, mean_C: jax.Array, var_C: jax.Array, size: jax.Array) -> None:
-        # Fewer than two values have no unbiased variance; most often there are none, in the
-        # last micro-batches of a run, which are padding alone.
+        # Fewer than two values have no unbiased variance. This happens mostly in the last
+        # micro-batches of a run, which may contain only padding.
         enough = size > 1.0
         momentum = jnp.where(enough, self.momentum, 1.0)
         var_C = var_C * (size / jnp.where(enough, size - 1.0, 1.0))
@@ -84,14 +93,14 @@ def _spread(value_C: jax.Array) -> jax.Array:
 
 
 def _size(x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
-    """The number of values of a channel, padding left out."""
+    """Returns the number of values per channel, without padding."""
     batch, height, width, _ = x_BHWC.shape
     examples = batch if mask_B is None else jnp.sum(mask_B, dtype=jnp.float32)
     return jnp.asarray(examples, jnp.float32) * (height * width)
 
 
 def _shifted(x_BHWC: jax.Array, shift_C: jax.Array, mask_B: jax.Array | None) -> jax.Array:
-    """0 for padding."""
+    """Returns x minus the shift, with zeros in place of padding."""
     shifted_BHWC = x_BHWC - _spread(shift_C)
     if mask_B is None:
         return shifted_BHWC
@@ -99,8 +108,8 @@ def _shifted(x_BHWC: jax.Array, shift_C: jax.Array, mask_B: jax.Array | None) ->
 
 
 def _per_value(x_BHWC: jax.Array, mask_B: jax.Array | None) -> jax.Array:
-    """What makes a sum over the values of a channel their mean; 0 values have the mean 0."""
-    # Factors of sums, not divisors: XLA's CPU backend makes a program of its own of any division.
+    """Returns the factor that turns a sum over a channel's values into their mean."""
+    # A factor, not a divisor: XLA's CPU backend compiles each division into a separate kernel.
     return 1.0 / jnp.maximum(_size(x_BHWC, mask_B), 1.0)
 
 
@@ -120,11 +129,14 @@ def _normalised(
     shift_C: jax.Array,
     mask_B: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalised by the batch's own mean and biased variance, and the two, without gradients.
+    """Normalises features by the mean and biased variance of the batch.
 
-    The moments are of the examples that are not padding; without any, all comes out as the bias.
-    Sums are about `shift_C`, the running mean: about 0, a large mean would drown a small variance.
-    Of what is as large as the images, the gradient keeps the input alone.
+    The moments exclude padding. If all examples are padding, the output is the bias. Sums are taken
+    of differences from `shift_C`, the running mean; otherwise rounding errors of a large mean would
+    hide a small variance. The backward pass stores no other array as large as the input.
+
+    Returns:
+      `(y_BHWC, mean_C, var_C)`; gradients flow through the first only.
     """
     return _normalised_forward(epsilon, x_BHWC, scale_C, bias_C, shift_C, mask_B)[0]
 
@@ -146,18 +158,18 @@ def _normalised_forward(
     var_C = jnp.maximum(square_C - jnp.square(mean_C), 0.0)
     mean_C += shift_C
     inv_std_C = jax.lax.rsqrt(var_C + epsilon)
-    # Without any example the variance is 0, and what comes out would grow with every layer.
+    # If all examples are padding, the variance is 0 and the output would grow from layer to layer.
     inv_std_C = jnp.where(_size(x_BHWC, mask_B) > 0, inv_std_C, 0.0)
     y_BHWC = _scaled(x_BHWC, mean_C, inv_std_C * scale_C, bias_C)
     return (y_BHWC, mean_C, var_C), (x_BHWC, scale_C, mask_B, shift_C, mean_C, inv_std_C)
 
 
 def _normalised_backward(epsilon: float, residuals: Any, gradients: Any) -> Any:
-    """Through the batch's mean and variance, in which padding has no part."""
+    """Differentiates through the batch's mean and variance, which exclude padding."""
     del epsilon
     x_BHWC, scale_C, mask_B, shift_C, mean_C, inv_std_C = residuals
     gradient_BHWC = gradients[0].astype(jnp.float32)
-    # About the shift, as in the forward pass, so that XLA needs one difference in memory only.
+    # Subtract the same shift as the forward pass, so that XLA stores one difference only.
     shifted_BHWC = _shifted(x_BHWC, shift_C, mask_B)
     mean_C = mean_C - shift_C
     bias_gradient_C = jnp.sum(gradient_BHWC, axis=(0, 1, 2))
@@ -177,9 +189,9 @@ _normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 class _Block(nnx.Module):
-    """What both kinds of block share: a shortcut around convolutions with BatchNorm.
+    """Base class of residual blocks: a shortcut around convolutions with BatchNorm.
 
-    Its constructor is called last: random numbers are drawn in timm's order of the parameters.
+    Subclasses call this constructor last, so that parameters are created in timm's order.
     """
 
     def __init__(self, in_features: int, features: int, stride: int, dtype: Any, rngs: nnx.Rngs):
@@ -216,7 +228,7 @@ class BasicBlock(_Block):
 
 
 class Bottleneck(_Block):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut; the stride in the 3x3, which makes it v1.5."""
+    """1x1, 3x3 and 1x1 convolutions and a shortcut; the 3x3 has the stride (ResNet v1.5)."""
 
     expansion = 4
 
@@ -240,14 +252,15 @@ _BLOCKS: dict[str, type[BasicBlock | Bottleneck]] = {"basic": BasicBlock, "bottl
 
 
 class ResNet(nnx.Module):
-    """A residual network with random weights; `timm_weights.load` has pre-trained ones.
+    """A residual network with random weights; `timm_weights.load` loads pre-trained ones.
 
     Args:
       config: sizes and dtype; its `path` is not read.
-      num_classes: outputs of the head.
+      num_classes: number of outputs of the head.
       rngs: NNX random streams; `params` is used.
 
-    Its attribute `info`, a `ClassifierInfo`, says what is known of its classes and images.
+    Attributes:
+      info: the class names and image normalisation (`ClassifierInfo`), empty at first.
 
     Example:
       >>> from flax import nnx
@@ -277,12 +290,11 @@ class ResNet(nnx.Module):
         self.info = ClassifierInfo()
 
     def __call__(self, image_BHWC: jax.Array, mask_B: jax.Array | None = None) -> jax.Array:
-        """Logits.
+        """Computes logits.
 
         Args:
           image_BHWC: float images.
-          mask_B: boolean, False for padding, which then stays out of the statistics
-            of BatchNorm in train mode.
+          mask_B: boolean, False for padding, which BatchNorm's statistics exclude in train mode.
 
         Returns:
           logits_BK, float32.
@@ -297,28 +309,28 @@ class ResNet(nnx.Module):
 
 
 def is_head(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter: the classification head."""
+    """NNX filter for the classification head."""
     del variable
     return path[0] == "head"
 
 
 def is_batch_norm(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter: scale, bias and running statistics of every BatchNorm."""
+    """NNX filter for scale, bias and running statistics of every BatchNorm."""
     del variable
     return any(str(part).startswith("bn") or part == "downsample_bn" for part in path)
 
 
 def is_task_specific(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter: the parts that belong to one task, head and BatchNorm (arXiv:2502.02797).
+    """NNX filter for the task-specific parts, head and BatchNorm (arXiv:2502.02797).
 
-    To measure the pre-training ability of a fine-tuned network, the pre-trained
-    values of exactly these are put back.
+    Before a fine-tuned network is evaluated on the pre-training task, exactly these parts are
+    restored to their pre-trained values.
     """
     return is_head(path, variable) or is_batch_norm(path, variable)
 
 
 def is_backbone(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter: everything but the head; what distances to the pre-trained weights cover."""
+    """NNX filter for everything except the head; anchors penalise changes of these variables."""
     return not is_head(path, variable)
 
 

@@ -1,11 +1,13 @@
 """A decoder-only transformer in Flax NNX, with the features of the families in `families.py`.
 
-Shape suffixes: B rows, T positions, P rows times positions, D embed, N heads, K key-value
-heads, H head_dim, F mlp, V vocabulary, R rank of an adapter, G groups of layers (scanned over).
+Shape suffixes: B rows, T positions, P rows times positions, I and O inputs and outputs of a linear
+map, D embed, N heads, K key-value heads, H head_dim, F mlp, V vocabulary, R rank of an adapter,
+G groups of layers.
 
-Layers are scanned, so that compile time does not grow with depth. A group is one period of
-the attention pattern (two layers in Gemma 2: sliding, full), and every parameter of a layer
-has a leading axis over the groups. Parameters carry `logical_axes`, as in `resnet.py`.
+The forward pass scans over groups of layers, so that compile time does not grow with depth. A
+group is one period of the attention pattern (in Gemma 2 two layers: sliding and full attention),
+and every parameter of a layer has a leading axis over the groups. Parameters have `logical_axes`,
+as in `resnet.py`.
 """
 
 import functools
@@ -27,8 +29,9 @@ from easy_jax.parallel import sharding
 
 Remat = Literal["none", "full", "dots", "outputs"]
 Rope = tuple[jax.Array, jax.Array]  # cosines and sines
-# Names that `jax.checkpoint` keeps. A byte of what a linear map makes spares as many operations as
-# the map contracts features: `down` pays most, and of the two wide ones one is left out.
+# Activations that the remat policy `outputs` saves. Per byte, saving the output of a linear map
+# avoids as many operations as the map has inputs. `down` has the most inputs; `up`, one of the two
+# widest outputs, is recomputed.
 _OUTPUTS = ("q", "k", "v", KEPT, "o", "gate", "down")
 _POLICIES: dict[str, Any] = {
     "full": None,
@@ -39,16 +42,16 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=True),
 }
-_INIT_SCALE = 0.02  # of random kernels and embeddings; Llama's and Gemma's initializer_range
+_INIT_SCALE = 0.02  # standard deviation of random weights: initializer_range of Llama and Gemma
 
 
 class Linear(nnx.Module):
-    """A stack of linear maps without bias, one per group; optionally with low-rank adapters.
+    """A stack of linear maps without bias, one per group, optionally with low-rank adapters.
 
     Args:
-      groups: size of the stack.
-      inputs, outputs: logical axis -> size, of the axes that are contracted and made.
-      param_dtype: of the kernel.
+      groups: number of maps in the stack.
+      inputs, outputs: logical axis -> size, for the axes that are contracted and produced.
+      param_dtype: dtype of the kernel.
       rngs: NNX random streams; `params` is used.
     """
 
@@ -64,16 +67,15 @@ class Linear(nnx.Module):
         self.outputs = tuple(outputs.items())
         axes = {"layers": groups, **inputs, **outputs}
         self.kernel = _normal(rngs, axes, param_dtype)
-        # Declared as data: adapters are put here later (lora.py), and flax would take None
-        # for a constant.
+        # Declared as data, because Flax would treat None as static and lora.py adds adapters later.
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
         self.lora_scale = 0.0
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies one map of the stack, inside the scan: `x[..., inputs] -> [..., outputs]`."""
+        """Applies one map of the stack, inside the scan: `[..., inputs] -> [..., outputs]`."""
         chex.assert_shape(x, (..., *(size for _, size in self.inputs)))
-        if sharding.is_tpu(sharding.current_mesh()):  # where heads can have a layout of their own
+        if sharding.is_tpu(sharding.current_mesh()):  # keeps heads as an axis with its own layout
             y = jnp.tensordot(x, _value(self.kernel, x.dtype), axes=len(self.inputs))
             if self.lora_a is not None and self.lora_b is not None:
                 low = jnp.tensordot(x, _value(self.lora_a, x.dtype), axes=len(self.inputs))
@@ -89,7 +91,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm, in float32; its scale is w plus the family's `norm_offset`."""
+    """RMS norm in float32; the scale is the parameter plus the family's `norm_offset`."""
 
     def __init__(self, shape: dict[str, int], config: TransformerConfig, param_dtype: Any):
         self.offset = config.features.norm_offset
@@ -106,7 +108,7 @@ class RMSNorm(nnx.Module):
 
 
 class Block(nnx.Module):
-    """The same layer of every group: attention and a gated MLP, each with a residual."""
+    """The layers at one position of all groups: attention and a gated MLP with residuals."""
 
     def __init__(self, config: TransformerConfig, groups: int, param_dtype: Any, rngs: nnx.Rngs):
         self.config = config
@@ -163,16 +165,18 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A causal language model.
+    """A decoder-only causal language model with random weights.
+
+    `hugging_face.load` loads pre-trained ones.
 
     Args:
-      config: sizes, and the family.
-      dtype: of the computation; softmax, norms, soft caps and the loss are float32.
-      param_dtype: of the parameters.
-      remat: what the backward pass computes again instead of keeping it: attention's
-        probabilities alone (`none`), all but the input of each layer (`full`), all but the
-        linear maps (`dots`, on a CPU the fastest), all but those and attention itself, less
-        one wide one (`outputs`, on a TPU the fastest that fits).
+      config: sizes and family.
+      dtype: dtype of the computation; softmax, norms, soft caps and the loss are always float32.
+      param_dtype: dtype of the parameters.
+      remat: which activations the backward pass recomputes. `none`: only attention's
+        probabilities. `full`: everything except the inputs of layers. `dots`: everything except
+        the outputs of linear maps (fastest on a CPU). `outputs`: everything except the outputs of
+        attention and of all linear maps but `up` (fastest on a TPU among those that fit).
       rngs: NNX random streams; `params` is used.
 
     Example:
@@ -210,7 +214,11 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits [B, T, V], float32. For a look; losses use `hidden_states` and `head_VD`."""
+        """Returns logits, float32 [B, T, V], for inspection.
+
+        Losses use `hidden_states` and `head_VD` instead, which never materialise the logits. For
+        the arguments, see `hidden_states`.
+        """
         hidden_BTD = self.hidden_states(tokens_BT, positions_BT, segment_ids_BT)
         logits_BTV = jnp.einsum(
             "btd,vd->btv", hidden_BTD, self.head_VD(), preferred_element_type=jnp.float32
@@ -224,12 +232,13 @@ class Transformer(nnx.Module):
         positions_BT: jax.Array | None = None,
         segment_ids_BT: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head sees, [B, T, D] in the computation's dtype.
+        """Returns the final hidden states, [B, T, D] in the computation's dtype.
 
         Args:
           tokens_BT: token ids.
-          positions_BT: place within the segment, for the rotary embedding; default: 0, 1, ...
-          segment_ids_BT: tokens attend to their own segment only; default: one segment.
+          positions_BT: positions within the segment, for the rotary embedding; default: 0, 1, ...
+          segment_ids_BT: segment of each token; tokens attend to their own segment only. Default:
+            one segment.
         """
         chex.assert_rank(tokens_BT, 2)
         batch, length = tokens_BT.shape
@@ -269,7 +278,7 @@ class Transformer(nnx.Module):
         return self.final_norm(x_BTD)
 
     def head_VD(self) -> jax.Array:
-        """The rows of the language-model head, in the computation's dtype."""
+        """Returns the matrix of the language-model head, in the computation's dtype."""
         head = self.embedding if self.head is None else self.head
         return head[...].astype(self.dtype)
 
@@ -277,7 +286,7 @@ class Transformer(nnx.Module):
 def abstract(
     config: TransformerConfig, *, dtype: Any, param_dtype: Any, remat: Remat
 ) -> Transformer:
-    """A model of `ShapeDtypeStruct`s: its structure, and no memory."""
+    """Returns a model of `ShapeDtypeStruct`s, which has the structure but allocates no arrays."""
     model: Transformer = nnx.eval_shape(
         lambda: Transformer(
             config, dtype=dtype, param_dtype=param_dtype, remat=remat, rngs=nnx.Rngs(0)
@@ -292,10 +301,10 @@ def _normal(rngs: nnx.Rngs, axes: dict[str, int], dtype: Any) -> nnx.Param:
 
 
 def _flat(blocks: Any, dtype: Any) -> tuple[Any, nnx.State]:
-    """The layers of all groups one after the other, for a scan over layers that are all alike.
+    """Interleaves the layers of all groups into one stack, for a scan over identical layers.
 
-    Half the code and half the memory of a scan over pairs. Kernels are cast on the way: a scan
-    gives the gradients of what it is given, and so they too take half the memory.
+    Compared with a scan over pairs, the program and its memory are half as large. Kernels are cast
+    to `dtype` before the scan, so that the gradients that the scan accumulates have that dtype too.
     """
 
     def join(*stacks: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
@@ -312,24 +321,24 @@ def _flat(blocks: Any, dtype: Any) -> tuple[Any, nnx.State]:
 
 
 def _value(kernel: nnx.Variable[jax.Array], dtype: Any) -> jax.Array:
-    """A layer's kernel as it is used: cast, then gathered."""
-    axes = kernel.get_metadata()["logical_axes"][1:]  # inside the scan the groups are gone
+    """Returns the kernel of one layer, cast to `dtype` and then gathered from its shards."""
+    axes = kernel.get_metadata()["logical_axes"][1:]  # inside the scan there is no group axis
     return sharding.gather_parameter(kernel[...].astype(dtype), axes)
 
 
 def _matrix(kernel: nnx.Variable[jax.Array], rows: int, dtype: Any) -> jax.Array:
-    """A kernel as a matrix: with one axis to contract, the gradients need no transposed copies."""
+    """Returns a kernel as a matrix; with one contracted axis, gradients need no transposes."""
     return _value(kernel, dtype).reshape(rows, -1)
 
 
 def _rope(positions_BT: jax.Array, config: TransformerConfig) -> Rope:
-    """Cosines and sines of the rotary angles, [B, T, 1, H/2], float32."""
+    """Returns cosines and sines of the rotary angles, float32 [B, T, 1, H/2] each."""
     half = config.head_dim // 2
     frequency_H = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_scaling is not None:
         rope = config.rope_scaling
         turns_H = rope.original_length * frequency_H / (2.0 * jnp.pi)
-        # 0 where a frequency turns rarely in the original length (stretched), 1 where often.
+        # 1 keeps a frequency with many turns in the original length; 0 divides it by `factor`.
         keep_H = (turns_H - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         keep_H = jnp.clip(keep_H, 0.0, 1.0)
         frequency_H = frequency_H * (keep_H + (1.0 - keep_H) / rope.factor)

@@ -7,7 +7,7 @@ from easy_jax.models.families import FAMILIES, Family
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3's stretching of low rotary frequencies: `rope_scaling` of type `llama3`."""
+    """Parameters of Llama 3's scaling of rotary frequencies (`rope_scaling` of type `llama3`)."""
 
     factor: float
     low_freq_factor: float
@@ -17,18 +17,20 @@ class Llama3Rope:
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and constants of a transformer; what else it is made of, its family says.
+    """Sizes and constants of a transformer; its family determines the rest of the architecture.
 
-    These fields are part of the identity of checkpoints and loss tables.
+    These fields are part of the fingerprints of checkpoints and loss tables.
 
     Attributes:
-      family: an entry of `easy_jax.models.families.FAMILIES`, such as `llama` or `gemma2`.
-      embed, mlp, layers, heads, kv_heads, head_dim, vocab: sizes.
-      windows: sliding window per layer of a period, None for full attention; the pattern
-        repeats over the layers. Gemma 2 has (4096, None).
-      query_scale: what queries are multiplied by before the softmax.
-      attention_cap, final_cap: soft caps of attention logits and of the head's logits.
-      tied: the head is the embedding.
+      family: a name in `easy_jax.models.families.FAMILIES`, such as `llama` or `gemma2`.
+      vocab, embed, mlp, layers, heads, kv_heads, head_dim: sizes.
+      norm_eps: constant added to the mean square in RMS norms.
+      rope_theta, rope_scaling: base of the rotary frequencies, and their scaling.
+      query_scale: factor of the queries before the softmax.
+      attention_cap, final_cap: soft caps of the attention logits and of the head's logits.
+      windows: sliding window, in tokens, of each layer in one period of the pattern, which repeats
+        over the layers; None for full attention. Gemma 2 has (4096, None).
+      tied: whether the head shares the weights of the embedding.
 
     Example:
       >>> config = TransformerConfig(
@@ -57,15 +59,15 @@ class TransformerConfig:
 
     @property
     def features(self) -> Family:
-        """What the family adds to Llama.
+        """The features of the family.
 
         Raises:
-          ConfigError: there is no such family; suggests the nearest.
+          ConfigError: the family is unknown; the message suggests the nearest name.
         """
         return FAMILIES.find(self.family, "family")
 
 
-# By their names on the Hugging Face Hub.
+# Name on the Hugging Face Hub -> configuration.
 KNOWN = {
     "google/gemma-2-2b": TransformerConfig(
         "gemma2",
