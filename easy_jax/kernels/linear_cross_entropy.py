@@ -1,24 +1,23 @@
 """Cross-entropy of a linear head, without the logits `[tokens, vocabulary]`.
 
-At a vocabulary of 256,000 the logits of 2,048 tokens take 2 GB in float32, and their gradient
-as much again. Here one block of the vocabulary is looked at at a time: going forward, a
-running log-sum-exp; going back, the block's logits are computed again, and the gradient of
-its rows of the head is finished at once. Positions without a target cost (next to) nothing.
+At a vocabulary of 256,000 the logits of 2,048 tokens take 2 GB in float32, and their gradient as
+much again. These functions look at one block of the vocabulary at a time (`vocabulary_blocks`), or
+share the vocabulary out over devices (`vocabulary_parallel`). Positions without a target cost
+(next to) nothing.
 
-Shape suffixes: B rows, T positions, N positions of any shape, D features, V vocabulary,
-C positions of a chunk, U rows of the head in a block.
+Shape suffixes: B rows, T positions, N positions of any shape, D features, V vocabulary.
 """
 
-import functools
-from typing import Any
+from collections.abc import Mapping
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easy_jax.kernels import vocabulary_parallel
-from easy_jax.kernels.vocabulary_parallel import NO_TARGET
+from easy_jax.kernels import token_stats, vocabulary_blocks, vocabulary_parallel
+from easy_jax.kernels.token_stats import TokenStats
+from easy_jax.kernels.vocabulary_parallel import NO_TARGET, Rule
 from easy_jax.parallel import chip, sharding
 
 _VOCAB_BLOCK, _TOKEN_CHUNK = 2048, 512  # what stays in a cache, or a TPU's fast memory
@@ -64,6 +63,52 @@ def linear_cross_entropy(
       >>> [round(float(x), 4) for x in nll]  # log(4) twice, no target
       [1.3863, 1.3863, 0.0]
     """
+    return _losses(hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk, False)[0]
+
+
+def linear_cross_entropy_stats(
+    hidden_ND: Float[Array, "*N D"],
+    head_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "*N"],
+    soft_cap: float | None = None,
+    *,
+    vocab_block: int | None = None,
+    token_chunk: int | None = None,
+) -> TokenStats:
+    """Statistics of `softmax(soft_cap(hidden @ head.T))` at every token, without the logits.
+
+    One pass over the vocabulary gives `nll`, `lse`, `entropy`, `collision`, `max_prob` and
+    `is_argmax`. Only `nll` is differentiable, as that of `linear_cross_entropy`; a weighting reads
+    the others as constants.
+
+    Args:
+      hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk: as in
+        `linear_cross_entropy`.
+
+    Returns:
+      Float32 arrays of the targets' shape; `mask` is False and all else 0 where there is no target.
+
+    Example:
+      >>> stats = linear_cross_entropy_stats(jnp.zeros((1, 2)), jnp.ones((4, 2)), jnp.array([1]))
+      >>> [round(float(x[0]), 4) for x in (stats.entropy, stats.collision, stats.max_prob)]
+      [1.3863, 0.25, 0.25]
+    """
+    arguments = (hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk)
+    nll_N, more = _losses(*arguments, True)
+    more = jax.lax.stop_gradient(more)
+    return TokenStats(nll_N, **more, mask=targets_N != NO_TARGET)
+
+
+def _losses(
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    soft_cap: float | None,
+    vocab_block: int | None,
+    token_chunk: int | None,
+    more: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Losses and, with `more`, the fields of `token_stats.OF_DISTRIBUTION`."""
     chex.assert_rank(head_VD, 2)
     chex.assert_rank(targets_N, {1, 2})
     if hidden_ND.shape != (*targets_N.shape, head_VD.shape[1]):
@@ -72,14 +117,14 @@ def linear_cross_entropy(
             f"{head_VD.shape}; they must be [*N, D], [*N] and [V, D]"
         )
     if targets_N.ndim == 1:
-        options: Any = {"vocab_block": vocab_block, "token_chunk": token_chunk}
-        return linear_cross_entropy(
-            hidden_ND[None], head_VD, targets_N[None], soft_cap=soft_cap, **options
-        )[0]
+        arguments = (hidden_ND[None], head_VD, targets_N[None], soft_cap, vocab_block, token_chunk)
+        return jax.tree.map(lambda x_1N: x_1N[0], _losses(*arguments, more))
     mesh = sharding.current_mesh()
     if vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
         shared_chunk = _TOKEN_CHUNK if token_chunk is None else token_chunk
-        return vocabulary_parallel.losses(hidden_ND, head_VD, targets_N, soft_cap, shared_chunk)
+        return vocabulary_parallel.losses(
+            hidden_ND, head_VD, targets_N, soft_cap, shared_chunk, more
+        )
     large = _GPU_SIZE if chip.is_gpu() else None  # smaller products leave a GPU idle
     vocab_block = vocab_block or large or _VOCAB_BLOCK
     token_chunk = token_chunk or large or _TOKEN_CHUNK
@@ -95,9 +140,11 @@ def linear_cross_entropy(
     # Chunks also hold positions without a target, in shorter rows: exp(logits) or a NaN there
     # times a cotangent of 0 would be NaN in the head's gradient.
     hidden_BTD = jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
-    block = _block_size(head_VD.shape[0], vocab_block)
-    nll_BT = _nll(hidden_BTD, head_VD, target_BT, soft_cap, block, chunk)[:, :length]
-    return jnp.take_along_axis(nll_BT, jnp.argsort(order_BT, axis=1), axis=1)
+    block = vocabulary_blocks.block_size(head_VD.shape[0], vocab_block)
+    found = vocabulary_blocks.losses(hidden_BTD, head_VD, target_BT, soft_cap, block, chunk, more)
+    found = jax.tree.map(lambda x_BT: x_BT[:, :length], found)
+    back_BT = jnp.argsort(order_BT, axis=1)
+    return jax.tree.map(lambda x_BT: jnp.take_along_axis(x_BT, back_BT, axis=1), found)
 
 
 def weighted_linear_cross_entropy(
@@ -138,148 +185,55 @@ def weighted_linear_cross_entropy(
     return jnp.sum(jnp.where(weight_N != 0, weight_N * nll_N, 0.0))
 
 
-def _block_size(vocab: int, at_most: int) -> int:
-    """The largest divisor of the vocabulary, or `at_most` if all divisors are much smaller."""
-    best = max(size for size in range(1, min(at_most, vocab) + 1) if vocab % size == 0)
-    return best if 4 * best >= min(at_most, vocab) else at_most
+def rule_linear_cross_entropy(
+    hidden_ND: Float[Array, "*N D"],
+    head_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "*N"],
+    weight_N: Float[Array, "*N"],
+    rule: Rule,
+    given: Mapping[str, jax.Array],
+    *,
+    soft_cap: float | None = None,
+    more: bool = True,
+    token_chunk: int | None = None,
+) -> tuple[Float[Array, ""], Float[Array, "*N"]]:
+    """The weighted sum of losses whose weights a rule computes from the current model.
 
+    The sum is over `weight * rule(stats) * nll`. The rule is applied to each token between
+    log-sum-exp and gradient, so that it costs no second pass; the result is differentiable in
+    hidden states and head only, and the rule's weights are constants to it.
 
-def _blocks(head_VD: jax.Array, block: int) -> jax.Array:
-    """The head as [U, number of blocks, D]: block k has the rows k, k + blocks, ..."""
-    vocab, features = head_VD.shape
-    head_VD = jnp.pad(head_VD, ((0, -vocab % block), (0, 0)))
-    return head_VD.reshape(block, -1, features)
+    Args:
+      weight_N: other factors of every token, such as an example's weight; 0 removes a token.
+      rule: `TokenStats -> w`, of each token by itself; hashable, because it is compiled into the
+        step.
+      given: further fields of `TokenStats`, of the targets' shape, that the rule reads, such as
+        `frozen_nll`.
+      more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
+      hidden_ND, head_VD, targets_N, soft_cap, token_chunk: as in `linear_cross_entropy`.
 
+    Returns:
+      `(total, w_N)`: the sum, float32, and the rule's weights, 0 where there is no target.
 
-def _logits(
-    hidden_BCD: jax.Array, head_UD: jax.Array, ids_U: jax.Array, vocab: int, cap: float | None
-) -> jax.Array:
-    logits_BCU = jnp.einsum("bcd,ud->bcu", hidden_BCD, head_UD, preferred_element_type=jnp.float32)
-    if cap is not None:
-        logits_BCU = cap * jnp.tanh(logits_BCU / cap)
-    return jnp.where(ids_U < vocab, logits_BCU, -jnp.inf)
-
-
-def _slice(x_BT: jax.Array, chunk: Any, size: int) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(x_BT, chunk * size, size, axis=1)
-
-
-def _update(x_BT: jax.Array, value_BC: jax.Array, chunk: Any, size: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(x_BT, value_BC, chunk * size, axis=1)
-
-
-def _num_chunks(target_BT: jax.Array, chunk: int) -> jax.Array:
-    used = jnp.max(jnp.sum(target_BT != NO_TARGET, axis=1))
-    return (used + chunk - 1) // chunk
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _nll(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    target_BT: jax.Array,
-    cap: float | None,
-    block: int,
-    chunk: int,
-) -> jax.Array:
-    return _forward(hidden_BTD, head_VD, target_BT, cap, block, chunk)[0]
-
-
-def _forward(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    target_BT: jax.Array,
-    cap: float | None,
-    block: int,
-    chunk: int,
-) -> tuple[jax.Array, Any]:
-    vocab = head_VD.shape[0]
-    head_UKD = _blocks(head_VD, block)
-    num_blocks = head_UKD.shape[1]
-    num_chunks = _num_chunks(target_BT, chunk)
-
-    def one_block(carry: Any, k: jax.Array) -> tuple[Any, None]:
-        head_UD = head_UKD[:, k]
-        ids_U = jnp.arange(block) * num_blocks + k
-
-        def one_chunk(c: jax.Array, carry: Any) -> Any:
-            max_BC, sum_BC, chosen_BC = (_slice(x, c, chunk) for x in carry)
-            hidden_BCD = _slice(hidden_BTD, c, chunk)
-            logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
-            is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
-            new_max_BC = jnp.maximum(max_BC, jnp.max(logits_BCU, axis=2))
-            new = (
-                new_max_BC,
-                sum_BC * jnp.exp(max_BC - new_max_BC)
-                + jnp.sum(jnp.exp(logits_BCU - new_max_BC[:, :, None]), axis=2),
-                chosen_BC + jnp.sum(jnp.where(is_target_BCU, logits_BCU, 0.0), axis=2),
-            )
-            return tuple(_update(x, y, c, chunk) for x, y in zip(carry, new, strict=True))
-
-        return jax.lax.fori_loop(0, num_chunks, one_chunk, carry), None
-
-    zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
-    start = (zero_BT - jnp.inf, zero_BT, zero_BT)
-    (max_BT, sum_BT, chosen_BT), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
-    has_target_BT = target_BT != NO_TARGET
-    max_BT = jnp.where(has_target_BT, max_BT, jnp.inf)  # going back: e^(x - inf) = 0
-    sum_BT = jnp.where(has_target_BT, sum_BT, 1.0)
-    in_range_BT = (target_BT >= 0) & (target_BT < vocab)
-    chosen_BT = jnp.where(in_range_BT, chosen_BT, jnp.nan)
-    # Maximum and sum stay apart: their logarithm's rounding would be a bias of every gradient.
-    nll_BT = (max_BT - chosen_BT) + jnp.log(sum_BT)
-    # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
-    nll_BT = jnp.where(nll_BT < 0, 0.0, nll_BT)
-    nll_BT = jnp.where(has_target_BT, nll_BT, 0.0)
-    return nll_BT, (hidden_BTD, head_VD, target_BT, max_BT, sum_BT)
-
-
-def _backward(
-    cap: float | None, block: int, chunk: int, residuals: Any, cotangent_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    hidden_BTD, head_VD, target_BT, max_BT, sum_BT = residuals
-    vocab = head_VD.shape[0]
-    head_UKD = _blocks(head_VD, block)
-    num_blocks = head_UKD.shape[1]
-    num_chunks = _num_chunks(target_BT, chunk)
-    cotangent_BT = jnp.where(target_BT != NO_TARGET, cotangent_BT, 0.0)
-
-    def one_block(carry: Any, k: jax.Array) -> tuple[Any, None]:
-        hidden_bar_BTD, head_bar_UKD = carry
-        head_UD = head_UKD[:, k]
-        ids_U = jnp.arange(block) * num_blocks + k
-
-        def one_chunk(c: jax.Array, carry: Any) -> Any:
-            hidden_bar_BTD, head_bar_UD = carry
-            hidden_BCD = _slice(hidden_BTD, c, chunk)
-            logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
-            is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
-            share_BCU = jnp.exp(logits_BCU - _slice(max_BT, c, chunk)[:, :, None])
-            share_BCU = share_BCU / _slice(sum_BT, c, chunk)[:, :, None]
-            bar_BCU = (share_BCU - is_target_BCU) * _slice(cotangent_BT, c, chunk)[:, :, None]
-            if cap is not None:
-                capped_BCU = jnp.where(ids_U[None, None, :] < vocab, logits_BCU, 0.0)
-                bar_BCU = bar_BCU * (1.0 - jnp.square(capped_BCU / cap))
-            bar_BCU = bar_BCU.astype(hidden_BTD.dtype)
-            more_BCD = jnp.einsum(
-                "bcu,ud->bcd", bar_BCU, head_UD, preferred_element_type=jnp.float32
-            )
-            more_UD = jnp.einsum(
-                "bcu,bcd->ud", bar_BCU, hidden_BCD, preferred_element_type=jnp.float32
-            )
-            more_BCD = _slice(hidden_bar_BTD, c, chunk) + more_BCD
-            return _update(hidden_bar_BTD, more_BCD, c, chunk), head_bar_UD + more_UD
-
-        start = (hidden_bar_BTD, jnp.zeros(head_UD.shape, jnp.float32))
-        hidden_bar_BTD, head_bar_UD = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-        # Written into place: the gradient of the head is the result itself, never a second copy.
-        head_bar_UKD = head_bar_UKD.at[:, k].set(head_bar_UD.astype(head_VD.dtype))
-        return (hidden_bar_BTD, head_bar_UKD), None
-
-    start = (jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(head_UKD))
-    (hidden_bar_BTD, head_bar_UKD), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
-    head_bar_VD = head_bar_UKD.reshape(-1, head_VD.shape[1])[:vocab]
-    return hidden_bar_BTD.astype(hidden_BTD.dtype), head_bar_VD, None
-
-
-_nll.defvjp(_forward, _backward)
+    Example:
+      >>> def rule(stats):
+      ...     return jnp.exp(-stats.nll)  # the target's probability
+      >>> total, w = rule_linear_cross_entropy(
+      ...     jnp.zeros((1, 2)), jnp.ones((4, 2)), jnp.array([1]), jnp.ones(1), rule, {})
+      >>> round(float(total), 4), round(float(w[0]), 4)  # log(4) / 4
+      (0.3466, 0.25)
+    """
+    chex.assert_equal_shape([targets_N, weight_N, *given.values()])
+    weight_N, given = jax.lax.stop_gradient((weight_N, dict(given)))
+    targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
+    mesh = sharding.current_mesh()
+    if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
+        half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
+        return vocabulary_parallel.rule_sum(
+            hidden_ND, head_VD, targets_N, weight_N, given, soft_cap, half, rule, more
+        )
+    nll_N, fields = _losses(hidden_ND, head_VD, targets_N, soft_cap, None, token_chunk, more)
+    stats = TokenStats(nll_N, **fields, **given, mask=targets_N != NO_TARGET)
+    rule_N = jax.lax.stop_gradient(token_stats.weights(rule, jax.lax.stop_gradient(stats)))
+    factor_N = weight_N * rule_N
+    return jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0)), rule_N

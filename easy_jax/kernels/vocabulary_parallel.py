@@ -11,14 +11,18 @@ a chunk over all devices of a group, U rows of the head on a device.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from easy_jax.kernels import token_stats
+from easy_jax.kernels.token_stats import TokenStats
 from easy_jax.parallel import sharding
 
+Rule = Callable[[TokenStats], jax.Array]
 NO_TARGET = -1
 _VOCAB = ("tensor", "fsdp")
 _LARGEST_CAP = 40.0  # exp(-2 * cap) is still a normal float32
@@ -36,27 +40,43 @@ def divides(mesh: AbstractMesh | None, rows: int, head_VD: jax.Array) -> bool:
     return spare == vocab % mesh.shape["tensor"] == features % mesh.shape["fsdp"] == 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def losses(
-    hidden_BTD: jax.Array, head_VD: jax.Array, target_BT: jax.Array, cap: float | None, chunk: int
-) -> jax.Array:
-    """Negative log-likelihoods [B, T], float32, as `lm_head.linear_cross_entropy`."""
-    return _sharded(hidden_BTD, head_VD, target_BT, None, cap, chunk)[0]
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    cap: float | None,
+    chunk: int,
+    more: bool = False,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Negative log-likelihoods [B, T], float32, as `linear_cross_entropy`.
+
+    With `more`, the second output has the fields of `token_stats.OF_DISTRIBUTION`, which are
+    constants to a gradient; else it is empty.
+    """
+    fields, _ = _sharded(hidden_BTD, head_VD, target_BT, {}, cap, chunk, more=more)
+    return fields.pop("nll"), fields
 
 
 def _losses_forward(
-    hidden_BTD: jax.Array, head_VD: jax.Array, target_BT: jax.Array, cap: float | None, chunk: int
-) -> tuple[jax.Array, Any]:
-    nll_BT = losses(hidden_BTD, head_VD, target_BT, cap, chunk)
-    return nll_BT, (hidden_BTD, head_VD, target_BT)
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    cap: float | None,
+    chunk: int,
+    more: bool,
+) -> tuple[Any, Any]:
+    found = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
+    return found, (hidden_BTD, head_VD, target_BT)
 
 
 def _losses_backward(
-    cap: float | None, chunk: int, residuals: Any, cotangent_BT: jax.Array
+    cap: float | None, chunk: int, more: bool, residuals: Any, cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None]:
+    del more
     hidden_BTD, head_VD, target_BT = residuals
-    arguments = (hidden_BTD, head_VD, target_BT, cotangent_BT, cap, chunk)
-    _, hidden_bar_BTD, head_bar_VD = _sharded(*arguments)
+    given = {"weight": cotangents[0]}
+    _, (hidden_bar_BTD, head_bar_VD) = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk)
     return hidden_bar_BTD, head_bar_VD, None
 
 
@@ -72,8 +92,8 @@ def weighted_sum(
     cap: float | None,
     chunk: int,
 ) -> jax.Array:
-    """The sum of `weight * losses(...)`, as `lm_head.weighted_linear_cross_entropy`."""
-    return _total(losses(hidden_BTD, head_VD, target_BT, cap, chunk), weight_BT)
+    """The sum of `weight * losses(...)`, as `weighted_linear_cross_entropy`."""
+    return _total(losses(hidden_BTD, head_VD, target_BT, cap, chunk)[0], weight_BT)
 
 
 def _sum_forward(
@@ -84,8 +104,9 @@ def _sum_forward(
     cap: float | None,
     chunk: int,
 ) -> tuple[jax.Array, Any]:
-    nll_BT, *gradients = _sharded(hidden_BTD, head_VD, target_BT, weight_BT, cap, chunk)
-    return _total(nll_BT, weight_BT), gradients
+    given = {"weight": weight_BT}
+    found, gradients = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk)
+    return _total(found["nll"], weight_BT), gradients
 
 
 def _sum_backward(
@@ -99,6 +120,54 @@ def _sum_backward(
 weighted_sum.defvjp(_sum_forward, _sum_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def rule_sum(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    given: dict[str, jax.Array],
+    cap: float | None,
+    chunk: int,
+    rule: Rule,
+    more: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of `weight * rule(stats) * losses(...)` and the rule's weights [B, T].
+
+    As `rule_linear_cross_entropy`: `given` has further fields of the rule's `TokenStats`.
+    """
+    nll_BT, fields = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
+    rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
+    return _total(nll_BT, weight_BT * rule_BT), rule_BT
+
+
+def _rule_forward(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+    given: dict[str, jax.Array],
+    cap: float | None,
+    chunk: int,
+    rule: Rule,
+    more: bool,
+) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    given = {**given, "weight": weight_BT}
+    options: Any = {"more": more, "rule": rule}
+    found, gradients = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk, **options)
+    return (_total(found["nll"], weight_BT * found["rule"]), found["rule"]), gradients
+
+
+def _rule_backward(
+    cap: float | None, chunk: int, rule: Rule, more: bool, gradients: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    del rule, more
+    return *_sum_backward(cap, chunk, gradients, cotangents[0]), None
+
+
+rule_sum.defvjp(_rule_forward, _rule_backward)
+
+
 def _total(nll_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(weight_BT != 0, weight_BT * nll_BT, 0.0))
 
@@ -107,11 +176,23 @@ def _sharded(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
-    weight_BT: jax.Array | None,
+    given: dict[str, jax.Array],
     cap: float | None,
     chunk: int,
-) -> tuple[jax.Array, ...]:
-    """Losses, and with weights the gradients of their weighted sum for hidden states and head."""
+    *,
+    more: bool = False,
+    rule: Rule | None = None,
+) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
+    """Losses and what else is asked for, and gradients for hidden states and head.
+
+    Args:
+      given: `weight`, [B, T], if gradients of the weighted sum are wanted; with it, what the rule
+        reads beside the statistics.
+
+    Returns:
+      `(found, gradients)`: `nll`, with `more` the statistics, or with a rule its weights, `rule`;
+      no gradients without weights.
+    """
     mesh = sharding.current_mesh()
     assert mesh is not None
     length = target_BT.shape[1]
@@ -122,35 +203,38 @@ def _sharded(
     target_BT = jnp.pad(target_BT, padding, constant_values=NO_TARGET)
     # A NaN where there is no target would reach the head's gradient.
     hidden_BTD = jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
-    arguments = [hidden_BTD, head_VD, target_BT]
-    specs = [_ROWS_D, _HEAD, _ROWS]
-    if weight_BT is not None:
-        weight_BT = jnp.where(target_BT == NO_TARGET, 0.0, jnp.pad(weight_BT, padding))
-        arguments.append(weight_BT)
-        specs.append(_ROWS)
-    run = functools.partial(_on_device, vocab=head_VD.shape[0], cap=cap, chunk=chunk)
-    nll_BT, *gradients = jax.shard_map(
+    given = {
+        name: jnp.where(target_BT == NO_TARGET, 0.0, jnp.pad(array_BT, padding))
+        for name, array_BT in given.items()
+    }
+    run: Callable[..., Any] = functools.partial(
+        _on_device, vocab=head_VD.shape[0], cap=cap, chunk=chunk, more=more, rule=rule
+    )
+    found, gradients = jax.shard_map(
         run,
-        in_specs=tuple(specs),
+        in_specs=(_ROWS_D, _HEAD, _ROWS, _ROWS),
         check_vma=False,
-        out_specs=(_ROWS, _ROWS_D, _HEAD)[: 1 if weight_BT is None else 3],
-    )(*arguments)
-    if not gradients:
-        return (nll_BT[:, :length],)
+        out_specs=(_ROWS, (_ROWS_D, _HEAD) if given else ()),
+    )(hidden_BTD, head_VD, target_BT, given)
+    found = {name: array_BT[:, :length] for name, array_BT in found.items()}
+    if not given:
+        return found, ()
     hidden_bar_BTD, head_bar_VD = gradients
-    return nll_BT[:, :length], hidden_bar_BTD[:, :length], head_bar_VD
+    return found, (hidden_bar_BTD[:, :length], head_bar_VD)
 
 
 def _on_device(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
-    weight_BT: jax.Array | None = None,
+    given: dict[str, jax.Array],
     *,
     vocab: int,
     cap: float | None,
     chunk: int,
-) -> tuple[jax.Array, ...]:
+    more: bool,
+    rule: Rule | None,
+) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     """One device's part: its rows of the batch; its features of the head, exchanged for rows."""
     rows = head_VD.shape[0]  # of all devices along fsdp together
     head_VD = jnp.pad(head_VD, ((0, -rows % jax.lax.axis_size("fsdp")), (0, 0)))
@@ -158,20 +242,23 @@ def _on_device(
     place_U = head_UD.shape[0] * jax.lax.axis_index("fsdp") + jnp.arange(head_UD.shape[0])
     # A row of the padding has an id that is no target's.
     ids_U = jnp.where(place_U < rows, place_U + rows * jax.lax.axis_index("tensor"), vocab)
-    split = (hidden_BTD, target_BT) if weight_BT is None else (hidden_BTD, target_BT, weight_BT)
-    chunks = jax.tree.map(lambda x: _chunks(x, chunk), split)
+    chunks = jax.tree.map(lambda x: _chunks(x, chunk), (hidden_BTD, target_BT, given))
 
     def one_chunk(head_bar_UD: jax.Array | None, chunk: Any) -> tuple[Any, Any]:
-        hidden_ND, target_N, *weight_N = (_gathered(x) for x in chunk)
+        hidden_ND, target_N, given_N = jax.tree.map(_gathered, chunk)
         logits_NU = jnp.einsum("nd,ud->nu", hidden_ND, head_UD, preferred_element_type=jnp.float32)
         if cap is not None:
             logits_NU = cap * jnp.tanh(logits_NU / cap)
         is_target_NU = ids_U[None, :] == target_N[:, None]
-        nll_N, share_NU, sum_N = _losses(logits_NU, is_target_NU, target_N, ids_U, vocab, cap)
-        nll_BC = _own(nll_N.reshape(-1, *chunk[1].shape))
+        stats, share_NU, sum_N = _losses(logits_NU, is_target_NU, target_N, ids_U, vocab, cap, more)
+        weight_N = given_N.pop("weight", None)
+        if rule is not None:
+            rule_N = _rule_weights(rule, stats, given_N, target_N)
+            stats, weight_N = {"nll": stats["nll"], "rule": rule_N}, weight_N * rule_N
+        found_BC = {name: _own(x.reshape(-1, *chunk[1].shape)) for name, x in stats.items()}
         if head_bar_UD is None:
-            return None, (nll_BC,)
-        bar_NU = (share_NU / sum_N[:, None] - is_target_NU) * weight_N[0][:, None]
+            return None, (found_BC,)
+        bar_NU = (share_NU / sum_N[:, None] - is_target_NU) * weight_N[:, None]
         if cap is not None:
             bar_NU = bar_NU * (1.0 - jnp.square(logits_NU / cap))
         bar_NU = bar_NU.astype(hidden_ND.dtype)
@@ -181,16 +268,23 @@ def _on_device(
         hidden_bar_ND = jnp.einsum("nu,ud->nd", bar_NU, head_UD)
         hidden_bar_ND = jax.lax.psum_scatter(hidden_bar_ND, "fsdp", scatter_dimension=0, tiled=True)
         hidden_bar_BCD = jax.lax.psum(hidden_bar_ND, "tensor").reshape(chunk[0].shape)
-        return head_bar_UD, (nll_BC, hidden_bar_BCD)
+        return head_bar_UD, (found_BC, hidden_bar_BCD)
 
-    start = None if weight_BT is None else jnp.zeros(head_UD.shape, jnp.float32)
+    start = jnp.zeros(head_UD.shape, jnp.float32) if given else None
     head_bar_UD, parts = jax.lax.scan(one_chunk, start, chunks)
-    nll_BT, *hidden_bar_BTD = (_joined(x) for x in parts)
+    found, *hidden_bar_BTD = jax.tree.map(_joined, parts)
     if head_bar_UD is None:
-        return (nll_BT,)
+        return found, ()
     head_bar_UD = jax.lax.psum(head_bar_UD, "data").astype(head_UD.dtype)
     head_bar_VD = jax.lax.all_to_all(head_bar_UD, "fsdp", split_axis=1, concat_axis=0, tiled=True)
-    return nll_BT, hidden_bar_BTD[0], head_bar_VD[:rows]
+    return found, (hidden_bar_BTD[0], head_bar_VD[:rows])
+
+
+def _rule_weights(
+    rule: Rule, fields: dict[str, jax.Array], given: dict[str, jax.Array], target_N: jax.Array
+) -> jax.Array:
+    stats = TokenStats(**fields, **given, mask=target_N != NO_TARGET)
+    return token_stats.weights(rule, stats)
 
 
 def _losses(
@@ -200,26 +294,35 @@ def _losses(
     ids_U: jax.Array,
     vocab: int,
     cap: float | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    more: bool,
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """Returns the losses of a chunk, and the softmax of this device's ids as shares of a sum.
 
     Returns:
-      `(nll_N, share_NU, sum_N)`; the probabilities are `share_NU / sum_N`.
+      `(fields, share_NU, sum_N)`: `nll`, with `more` the other statistics; the probabilities are
+      `share_NU / sum_N`.
     """
     valid_1U = (ids_U < vocab)[None, :]
-    if cap is not None and cap <= _LARGEST_CAP:
+    if cap is not None and cap <= _LARGEST_CAP and not more:
         max_N = jnp.full(target_N.shape, cap, jnp.float32)  # known: one pass less
     else:
         max_N = jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1)
         max_N = jax.lax.pmax(max_N, _VOCAB)
     share_NU = jnp.where(valid_1U, jnp.exp(logits_NU - max_N[:, None]), 0.0)
     chosen_N = jnp.sum(jnp.where(is_target_NU, logits_NU, 0.0), axis=1)
-    sum_N, chosen_N = jax.lax.psum((jnp.sum(share_NU, axis=1), chosen_N), _VOCAB)
+    more_N = token_stats.sums(logits_NU, max_N, valid_1U)[1:] if more else ()
+    parts = (jnp.sum(share_NU, axis=1), chosen_N, *more_N)
+    sum_N, chosen_N, *more_N = jax.lax.psum(parts, _VOCAB)
     in_range_N = (target_N >= 0) & (target_N < vocab)
     # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
     nll_N = (max_N - chosen_N) + jnp.log(sum_N)
     nll_N = jnp.where(in_range_N, jnp.where(nll_N < 0, 0.0, nll_N), jnp.nan)
-    return jnp.where(target_N == NO_TARGET, 0.0, nll_N), share_NU, sum_N
+    has_target_N = target_N != NO_TARGET
+    fields = {"nll": jnp.where(has_target_N, nll_N, 0.0)}
+    if more:
+        derived = token_stats.derived(max_N, chosen_N, sum_N, *more_N)
+        fields |= token_stats.masked(derived, has_target_N)
+    return fields, share_NU, sum_N
 
 
 def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:

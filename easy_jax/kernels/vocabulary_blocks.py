@@ -1,0 +1,182 @@
+"""Losses and statistics of a linear head, one block of the vocabulary at a time.
+
+The forward pass carries a running log-sum-exp over the blocks. The backward pass computes each
+block's logits again, and finishes the gradient of its rows of the head at once.
+
+Shape suffixes: B rows, T positions, D features, V vocabulary, C positions of a chunk, U rows of
+the head in a block, K number of blocks.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from easy_jax.kernels import token_stats
+from easy_jax.kernels.vocabulary_parallel import NO_TARGET
+
+
+def block_size(vocab: int, at_most: int) -> int:
+    """The largest divisor of the vocabulary, or `at_most` if all divisors are much smaller."""
+    best = max(size for size in range(1, min(at_most, vocab) + 1) if vocab % size == 0)
+    return best if 4 * best >= min(at_most, vocab) else at_most
+
+
+def _blocks(head_VD: jax.Array, block: int) -> jax.Array:
+    """The head as [U, number of blocks, D]: block k has the rows k, k + blocks, ..."""
+    vocab, features = head_VD.shape
+    head_VD = jnp.pad(head_VD, ((0, -vocab % block), (0, 0)))
+    return head_VD.reshape(block, -1, features)
+
+
+def _logits(
+    hidden_BCD: jax.Array, head_UD: jax.Array, ids_U: jax.Array, vocab: int, cap: float | None
+) -> jax.Array:
+    logits_BCU = jnp.einsum("bcd,ud->bcu", hidden_BCD, head_UD, preferred_element_type=jnp.float32)
+    if cap is not None:
+        logits_BCU = cap * jnp.tanh(logits_BCU / cap)
+    return jnp.where(ids_U < vocab, logits_BCU, -jnp.inf)
+
+
+def _slice(x_BT: jax.Array, chunk: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x_BT, chunk * size, size, axis=1)
+
+
+def _update(x_BT: jax.Array, value_BC: jax.Array, chunk: Any, size: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x_BT, value_BC, chunk * size, axis=1)
+
+
+def _num_chunks(target_BT: jax.Array, chunk: int) -> jax.Array:
+    used = jnp.max(jnp.sum(target_BT != NO_TARGET, axis=1))
+    return (used + chunk - 1) // chunk
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def losses(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    cap: float | None,
+    block: int,
+    chunk: int,
+    more: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns losses [B, T] and, with `more`, the fields of `token_stats.OF_DISTRIBUTION`.
+
+    Targets come first in every row: chunks behind the last target of any row are not computed.
+    """
+    return _forward(hidden_BTD, head_VD, target_BT, cap, block, chunk, more)[0]
+
+
+def _forward(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    target_BT: jax.Array,
+    cap: float | None,
+    block: int,
+    chunk: int,
+    more: bool,
+) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
+    vocab = head_VD.shape[0]
+    head_UKD = _blocks(head_VD, block)
+    num_blocks = head_UKD.shape[1]
+    num_chunks = _num_chunks(target_BT, chunk)
+
+    def one_block(carry: Any, k: jax.Array) -> tuple[Any, None]:
+        head_UD = head_UKD[:, k]
+        ids_U = jnp.arange(block) * num_blocks + k
+
+        def one_chunk(c: jax.Array, carry: Any) -> Any:
+            max_BC, sum_BC, chosen_BC, *sums_BC = (_slice(x, c, chunk) for x in carry)
+            hidden_BCD = _slice(hidden_BTD, c, chunk)
+            logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
+            is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
+            new_max_BC = jnp.maximum(max_BC, jnp.max(logits_BCU, axis=2))
+            new = [
+                new_max_BC,
+                sum_BC * jnp.exp(max_BC - new_max_BC)
+                + jnp.sum(jnp.exp(logits_BCU - new_max_BC[:, :, None]), axis=2),
+                chosen_BC + jnp.sum(jnp.where(is_target_BCU, logits_BCU, 0.0), axis=2),
+            ]
+            if more:
+                valid_BCU = jnp.broadcast_to(ids_U < vocab, logits_BCU.shape)
+                new += token_stats.update(
+                    sums_BC, max_BC, new_max_BC, sum_BC, logits_BCU, valid_BCU
+                )
+            return tuple(_update(x, y, c, chunk) for x, y in zip(carry, new, strict=True))
+
+        return jax.lax.fori_loop(0, num_chunks, one_chunk, carry), None
+
+    zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
+    start = (zero_BT - jnp.inf, zero_BT, zero_BT, *[zero_BT] * (2 * more))
+    found, _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
+    max_BT, sum_BT, chosen_BT, *sums_BT = found
+    has_target_BT = target_BT != NO_TARGET
+    fields = {}
+    if more:
+        fields = token_stats.derived(max_BT, chosen_BT, sum_BT, *sums_BT)
+        fields = token_stats.masked(fields, has_target_BT)
+    max_BT = jnp.where(has_target_BT, max_BT, jnp.inf)  # going back: e^(x - inf) = 0
+    sum_BT = jnp.where(has_target_BT, sum_BT, 1.0)
+    in_range_BT = (target_BT >= 0) & (target_BT < vocab)
+    chosen_BT = jnp.where(in_range_BT, chosen_BT, jnp.nan)
+    # Maximum and sum stay apart: their logarithm's rounding would be a bias of every gradient.
+    nll_BT = (max_BT - chosen_BT) + jnp.log(sum_BT)
+    # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
+    nll_BT = jnp.where(nll_BT < 0, 0.0, nll_BT)
+    nll_BT = jnp.where(has_target_BT, nll_BT, 0.0)
+    return (nll_BT, fields), (hidden_BTD, head_VD, target_BT, max_BT, sum_BT)
+
+
+def _backward(
+    cap: float | None, block: int, chunk: int, more: bool, residuals: Any, cotangents: Any
+) -> tuple[jax.Array, jax.Array, None]:
+    del more
+    cotangent_BT, _ = cotangents  # of the losses alone: the statistics are constants
+    hidden_BTD, head_VD, target_BT, max_BT, sum_BT = residuals
+    vocab = head_VD.shape[0]
+    head_UKD = _blocks(head_VD, block)
+    num_blocks = head_UKD.shape[1]
+    num_chunks = _num_chunks(target_BT, chunk)
+    cotangent_BT = jnp.where(target_BT != NO_TARGET, cotangent_BT, 0.0)
+
+    def one_block(carry: Any, k: jax.Array) -> tuple[Any, None]:
+        hidden_bar_BTD, head_bar_UKD = carry
+        head_UD = head_UKD[:, k]
+        ids_U = jnp.arange(block) * num_blocks + k
+
+        def one_chunk(c: jax.Array, carry: Any) -> Any:
+            hidden_bar_BTD, head_bar_UD = carry
+            hidden_BCD = _slice(hidden_BTD, c, chunk)
+            logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
+            is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
+            share_BCU = jnp.exp(logits_BCU - _slice(max_BT, c, chunk)[:, :, None])
+            share_BCU = share_BCU / _slice(sum_BT, c, chunk)[:, :, None]
+            bar_BCU = (share_BCU - is_target_BCU) * _slice(cotangent_BT, c, chunk)[:, :, None]
+            if cap is not None:
+                capped_BCU = jnp.where(ids_U[None, None, :] < vocab, logits_BCU, 0.0)
+                bar_BCU = bar_BCU * (1.0 - jnp.square(capped_BCU / cap))
+            bar_BCU = bar_BCU.astype(hidden_BTD.dtype)
+            more_BCD = jnp.einsum(
+                "bcu,ud->bcd", bar_BCU, head_UD, preferred_element_type=jnp.float32
+            )
+            more_UD = jnp.einsum(
+                "bcu,bcd->ud", bar_BCU, hidden_BCD, preferred_element_type=jnp.float32
+            )
+            more_BCD = _slice(hidden_bar_BTD, c, chunk) + more_BCD
+            return _update(hidden_bar_BTD, more_BCD, c, chunk), head_bar_UD + more_UD
+
+        start = (hidden_bar_BTD, jnp.zeros(head_UD.shape, jnp.float32))
+        hidden_bar_BTD, head_bar_UD = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
+        # Written into place: the gradient of the head is the result itself, never a second copy.
+        head_bar_UKD = head_bar_UKD.at[:, k].set(head_bar_UD.astype(head_VD.dtype))
+        return (hidden_bar_BTD, head_bar_UKD), None
+
+    start = (jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(head_UKD))
+    (hidden_bar_BTD, head_bar_UKD), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
+    head_bar_VD = head_bar_UKD.reshape(-1, head_VD.shape[1])[:vocab]
+    return hidden_bar_BTD.astype(hidden_BTD.dtype), head_bar_VD, None
+
+
+losses.defvjp(_forward, _backward)
