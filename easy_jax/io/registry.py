@@ -59,6 +59,19 @@ Every shape: square
 
         return add
 
+    def replace_own(self, name: str) -> None:
+        """Removes an entry that is not of this package, so that its name can be registered again.
+
+        A configuration's file may be read several times, and registers each time.
+
+        Raises:
+          ValueError: an entry of this package, or a former name of one.
+        """
+        module = getattr(self._entries.get(name), "__module__", "") or ""
+        if name in self._former or module.partition(".")[0] == "easy_jax":
+            raise ValueError(f"there is already a {self.kind} {name!r}")
+        self._entries.pop(name, None)
+
     def find(self, name: str, field: str = "") -> T:
         """Returns the entry of a name.
 

@@ -36,6 +36,7 @@ class TokenStats:
       old_nll: as `nll`, under the model of some steps ago.
       segment_ids: int, which example of its row a token belongs to: 1, 2, ...; None: each row
         is one example.
+      step: int scalar, the number of the training step, for rules that draw at random.
 
     Example:
       >>> stats = TokenStats(nll=jnp.array([0.0, 1.0]), mask=jnp.array([True, False]))
@@ -53,6 +54,7 @@ class TokenStats:
     is_argmax: jax.Array | None = None
     old_nll: jax.Array | None = None
     segment_ids: jax.Array | None = None
+    step: jax.Array | None = None
 
 
 OF_DISTRIBUTION = ("entropy", "collision", "max_prob", "lse", "is_argmax")

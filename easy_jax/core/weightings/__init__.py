@@ -1,11 +1,24 @@
 """Weightings: from losses to the weights of examples and tokens.
 
-A weighting that a configuration can name is one file here, imported below, where it registers
-itself in `WEIGHTINGS`. The functions it is made of work on any arrays of losses.
+`names()` and `get(name, **options)` give the weightings that a configuration can name, and
+`register` adds one. Rules that read only the frozen model's losses are in `frozen`, those that
+read the current model in `current`, and controls of any of them in `controls`.
 """
 
-from easy_jax.core.weightings import controls, flow
-from easy_jax.core.weightings.controls import control_weights
+from easy_jax.core.weightings import controls, current, frozen
+from easy_jax.core.weightings.controls import Control, control_weights
+from easy_jax.core.weightings.current import (
+    Deft,
+    Dft,
+    Eaft,
+    Excess,
+    Iw,
+    IwToken,
+    Power,
+    ProFit,
+    Psft,
+    Talr,
+)
 from easy_jax.core.weightings.exponential import (
     entropic_objective,
     flow_weights,
@@ -13,18 +26,47 @@ from easy_jax.core.weightings.exponential import (
     kl_dro_weights,
     temperature,
 )
-from easy_jax.core.weightings.rule import WEIGHTINGS, Weighting, Weights
+from easy_jax.core.weightings.frozen import Easiest, Flow, FlowOnline, FlowToken, Hardest, Stm
+from easy_jax.core.weightings.rule import (
+    WEIGHTINGS,
+    Weighting,
+    Weights,
+    get,
+    names,
+    register,
+)
 
 __all__ = [
     "WEIGHTINGS",
+    "Control",
+    "Deft",
+    "Dft",
+    "Eaft",
+    "Easiest",
+    "Excess",
+    "Flow",
+    "FlowOnline",
+    "FlowToken",
+    "Hardest",
+    "Iw",
+    "IwToken",
+    "Power",
+    "ProFit",
+    "Psft",
+    "Stm",
+    "Talr",
     "Weighting",
     "Weights",
     "control_weights",
     "controls",
+    "current",
     "entropic_objective",
-    "flow",
     "flow_weights",
     "flow_weights_token",
+    "frozen",
+    "get",
     "kl_dro_weights",
+    "names",
+    "register",
     "temperature",
 ]

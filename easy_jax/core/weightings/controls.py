@@ -1,28 +1,97 @@
-"""Controls: weights made of FLOW's that lack one of its properties."""
+"""Controls: weights made of another weighting's that lack one of its properties."""
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from easy_jax.core.weightings.rule import WEIGHTINGS, Scored, Weighting, Weights
+from easy_jax.core.weightings import reductions
+from easy_jax.core.weightings.rule import WEIGHTINGS, Level, Scored, Weighting, Weights, get
+from easy_jax.kernels.token_stats import TokenStats
 
 Kind = Literal["uniform", "shuffled", "mean_one"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Control(Weighting):
-    """A control of FLOW: `control_weights` of its weights.
+    """A control of another weighting: its weights without one of their properties.
 
-    `uniform` keeps the size of the steps and not which examples count; `shuffled` keeps the
-    distribution of the weights too; `mean_one` keeps which examples count and not the smaller
-    steps.
+    `uniform` keeps the size of the steps and not which examples or tokens count; `shuffled` keeps
+    the distribution of the weights too; `mean_one` keeps which count and not the smaller steps.
+    Means and permutations are over the data set for rules of frozen losses, and over the target
+    tokens (or examples) of the global batch for rules that read the current model.
+
+    Attributes:
+      kind: which control.
+      of: the weighting.
+      seed: of the permutations.
+
+    Example:
+      >>> stats = TokenStats(-jnp.log(jnp.array([0.25, 0.75])))
+      >>> [round(float(w), 2) for w in get("uniform", of="dft")(stats)]
+      [0.5, 0.5]
+      >>> [round(float(w), 2) for w in get("mean_one", of="dft")(stats)]
+      [0.5, 1.5]
     """
 
     kind: Kind
+    of: Weighting
+    seed: int = 0
 
-    def __call__(self, table: Scored, seed: int = 0) -> Weights:
-        return Weights(control_weights(table.flow_weights(), self.kind, seed))
+    @property
+    def level(self) -> Level:  # type: ignore[override]
+        """That of the other weighting."""
+        return self.of.level
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What the other weighting needs, and the whole batch if it reads the current model."""
+        return self.of.needs | ({"batch"} if self.of.reads_model() else set())
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        weight = self.of(stats)
+        where = reductions.mask(stats)
+        if self.kind == "shuffled":
+            key = jax.random.key(self.seed)
+            if stats.step is not None:
+                key = jax.random.fold_in(key, stats.step)
+            return _shuffled(weight, where, key)
+        mean = reductions.mean(weight, where)
+        if self.kind == "uniform":
+            return jnp.where(where, mean, 0.0)
+        return weight / jnp.where(mean > 0, mean, 1.0)
+
+    def fit(self, table: Scored) -> "Control":
+        """See `Weighting.fit`."""
+        return dataclasses.replace(self, of=self.of.fit(table))
+
+    def of_table(self, table: Scored, seed: int = 0) -> Weights:
+        """See `Weighting.of_table`."""
+        weight_N, token_weight = self.of.of_table(table, seed)
+        if token_weight is not None:
+            values = control_weights(token_weight.values, self.kind, seed)
+            return Weights(weight_N, dataclasses.replace(token_weight, values=values))
+        assert weight_N is not None
+        return Weights(control_weights(weight_N, self.kind, seed))
+
+
+def _shuffled(weight: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:
+    """Permutes the weights of the targets among themselves."""
+    where, shape = where.reshape(-1), weight.shape
+    random = jax.random.uniform(key, where.shape)
+    drawn = jnp.argsort(jnp.where(where, random, 2.0))  # targets first, in random order
+    places = jnp.argsort(~where, stable=True)  # targets first, in their order
+    shuffled = jnp.zeros_like(weight.reshape(-1)).at[places].set(weight.reshape(-1)[drawn])
+    return shuffled.reshape(shape)
+
+
+def _control(kind: Kind, of: str = "flow", seed: int = 0, **options: Any) -> Control:
+    """Makes a control of a weighting that is given by its name and its options."""
+    return Control(kind, get(of, **options), seed)
 
 
 def control_weights(
@@ -59,6 +128,6 @@ def control_weights(
     raise ValueError(f"kind is {kind!r}; it must be 'uniform', 'shuffled' or 'mean_one'")
 
 
-WEIGHTINGS.register("uniform")(Control("uniform"))
-WEIGHTINGS.register("shuffled")(Control("shuffled"))
-WEIGHTINGS.register("mean_one")(Control("mean_one"))
+WEIGHTINGS.register("uniform")(functools.partial(_control, "uniform"))
+WEIGHTINGS.register("shuffled")(functools.partial(_control, "shuffled"))
+WEIGHTINGS.register("mean_one")(functools.partial(_control, "mean_one"))

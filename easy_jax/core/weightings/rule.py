@@ -1,18 +1,49 @@
-"""What a weighting is, and the registry of those that a configuration can name."""
+"""What a weighting is, the registry of those that a configuration can name, and own rules.
+
+A weighting is a pure function of `TokenStats` to weights. One that reads only the frozen model's
+losses is evaluated once, on the loss table (`of_table`); one that reads the current model is
+evaluated in every training step, between the loss and its gradient (`easy_jax.core.step`).
+"""
 
 import dataclasses
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from easy_jax.io.checks import ConfigError, require
 from easy_jax.io.registry import Registry
+from easy_jax.kernels import token_stats
+from easy_jax.kernels.token_stats import TokenStats
+
+Level = Literal["none", "example", "token"]
+# What a weighting can need: the frozen model's losses; the current model's loss, statistics of its
+# distribution; the loss of the model some steps ago; the whole global batch at once; and, for
+# random transforms of images, the frozen model itself in every step.
+STATISTICS = {"current": "nll", "frozen": "frozen_nll", "old": "old_nll"} | {
+    name: name for name in token_stats.OF_DISTRIBUTION
+}
+NEEDS = (*STATISTICS, "batch", "frozen_model")
 
 
 @runtime_checkable
 class Scored(Protocol):
     """A complete loss table, as `easy_jax.LossTable` is."""
 
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def token_temperature(self) -> float: ...
+
     def loss_N(self) -> np.ndarray: ...
+
+    def token_losses(self) -> Any: ...
 
     def flow_weights(self, tau: float | None = None) -> np.ndarray: ...
 
@@ -35,23 +66,123 @@ class Weights(NamedTuple):
 class Weighting:
     """A rule that gives examples or tokens their weights; its options are its fields.
 
-    The docstring of an entry has the formula, its source, and when it hurts.
+    A subclass defines `rule`. Its docstring has the formula, its source, and when it hurts.
+    Instances are hashable: they are compiled into the training step.
 
     Attributes:
-      level: what is weighted, examples or the tokens of packed text; none: nothing.
-      needs: `table`: the frozen model's losses, scored once before training; `batch`: the frozen
-        model itself, on every batch of training.
+      floor: no weight is smaller.
+      level: what gets a weight: examples, from means over their target tokens, or tokens.
+      needs: what `rule` reads, of `NEEDS`.
     """
 
-    level: ClassVar[Literal["none", "example", "token"]] = "example"
-    needs: ClassVar[frozenset[str]] = frozenset({"table"})
+    floor: float = dataclasses.field(default=0.0, kw_only=True)
+    level: ClassVar[Level] = "token"
+    needs: ClassVar[frozenset[str]] = frozenset({"current"})
 
-    def __call__(self, table: Scored, seed: int = 0) -> Weights:
-        """Returns the weights of a scored data set; `seed` is of what is drawn at random."""
+    def __post_init__(self) -> None:
+        ok = np.isfinite(self.floor) and self.floor >= 0
+        require(bool(ok), "the option floor", self.floor, "finite and at least 0")
+
+    def __call__(self, stats: TokenStats) -> jax.Array:
+        """Returns the weights, float32 in the shape of `stats.nll`; 0 where the mask is False.
+
+        No gradient passes through them.
+
+        Raises:
+          ConfigError: statistics that the rule needs and that are None.
+        """
+        missing = [
+            STATISTICS[name]
+            for name in sorted(self.needs & STATISTICS.keys())
+            if getattr(stats, STATISTICS[name]) is None
+        ]
+        if missing:
+            raise ConfigError(f"{self} needs the statistics {', '.join(missing)}, which are None")
+        stats = jax.lax.stop_gradient(jax.tree.map(jnp.asarray, stats))
+        weight = token_stats.weights(self._floored, stats)
+        return jax.lax.stop_gradient(weight)
+
+    def _floored(self, stats: TokenStats) -> jax.Array:
+        weight = self.rule(stats)
+        return jnp.maximum(weight, self.floor) if self.floor else weight
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """Returns the weight of every entry, before floor and mask."""
         raise NotImplementedError
 
+    def fit(self, table: Scored) -> "Weighting":
+        """Returns the weighting with all that depends on the data set fixed, such as a median."""
+        del table
+        return self
 
-WEIGHTINGS: Registry[Weighting] = Registry("weighting")
+    def of_table(self, table: Scored, seed: int = 0) -> Weights:
+        """Returns the weights of a scored data set, of a rule that reads only frozen losses.
+
+        Args:
+          table: of the frozen model's losses.
+          seed: of what is drawn at random.
+        """
+        del seed
+        fitted = self.fit(table)
+        if self.level == "example":
+            loss_N = table.loss_N()
+            weight_N = np.asarray(fitted(_frozen(np.nan_to_num(loss_N))))
+            return Weights(np.where(np.isnan(loss_N), np.nan, weight_N).astype(np.float32))
+        losses = table.token_losses()
+        values = np.asarray(fitted(_frozen(losses.values)))
+        return Weights(all_but_dropped(table), dataclasses.replace(losses, values=values))
+
+    def reads_model(self) -> bool:
+        """Whether weights depend on the current model, and so are computed in every step."""
+        return bool(self.needs - {"frozen", "frozen_model"})
+
+    def __mul__(self, other: "Weighting") -> "Weighting":
+        """Returns the weighting whose weights are the products of both."""
+        return Product(self, other)
+
+
+def _frozen(loss: np.ndarray) -> TokenStats:
+    return TokenStats(jnp.asarray(loss), frozen_nll=jnp.asarray(loss))
+
+
+def all_but_dropped(table: Scored) -> np.ndarray:
+    """1, and NaN for the examples that scoring dropped."""
+    return np.where(np.isnan(table.loss_N()), np.nan, 1.0).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product(Weighting):
+    """The product of two weightings of one level: w = w_first * w_second."""
+
+    first: Weighting
+    second: Weighting
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        levels = (self.first.level, self.second.level)
+        if levels[0] != levels[1]:
+            raise ConfigError(
+                f"{self.first} weighs by {levels[0]} and {self.second} by {levels[1]}; only "
+                "weightings of one level have a product"
+            )
+
+    @property
+    def level(self) -> Level:  # type: ignore[override]
+        """The level of both."""
+        return self.first.level
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What either needs."""
+        return self.first.needs | self.second.needs
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return self.first(stats) * self.second(stats)
+
+    def fit(self, table: Scored) -> "Product":
+        """See `Weighting.fit`."""
+        return dataclasses.replace(self, first=self.first.fit(table), second=self.second.fit(table))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +192,162 @@ class Unweighted(Weighting):
     level = "none"
     needs = frozenset()
 
-    def __call__(self, table: Scored | None = None, seed: int = 0) -> Weights:
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return jnp.ones_like(stats.nll)
+
+    def of_table(self, table: Scored | None = None, seed: int = 0) -> Weights:
+        """Returns no weights: all are 1."""
         return Weights()
 
 
-WEIGHTINGS.register("none")(Unweighted())
+WEIGHTINGS: Registry[Callable[..., Weighting]] = Registry("weighting")
+WEIGHTINGS.register("none")(Unweighted)
+Entry = TypeVar("Entry", bound=Callable[..., Any])
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all weightings.
+
+    Example:
+      >>> "flow" in names()
+      True
+    """
+    return tuple(WEIGHTINGS)
+
+
+def get(name: str, /, **options: Any) -> Weighting:
+    """Returns a weighting by its name.
+
+    Args:
+      name: one of `names()`.
+      **options: fields of the weighting; each has a default.
+
+    Raises:
+      ConfigError: an unknown name, with the nearest one; an option that the weighting does not
+        have; a value out of its range.
+
+    Example:
+      >>> get("power", exponent=0.5)
+      Power(floor=0.0, exponent=0.5)
+      >>> get("dft", exponent=0.5)
+      Traceback (most recent call last):
+      easy_jax.io.checks.ConfigError: weighting 'dft' has no option 'exponent'; it has floor
+    """
+    entry = WEIGHTINGS.find(name)
+    known = inspect.signature(entry).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in known.values()):
+        return entry(**options)  # passes them on, and they are checked there
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            has = ", ".join(sorted(known)) or "none"
+            raise ConfigError(
+                f"weighting {name!r} has no option {option!r}{meant or f'; it has {has}'}"
+            )
+    try:
+        return entry(**options)
+    except TypeError as error:
+        raise ConfigError(f"the options of weighting {name!r}, {options}: {error}") from error
+
+
+def register(
+    entry: Entry | None = None,
+    *,
+    name: str | None = None,
+    level: Level = "token",
+    needs: tuple[str, ...] | None = None,
+) -> Any:
+    """Registers an own weighting: a function of `TokenStats`, or a subclass of `Weighting`.
+
+    A function's keyword-only parameters are its options. Used as a decorator, with or without
+    arguments, for example in a configuration's file.
+
+    Args:
+      entry: what is registered.
+      name: default: the function's name, or the class's in snake_case.
+      level: of a function, `token` or `example`.
+      needs: of a function; default: found by calling it once with recorded statistics. A function
+        that reduces over the batch must say so: `needs=("current", "batch")`.
+
+    Returns:
+      The function or class itself.
+
+    Raises:
+      ValueError: a name that easy_jax itself uses; an own one is replaced.
+      ConfigError: an unknown entry of `needs`.
+
+    Example:
+      >>> @register
+      ... def confident(stats, *, limit=0.5):
+      ...     return (jnp.exp(-stats.nll) > limit) * 1.0
+      >>> get("confident", limit=0.2)(TokenStats(jnp.array([0.1, 3.0]))).tolist()
+      [1.0, 0.0]
+      >>> get("confident").needs
+      frozenset({'current'})
+    """
+    if entry is None:
+        return lambda entry: register(entry, name=name, level=level, needs=needs)
+    for need in needs or ():
+        require(need in NEEDS, "needs", need, f"one of {', '.join(NEEDS)}")
+    function: Any = entry
+    made: Callable[..., Weighting] = entry
+    if not inspect.isclass(entry):
+        name = name or function.__name__
+        made = _constructor(function, name, level, None if needs is None else frozenset(needs))
+    name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", function.__name__).lower()
+    WEIGHTINGS.replace_own(name)
+    WEIGHTINGS.register(name)(made)
+    return entry
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnRule(Weighting):
+    """A weighting made of a function by `register`."""
+
+    function: Callable[..., jax.Array]
+    name: str
+    options: tuple[tuple[str, Any], ...]
+    level: Level  # type: ignore[misc]
+    needs: frozenset[str]  # type: ignore[misc]
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return self.function(stats, **dict(self.options))
+
+
+def _constructor(
+    function: Callable[..., jax.Array], name: str, level: Level, needs: frozenset[str] | None
+) -> Callable[..., Weighting]:
+    """Returns what makes a weighting of a function and options, with the options' signature."""
+    parameters = list(inspect.signature(function).parameters.values())
+    options = [each for each in parameters[1:] if each.kind is each.KEYWORD_ONLY]
+
+    def make(*, floor: float = 0.0, **given: Any) -> Weighting:
+        found = _read_by(function, given) if needs is None else needs
+        return OwnRule(function, name, tuple(sorted(given.items())), level, found, floor=floor)
+
+    floor = inspect.Parameter("floor", inspect.Parameter.KEYWORD_ONLY, default=0.0)
+    make.__signature__ = inspect.Signature([*options, floor])  # type: ignore[attr-defined]
+    return make
+
+
+class _Recorder:
+    """Stands for `TokenStats`, and notes which fields are read."""
+
+    def __init__(self) -> None:
+        self.read: set[str] = set()
+
+    def __getattr__(self, name: str) -> jax.Array:
+        if name not in {field.name for field in dataclasses.fields(TokenStats)}:
+            raise AttributeError(f"TokenStats has no field {name!r}")
+        self.read.add(name)
+        dtype = {"mask": bool, "is_argmax": bool, "segment_ids": int}.get(name, jnp.float32)
+        return jnp.ones((1, 1), dtype)
+
+
+def _read_by(function: Callable[..., Any], options: Mapping[str, Any]) -> frozenset[str]:
+    recorder = _Recorder()
+    jax.eval_shape(lambda: function(recorder, **options))
+    return frozenset(need for need, field in STATISTICS.items() if field in recorder.read)

@@ -1,0 +1,259 @@
+"""Weightings that read the current model: computed in every step, between loss and gradient.
+
+Throughout, p is the current model's probability of the target, p0 the frozen model's, H the
+entropy of the current model's distribution and C its collision probability. All weights are
+constants to the gradient, and losses are divided by the number of target tokens, not by the sum of
+the weights, so that smaller weights are smaller steps; the control `mean_one` separates the two.
+"""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easy_jax.core.weightings import reductions
+from easy_jax.core.weightings.frozen import check_share, frozen, require_probability
+from easy_jax.core.weightings.rule import WEIGHTINGS, Level, Weighting
+from easy_jax.io.checks import require
+from easy_jax.kernels.token_stats import TokenStats
+
+_TINY = 1e-6  # nats; a median below it is one of a model that is certain of everything
+
+
+def _check_positive(name: str, value: float) -> None:
+    ok = bool(np.isfinite(value)) and value > 0
+    require(ok, f"the option {name}", value, "positive and finite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dft(Weighting):
+    """Dynamic fine-tuning: w = p.
+
+    The gradient is that of minimising -p. Source: arXiv:2508.05629. It hurts a model that does not
+    know the task yet: where all targets are improbable, little is learnt.
+
+    Example:
+      >>> [round(float(w), 2) for w in Dft()(TokenStats(-jnp.log(jnp.array([0.9, 0.1]))))]
+      [0.9, 0.1]
+    """
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return jnp.exp(-stats.nll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Power(Weighting):
+    """A power of the probability: w = p^exponent.
+
+    The gradient is that of minimising (1 - p^a) / a, a the exponent; 0 is plain fine-tuning and 1
+    is `dft`. Source: arXiv:2510.00526, which advises large exponents for strong base models and
+    small ones for weak.
+    """
+
+    exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = bool(np.isfinite(self.exponent)) and self.exponent >= 0
+        require(ok, "the option exponent", self.exponent, "finite and at least 0")
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return jnp.exp(-self.exponent * stats.nll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Talr(Weighting):
+    """Token-adaptive loss reweighting: w = max(p^(1 / tau), floor), with a floor of 0.01.
+
+    tau (`temperature`) is by default the median, over the sequences of the global batch, of their
+    mean loss under the current model; then a step needs a forward pass over the whole batch before
+    its gradient. Source: arXiv:2509.20758.
+    """
+
+    temperature: float | None = None
+    floor: float = dataclasses.field(default=0.01, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature is not None:
+            _check_positive("temperature", self.temperature)
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The whole batch, unless the temperature is given."""
+        return frozenset({"current"} | ({"batch"} if self.temperature is None else set()))
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        tau: jax.Array | float
+        if self.temperature is None:
+            means, is_there = reductions.example_means(stats.nll, stats)
+            tau = jnp.maximum(reductions.median(means, is_there), _TINY)
+        else:
+            tau = self.temperature
+        return jnp.exp(-stats.nll / tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deft(Weighting):
+    """Dynamic entropy fine-tuning: w = p^C, C the collision probability of the distribution.
+
+    The gradient is that of minimising (1 - p^C) / C with C fixed: close to plain fine-tuning where
+    the model is unsure, and to `dft` where it is certain. Source: arXiv:2602.11424.
+    """
+
+    needs = frozenset({"current", "collision"})
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        assert stats.collision is not None
+        return jnp.exp(-stats.collision * stats.nll)
+
+
+@dataclasses.dataclass(frozen=True)
+class Eaft(Weighting):
+    """Entropy-adaptive fine-tuning: w = min(1, H / ln 20).
+
+    It spares tokens of which the model is certain and that the data contradict. Source:
+    arXiv:2601.02151. The authors take the entropy of the 20 largest logits, renormalised, over
+    ln 20; this is the entropy of the whole distribution, which a fused head has at no extra pass.
+    LLaMA-Factory divides by 3.0, which is ln 20 rounded; axolotl does not divide.
+    """
+
+    needs = frozenset({"current", "entropy"})
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        assert stats.entropy is not None
+        return jnp.minimum(stats.entropy / math.log(20.0), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProFit(Weighting):
+    """Trains on probable tokens only: w = [p >= threshold].
+
+    Source: arXiv:2601.09195. A token below the threshold gets no gradient, and rises above it only
+    with the others.
+    """
+
+    threshold: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_probability(self.threshold)
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return (jnp.exp(-stats.nll) >= self.threshold).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Iw(Weighting):
+    """Importance-weighted fine-tuning by sequence: w_i = clip(exp(scale * mean(log p/p0)), 0, limit).
+
+    The mean is over an example's target tokens. It grows on what has already been learnt, so that
+    training sharpens. Source: arXiv:2507.12856; scale and limit are those of the authors' runs.
+    """  # noqa: E501
+
+    scale: float = 1.0
+    limit: float = 16.0
+    level: ClassVar[Level] = "example"
+    needs = frozenset({"current", "frozen", "batch"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("scale", self.scale)
+        _check_positive("limit", self.limit)
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        ratio = self.scale * (frozen(stats) - stats.nll)
+        return jnp.exp(jnp.minimum(ratio, math.log(self.limit)))
+
+
+@dataclasses.dataclass(frozen=True)
+class IwToken(Weighting):
+    """Importance-weighted fine-tuning by token: w = clip(p / p0, low, high).
+
+    Source: arXiv:2507.12856, with the authors' limits.
+    """
+
+    low: float = 0.2
+    high: float = 1.8
+    needs = frozenset({"current", "frozen"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ok = 0.0 <= self.low <= self.high < math.inf
+        require(ok, "the option low", self.low, f"between 0 and high, which is {self.high}")
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        ratio = jnp.minimum(frozen(stats) - stats.nll, 80.0)  # e^80 is above any limit, and finite
+        return jnp.clip(jnp.exp(ratio), self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Excess(Weighting):
+    """Rho-1's selective language modelling: w = 1 for the largest excess losses of the batch.
+
+    The excess is the current model's loss less that of a reference model, which was trained on
+    good data: `frozen_nll` must be of this reference. A share of the global batch's target tokens
+    is chosen, rounded up; among equals, those that come first. Source: arXiv:2404.07965.
+    """
+
+    share: float = 0.7
+    needs = frozenset({"current", "frozen", "batch"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.share)
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        where = reductions.mask(stats).reshape(-1)
+        excess = jnp.where(where, (stats.nll - frozen(stats)).reshape(-1), -jnp.inf)
+        count = jnp.sum(where, dtype=jnp.float32)
+        chosen = jnp.ceil(self.share * count - 1e-3)
+        rank = jnp.argsort(jnp.argsort(-excess, stable=True))  # by place among equals
+        return (rank < chosen).astype(jnp.float32).reshape(stats.nll.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Psft(Weighting):
+    """Proximal fine-tuning: w = r [r <= limit], r = p / p_old, p_old the model of some steps ago.
+
+    The gradient is that of minimising -min(r, clip(r, 0.8, limit)): a token's probability stops
+    rising once it has risen by the limit since then. Source: arXiv:2508.17784.
+    """
+
+    limit: float = 1.28
+    needs = frozenset({"current", "old"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("limit", self.limit)
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        assert stats.old_nll is not None
+        ratio = stats.old_nll - stats.nll
+        below = ratio <= math.log(self.limit)
+        return jnp.where(below, jnp.exp(jnp.where(below, ratio, 0.0)), 0.0)
+
+
+WEIGHTINGS.register("dft")(Dft)
+WEIGHTINGS.register("power")(Power)
+WEIGHTINGS.register("talr")(Talr)
+WEIGHTINGS.register("deft")(Deft)
+WEIGHTINGS.register("eaft")(Eaft)
+WEIGHTINGS.register("profit")(ProFit)
+WEIGHTINGS.register("iw")(Iw)
+WEIGHTINGS.register("iw_token")(IwToken)
+WEIGHTINGS.register("excess")(Excess)
+WEIGHTINGS.register("psft")(Psft)

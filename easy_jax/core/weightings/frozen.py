@@ -1,0 +1,211 @@
+"""Weightings that read the frozen model's losses only: computed once, on the loss table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from easy_jax.core.weightings import reductions
+from easy_jax.core.weightings.rule import (
+    WEIGHTINGS,
+    Scored,
+    Weighting,
+    Weights,
+    all_but_dropped,
+)
+from easy_jax.io.checks import require
+from easy_jax.kernels.token_stats import TokenStats
+
+
+def frozen(stats: TokenStats) -> jax.Array:
+    """Returns the frozen model's losses, which the caller needs."""
+    assert stats.frozen_nll is not None
+    return stats.frozen_nll
+
+
+def check_share(share: float) -> None:
+    """Requires a share in (0, 1]."""
+    require(0.0 < share <= 1.0, "the option share", share, "above 0 and at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flow(Weighting):
+    """FLOW by example: w_i = exp(-f_i / tau).
+
+    f_i is the frozen model's mean loss of example i, tau (`temperature`) by default the median of
+    all examples'. Source: arXiv:2502.02797, algorithm 1. It hurts where what is to be learnt is
+    only in the examples that the model finds hard.
+
+    Example:
+      >>> losses = jnp.array([0.0, 1.0, 2.0])
+      >>> [round(float(w), 4) for w in Flow()(TokenStats(losses, frozen_nll=losses))]
+      [1.0, 0.3679, 0.1353]
+    """
+
+    temperature: float | None = None
+    level = "example"
+    needs = frozenset({"frozen"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tau = self.temperature
+        ok = tau is None or (np.isfinite(tau) and tau > 0)
+        require(bool(ok), "the option temperature", tau, "positive and finite, in nats")
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`. Without a temperature, the median of these statistics is taken."""
+        loss = frozen(stats)
+        tau = self.temperature
+        if tau is None:
+            tau = reductions.median(loss, reductions.mask(stats))
+        return jnp.exp(-loss / jnp.asarray(tau, loss.dtype))
+
+    def fit(self, table: Scored) -> "Flow":
+        """See `Weighting.fit`."""
+        tau = table.temperature if self.temperature is None else self.temperature
+        return dataclasses.replace(self, temperature=tau)
+
+    def of_table(self, table: Scored, seed: int = 0) -> Weights:
+        """See `Weighting.of_table`; warns of weights that are all equal, or 0."""
+        return Weights(np.maximum(table.flow_weights(self.temperature), np.float32(self.floor)))
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowToken(Flow):
+    """FLOW by token: w_t = exp(-f_t / tau).
+
+    f_t is the frozen model's loss of token t, tau (`temperature`) by default the median over all
+    target tokens. Source: arXiv:2502.02797. Denominators count the tokens, whatever their weights.
+    """
+
+    level = "token"
+
+    def fit(self, table: Scored) -> "FlowToken":
+        """See `Weighting.fit`."""
+        tau = table.token_temperature if self.temperature is None else self.temperature
+        return dataclasses.replace(self, temperature=tau)
+
+    def of_table(self, table: Scored, seed: int = 0) -> Weights:
+        """See `Weighting.of_table`; warns of examples without any weight."""
+        weights = table.flow_token_weights(self.temperature)
+        if self.floor:
+            values = np.maximum(weights.values, np.float32(self.floor))
+            weights = dataclasses.replace(weights, values=values)
+        return Weights(all_but_dropped(table), weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowOnline(Flow):
+    """FLOW on each training batch: w_i = exp(-f(x_i) / tau), x_i the transformed image.
+
+    The frozen model computes f in every step, on what is trained on; tau is the loss table's
+    median. Source: the authors' code (`vision/FLOW_ft.py`). It costs a forward pass a step.
+    """
+
+    needs = frozenset({"frozen", "frozen_model"})
+
+    def of_table(self, table: Scored, seed: int = 0) -> Weights:
+        """Returns 1 for every example: the frozen model's weights come on top, in each step."""
+        return Weights(all_but_dropped(table))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stm(Weighting):
+    """Selective token masking: w_t = [p0_t >= threshold], p0 the frozen model's probability.
+
+    The default, 0.4, is the authors' perplexity of 2.5. Source: arXiv:2501.14315. It hurts where
+    the new task's words are improbable to the frozen model: these are never learnt.
+    """
+
+    threshold: float = 0.4
+    needs = frozenset({"frozen"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_probability(self.threshold)
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`."""
+        return (jnp.exp(-frozen(stats)) >= self.threshold).astype(jnp.float32)
+
+
+def require_probability(threshold: float) -> None:
+    """Requires a threshold in [0, 1]."""
+    require(0.0 <= threshold <= 1.0, "the option threshold", threshold, "a probability")
+
+
+@dataclasses.dataclass(frozen=True)
+class Easiest(Weighting):
+    """Trains on the share of examples that the frozen model finds easiest: w_i = [f_i <= q].
+
+    q is the quantile `share` of the losses f, fixed on the loss table. `by` is `example` or
+    `token`. A hard form of FLOW; what is not selected is never learnt.
+
+    Example:
+      >>> losses = jnp.array([0.5, 3.0, 1.0])
+      >>> Easiest(share=0.5)(TokenStats(losses, frozen_nll=losses)).tolist()
+      [1.0, 0.0, 1.0]
+    """
+
+    share: float = 0.7
+    by: str = "example"
+    threshold: float | None = dataclasses.field(default=None, kw_only=True)
+    needs = frozenset({"frozen"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share(self.share)
+        ok = self.by in ("example", "token")
+        require(ok, "the option by", self.by, "'example' or 'token'")
+
+    @property
+    def level(self) -> str:  # type: ignore[override]
+        """See `by`."""
+        return self.by
+
+    def rule(self, stats: TokenStats) -> jax.Array:
+        """See `Weighting.rule`. Without `fit`, the quantile of these statistics is taken."""
+        loss = frozen(stats)
+        limit = self.threshold
+        if limit is None:
+            limit = reductions.quantile(loss, reductions.mask(stats), self._quantile())
+        return self._chosen(loss, jnp.asarray(limit, loss.dtype)).astype(jnp.float32)
+
+    def fit(self, table: Scored) -> "Easiest":
+        """See `Weighting.fit`."""
+        if self.threshold is not None:
+            return self
+        loss = table.loss_N() if self.by == "example" else table.token_losses().values
+        limit = float(np.nanquantile(loss, self._quantile()))
+        return dataclasses.replace(self, threshold=limit)
+
+    def _quantile(self) -> float:
+        return self.share
+
+    @staticmethod
+    def _chosen(loss: jax.Array, limit: jax.Array) -> jax.Array:
+        return loss <= limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardest(Easiest):
+    """Trains on the share of examples that the frozen model finds hardest: w_i = [f_i >= q].
+
+    q is the quantile `1 - share` of the losses. The opposite of `easiest`, as a comparison.
+    """
+
+    def _quantile(self) -> float:
+        return 1.0 - self.share
+
+    @staticmethod
+    def _chosen(loss: jax.Array, limit: jax.Array) -> jax.Array:
+        return loss >= limit
+
+
+WEIGHTINGS.register("flow")(Flow)
+WEIGHTINGS.register("flow_token")(FlowToken)
+WEIGHTINGS.register("flow_online")(FlowOnline)
+WEIGHTINGS.register("stm")(Stm)
+WEIGHTINGS.register("easiest")(Easiest)
+WEIGHTINGS.register("hardest")(Hardest)
