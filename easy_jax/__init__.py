@@ -27,16 +27,17 @@ with epy.lazy_api_imports(globals()):
         ResNetConfig,
         StageConfig,
     )
+    from easy_jax.core import weightings
+    from easy_jax.core.causal_lm import causal_lm_loss, causal_lm_token_losses
     from easy_jax.core.losses import (
-        causal_lm_loss,
-        causal_lm_token_losses,
         classification_loss,
         softmax_cross_entropy,
         squared_error,
     )
     from easy_jax.core.merge import interpolate, wise_ft
     from easy_jax.core.optim import make_optimizer
-    from easy_jax.core.step import TrainState, init_train_state, make_train_step
+    from easy_jax.core.step import make_train_step
+    from easy_jax.core.train_state import TrainState, init_train_state
     from easy_jax.core.weightings import (
         control_weights,
         entropic_objective,
@@ -60,7 +61,11 @@ with epy.lazy_api_imports(globals()):
         text,
         training_loader,
     )
-    from easy_jax.kernels.linear_cross_entropy import linear_cross_entropy
+    from easy_jax.kernels.linear_cross_entropy import (
+        linear_cross_entropy,
+        linear_cross_entropy_stats,
+    )
+    from easy_jax.kernels.token_stats import TokenStats
     from easy_jax.models import lora
     from easy_jax.models.classifier import ClassifierInfo, new_head
     from easy_jax.models.modes import eval_mode, train_mode
@@ -115,6 +120,7 @@ __all__ = [
     "StageConfig",
     "TfdsSource",
     "TokenSource",
+    "TokenStats",
     "TrainState",
     "Transformer",
     "TransformerConfig",
@@ -133,6 +139,7 @@ __all__ = [
     "interpolate",
     "kl_dro_weights",
     "linear_cross_entropy",
+    "linear_cross_entropy_stats",
     "load_images",
     "lora",
     "make_mesh",
@@ -150,6 +157,7 @@ __all__ = [
     "timm_weights",
     "train_mode",
     "training_loader",
+    "weightings",
     "wise_ft",
     "with_task_parts",
 ]

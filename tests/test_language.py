@@ -24,7 +24,7 @@ from easy_jax.config import (
     TextConfig,
     replace,
 )
-from easy_jax.core import losses
+from easy_jax.core import causal_lm
 from easy_jax.data import DataError, instructions, text
 from easy_jax.io import sealed
 from easy_jax.pretrained import hugging_face
@@ -238,8 +238,8 @@ def test_token_losses_that_are_not_returned(folder, tmp_path):
     source = instructions.load(config.train, config.text, tokenizer)
     model = hugging_face.load(folder)
     for loss_fn, kept, arrays in (
-        (losses.causal_lm_loss, True, 2),
-        (losses.causal_lm_token_losses, False, 3),
+        (causal_lm.causal_lm_loss, True, 2),
+        (causal_lm.causal_lm_token_losses, False, 3),
     ):
         with pytest.raises(ValueError, match=rf"token_losses is {kept}, .* returns {arrays} "):
             scoring.score(
@@ -255,7 +255,7 @@ def test_token_losses_that_are_not_returned(folder, tmp_path):
         model,
         source,
         tmp_path / "True",
-        loss_fn=losses.causal_lm_token_losses,
+        loss_fn=causal_lm.causal_lm_token_losses,
         token_losses=True,
         batch_size=8,
     )

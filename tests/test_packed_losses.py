@@ -13,7 +13,7 @@ from flax import nnx
 from helpers import devices_mesh
 from packed import CONFIGS, FAST, LONGEST, REDUCTIONS, SIZE, SOURCES, VOCAB
 
-from easy_jax.core.losses import causal_lm_loss
+from easy_jax.core.causal_lm import causal_lm_loss
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import training_loader
 from easy_jax.data.packing import NO_TARGET

@@ -10,7 +10,7 @@ from helpers import InterruptionError, devices_mesh, stop_after
 from packed import SIZE, SOURCES, VOCAB
 
 from easy_jax.config import OptimizerConfig, StageConfig
-from easy_jax.core.losses import causal_lm_loss
+from easy_jax.core.causal_lm import causal_lm_loss
 from easy_jax.data import DataError, TokenSource, scoring_loader, training_loader
 from easy_jax.data.packing import split_tokens
 from easy_jax.train import loss_parts

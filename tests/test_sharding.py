@@ -12,7 +12,8 @@ from flax import nnx
 
 from easy_jax.config import ConfigError, MeshConfig, OptimizerConfig, ResNetConfig
 from easy_jax.core import optim
-from easy_jax.core.losses import causal_lm_loss, classification_loss
+from easy_jax.core.causal_lm import causal_lm_loss
+from easy_jax.core.losses import classification_loss
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource, PackedSource, TokenSource, scoring_loader, training_loader
 from easy_jax.models import resnet

@@ -13,7 +13,7 @@ from helpers import devices_mesh
 from test_lm_head import _assert_close, _case, _numpy
 
 from easy_jax.config import MeshConfig
-from easy_jax.core.losses import causal_lm_loss, causal_lm_token_losses
+from easy_jax.core.causal_lm import causal_lm_loss, causal_lm_token_losses
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.kernels.linear_cross_entropy import (
     NO_TARGET,

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -20,11 +21,16 @@ from easy_jax.ahead_of_time.programs import (
     train_state,
     tree_bytes,
 )
-from easy_jax.core import losses, optim
+from easy_jax.core import causal_lm, optim
 from easy_jax.core.step import make_train_step
-from easy_jax.core.weightings import WEIGHTINGS
+from easy_jax.core.weightings import Weighting
 from easy_jax.experiments.config import MethodConfig
-from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
+from easy_jax.experiments.language import (
+    add_adapters,
+    stage_of,
+    trainable_filter,
+    weighting_of,
+)
 from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.models.modes import eval_mode
 from easy_jax.models.transformer import Transformer, abstract
@@ -72,13 +78,15 @@ def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows
     stage = stage_of(config.finetune, method)
     optimizer = optim.make_optimizer(stage.optimizer, STEPS)
     state = train_state(states, optimizer, mesh)
-    by_token = WEIGHTINGS.find(method.weighting).level == "token"
-    batch = _batch(config, mesh, rows, token_weights=by_token)
+    weighting = weighting_of(method)
+    rule = weighting if weighting.reads_model() else None
+    batch = _batch(config, mesh, rows, _token_fields(weighting))
     step: Any = make_train_step(
         graphdef,
-        losses.causal_lm_loss,
+        causal_lm.causal_lm_loss,
         optimizer,
         reduction=stage.reduction,
+        weighting=rule,
         micro_batches=stage.micro_batches,
         mesh=mesh,
     )
@@ -115,8 +123,8 @@ def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
     model = _abstract_model(config)
     graphdef, state = nnx.split(eval_mode(model))
     state = placed(state, mesh)
-    step: Any = make_score_step(graphdef, losses.causal_lm_token_losses, mesh)
-    batch = _batch(config, mesh, rows, token_weights=False)
+    step: Any = make_score_step(graphdef, causal_lm.causal_lm_token_losses, mesh)
+    batch = _batch(config, mesh, rows, ())
     flops = model_flops(model.config, rows, config.text.row_length, passes=1.0)
     return Program("score", step.lower(state, batch), state, rows, 0.0, flops, 0.0)
 
@@ -159,21 +167,29 @@ def _with_adapters(config: LanguageConfig, model: Transformer) -> Transformer:
 
 
 def _batch(
-    config: LanguageConfig, mesh: Mesh, rows: int, *, token_weights: bool
+    config: LanguageConfig, mesh: Mesh, rows: int, token_values: Iterable[str]
 ) -> dict[str, jax.ShapeDtypeStruct]:
     length, segments = config.text.row_length, config.text.max_segments or _SEGMENTS
     tokens = ("tokens", "targets", "segment_ids", "positions")
     fields: dict[str, tuple[tuple[int, ...], Any]] = dict.fromkeys(tokens, ((length,), jnp.int32))
     fields |= {"weight": ((segments,), jnp.float32), "mask": ((segments,), jnp.bool_)}
-    if token_weights:
-        fields["token_weight"] = ((length,), jnp.float32)
+    fields |= dict.fromkeys(token_values, ((length,), jnp.float32))
     return batch_of(rows, mesh, fields)
 
 
 def _distinct(methods: tuple[MethodConfig, ...]) -> list[MethodConfig]:
     """One method of each kind of step: weights by example do not change the program."""
-    found: dict[tuple[str, str, bool], MethodConfig] = {}
+    found: dict[Any, MethodConfig] = {}
     for method in methods:
-        weights_tokens = WEIGHTINGS.find(method.weighting).level == "token"
-        found.setdefault((method.trainable, method.anchor, weights_tokens), method)
+        weighting = weighting_of(method)
+        rule = weighting if weighting.reads_model() else None
+        kind = (method.trainable, method.anchor, _token_fields(weighting), rule)
+        found.setdefault(kind, method)
     return list(found.values())
+
+
+def _token_fields(weighting: Weighting) -> tuple[str, ...]:
+    """The fields of a batch, one value a token, that a weighting takes."""
+    if weighting.reads_model():
+        return ("frozen_nll",) if "frozen" in weighting.needs else ()
+    return ("token_weight",) if weighting.level == "token" else ()

@@ -1,11 +1,12 @@
-"""Per-example losses: unreduced `(nll_sum_B, count_B)`, written once for every use.
+"""Per-example losses: unreduced `(loss_sum_B, count_B)`, written once for every use.
 
 Scoring, training and evaluation all call these; nothing here averages over the batch.
-The score of an example is `nll_sum / count`. Reductions live in `easy_jax.core.step`.
+The score of an example is `loss_sum / count`. Reductions live in `easy_jax.core.step`.
 """
 
 import contextlib
 import contextvars
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from easy_jax.kernels.linear_cross_entropy import (
-    NO_TARGET,
-    linear_cross_entropy,
-    weighted_linear_cross_entropy,
-)
+from easy_jax.kernels import token_stats
+from easy_jax.kernels.token_stats import TokenStats
 
 PerExampleLoss = tuple[jax.Array, jax.Array]
 LossFn = Callable[[Any, Mapping[str, jax.Array]], PerExampleLoss]
@@ -57,7 +55,7 @@ class WeightedSumLoss(Protocol):
     """A per-example loss that can also give its weighted sum, with a cheaper gradient.
 
     `weighted_sum(model, batch, coefficients) -> (total, size)`: the sum over the examples of
-    coefficient * nll_sum, and what `coefficients(count) -> (coefficient, size)` returned.
+    coefficient * loss_sum, and what `coefficients(count) -> (coefficient, size)` returned.
     """
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss: ...
@@ -81,7 +79,7 @@ def softmax_cross_entropy(
         training report with the example's id; it is never clipped into range.
 
     Returns:
-      `(nll_sum_B, count_B)`, float32; the count is 1.
+      `(loss_sum_B, count_B)`, float32; the count is 1.
 
     Example:
       >>> nll, count = softmax_cross_entropy(jnp.zeros((1, 4)), jnp.array([2]))
@@ -213,134 +211,19 @@ def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampl
     return softmax_cross_entropy(image_logits(model, batch), batch["label"])
 
 
-class CausalLMLoss:
-    """`causal_lm_loss`: the class of one instance, so that the loss can have a second form.
+def classification_stats(
+    model: Any, batch: Mapping[str, jax.Array], more: bool = True
+) -> TokenStats:
+    """Statistics [B] of an image model's logits: an example is one token.
 
     Args:
-      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
-      batch: of a packed source; see `__call__`.
-
-    Example:
-      >>> import numpy as np
-      >>> from flax import nnx
-      >>> import easy_jax as ej
-      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
-      ...                               kv_heads=1, head_dim=4)
-      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
-      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
-      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
-      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
-      >>> nll_sum_RS, count_RS = causal_lm_loss(model, batch)
-      >>> nll_sum_RS.shape, count_RS.tolist()
-      ((1, 1), [[2.0]])
+      model, batch: as in `classification_loss`; the batch may have `weight` and `frozen_nll`.
+      more: whether anything but `nll` is wanted.
     """
-
-    def __init__(self) -> None:
-        self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
-
-    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
-        """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
-
-        Args:
-          model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
-          batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
-            token's term is multiplied by its weight, and the count is that of the tokens all the
-            same: the reduction `token_mean` then is FLOW's token-wise objective
-            (arXiv:2502.02797).
-
-        Returns:
-          `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
-        """
-        nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
-        return nll_sum_RS, count_RS
-
-    def weighted_sum(
-        self,
-        model: Any,
-        batch: Mapping[str, jax.Array],
-        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    ) -> tuple[jax.Array, jax.Array]:
-        """See `WeightedSumLoss`."""
-        coefficient_RS, size = coefficients(_count(batch))
-        none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
-        coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
-        weight_RT = jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
-        if "token_weight" in batch:
-            weight_RT = weight_RT * batch["token_weight"]
-        total = weighted_linear_cross_entropy(
-            _hidden_states(model, batch),
-            model.head_VD(),
-            batch["targets"],
-            weight_RT,
-            soft_cap=model.config.final_cap,
-        )
-        return total, size
-
-
-causal_lm_loss = CausalLMLoss()
-
-
-def causal_lm_token_losses(
-    model: Any, batch: Mapping[str, jax.Array]
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target.
-
-    Args:
-      model: as of `causal_lm_loss`.
-      batch: as of `causal_lm_loss`; R rows of T tokens with at most S examples.
-
-    Returns:
-      `(nll_sum_RS, count_RS, nll_RT)`, float32, in nats.
-
-    Example:
-      >>> import numpy as np
-      >>> from flax import nnx
-      >>> import easy_jax as ej
-      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
-      ...                               kv_heads=1, head_dim=4)
-      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
-      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
-      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
-      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
-      >>> nll_sum_RS, count_RS, nll_RT = causal_lm_token_losses(model, batch)
-      >>> count_RS.tolist(), nll_RT.shape, bool(jnp.allclose(nll_sum_RS[0, 0], nll_RT.sum()))
-      ([[2.0]], (1, 4), True)
-    """
-    nll_RT = linear_cross_entropy(
-        _hidden_states(model, batch),
-        model.head_VD(),
-        batch["targets"],
-        soft_cap=model.config.final_cap,
-    )
-    if "token_weight" in batch:
-        weight_RT = batch["token_weight"]
-        nll_RT = jnp.where(weight_RT != 0, nll_RT * weight_RT, 0.0)  # 0 removes an infinite loss
-    # Masked sums, not a one-hot product: a NaN stays with its example.
-    nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
-    return nll_sum_RS, _count(batch), nll_RT
-
-
-def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    missing = [name for name in ("hidden_states", "head_VD", "config") if not hasattr(model, name)]
-    if missing:
-        raise ContractError(
-            "causal_lm_loss calls model.hidden_states(tokens, positions, segment_ids) and "
-            f"model.head_VD(), and reads model.config.final_cap; {type(model).__name__} has no "
-            f"{' and no '.join(missing)}: give a loss function of your own"
-        )
-    hidden: jax.Array = model.hidden_states(
-        batch["tokens"], batch["positions"], batch["segment_ids"]
-    )
-    return hidden
-
-
-def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether a token is of the row's example 1, 2, ..., bool [R, T, S]."""
-    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
-    return batch["segment_ids"][:, :, None] == segments_S[None, None, :]
-
-
-def _count(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Target tokens of every example, float32 [R, S]."""
-    is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
-    return jnp.sum(_in_segment(batch) & is_target_RT1, axis=1, dtype=jnp.float32)
+    logits_BK, label_B = image_logits(model, batch), batch["label"]
+    seen_B = batch["mask"] & (batch["weight"] != 0) if "weight" in batch else batch["mask"]
+    if more:
+        stats = token_stats.from_logits(logits_BK, label_B)
+    else:
+        stats = TokenStats(softmax_cross_entropy(logits_BK, label_B)[0])
+    return dataclasses.replace(stats, mask=seen_B, frozen_nll=batch.get("frozen_nll"))

@@ -13,7 +13,6 @@ summed over micro-batches and devices and divided once: any split gives the same
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
@@ -24,106 +23,18 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax.core import contract
+from easy_jax.core import contract, model_weights
+from easy_jax.core.causal_lm import CausalLMLoss
 from easy_jax.core.config import Reduction
 from easy_jax.core.losses import LossFn, WeightedSumLoss
+from easy_jax.core.train_state import TrainState, init_train_state
+from easy_jax.core.weightings.rule import Weighting
 from easy_jax.parallel import sharding
+
+__all__ = ["Metrics", "StepFn", "TrainState", "init_train_state", "make_train_step"]
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[["TrainState", Mapping[str, jax.Array]], tuple["TrainState", Metrics]]
-
-
-@jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that a training step reads and writes; a JAX pytree.
-
-    Attributes:
-      step: int32 scalar, the number of steps taken.
-      params: the trainable parameters, which the optimizer updates.
-      non_trainable: frozen parameters and other variables, such as BatchNorm's statistics.
-      opt_state: the optimizer's state, for `params` only.
-
-    Example:
-      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-      >>> state = init_train_state(model, optax.sgd(0.1), trainable=nnx.PathContains("kernel"))
-      >>> sorted(state.params), sorted(state.model_state())
-      (['kernel'], ['bias', 'kernel'])
-    """
-
-    step: jax.Array
-    params: nnx.State
-    non_trainable: nnx.State
-    opt_state: optax.OptState
-
-    def model_state(self) -> nnx.State:
-        """Returns all variables of the model, as `nnx.state(model)` does."""
-        return nnx.merge_state(self.params, self.non_trainable)
-
-    @property
-    def rest(self) -> nnx.State:
-        """The former name of `non_trainable`."""
-        message = "TrainState.rest is now TrainState.non_trainable"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return self.non_trainable
-
-    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-        """Returns the fields under the keys that they have in checkpoints and fingerprints."""
-        values = (self.step, self.params, self.non_trainable, self.opt_state)
-        keys = map(jax.tree_util.GetAttrKey, ("step", "params", "rest", "opt_state"))
-        return tuple(zip(keys, values, strict=True)), None
-
-    @classmethod
-    def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "TrainState":
-        """Makes a state of what `tree_flatten_with_keys` returned."""
-        del aux
-        return cls(*children)
-
-
-def init_train_state(
-    model: nnx.Module | nnx.State,
-    optimizer: optax.GradientTransformation,
-    *,
-    trainable: Any = nnx.Param,
-    mesh: Mesh | None = None,
-) -> TrainState:
-    """Copies a model's variables onto the mesh and initialises the optimizer.
-
-    Args:
-      model: a module or its state; it is not changed.
-      optimizer: of the trainable parameters.
-      trainable: NNX filter; everything else is frozen.
-      mesh: default: all devices on the data axis.
-
-    Raises:
-      ValueError: the filter selects no parameter.
-
-    Example:
-      >>> model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-      >>> int(init_train_state(model, optax.sgd(0.1)).step)
-      0
-    """
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    model_state = model if isinstance(model, nnx.State) else nnx.state(model)
-    params, non_trainable = nnx.split_state(model_state, trainable, ...)
-    if not jax.tree.leaves(params):
-        raise ValueError(f"the filter {trainable!r} selects no parameter to train")
-
-    return _make_init(optimizer, mesh)(params, non_trainable)
-
-
-@functools.lru_cache(maxsize=32)
-def _make_init(
-    optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Callable[[nnx.State, nnx.State], TrainState]:
-    """Returns the jitted `(params, non_trainable) -> TrainState`; a sweep compiles it once."""
-
-    def make(params: nnx.State, non_trainable: nnx.State) -> TrainState:
-        # Copies, because jit returns unchanged inputs as they are, and the step donates its state.
-        params, non_trainable = jax.tree.map(jnp.copy, (params, non_trainable))
-        return TrainState(jnp.zeros((), jnp.int32), params, non_trainable, optimizer.init(params))
-
-    return sharding.jit_init(make, mesh)
 
 
 def make_train_step(
@@ -132,6 +43,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     reduction: Reduction,
+    weighting: Weighting | None = None,
     micro_batches: int = 1,
     mesh: Mesh | None = None,
 ) -> StepFn:
@@ -145,6 +57,8 @@ def make_train_step(
       optimizer: the one given to `init_train_state`.
       reduction: see the module's docstring. If all weights or counts of a batch are 0, so are
         the loss and its gradient.
+      weighting: computes further weights from the current model (`easy_jax.weightings`), which are
+        constants to the gradient. Where it reads `frozen_nll`, so must the batch have it.
       micro_batches: parts of a batch whose gradients are accumulated; BatchNorm sees one part at
         a time.
       mesh: where state and batches are. Needed by models that shard their computation by hand;
@@ -153,13 +67,15 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the fields that the loss reads and
-      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one, and
-      `grad_norm`, of its gradient before the optimizer.
+      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one,
+      `grad_norm`, of its gradient before the optimizer, and with a weighting those of
+      `model_weights.metrics`.
 
     Raises:
       ValueError: an unknown reduction; while tracing, a batch that does not divide into
         micro-batches.
-      ContractError: while tracing, a loss function that returns anything else.
+      ConfigError, ContractError: a weighting that needs what the step or the loss function does
+        not have; while tracing, a loss function that returns anything else.
 
     Example:
       >>> from easy_jax.core.losses import squared_error
@@ -177,17 +93,23 @@ def make_train_step(
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}")
-    gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction), has_aux=True)
+    if weighting is not None:
+        model_weights.check(weighting, loss_fn)
+    first = weighting if weighting is not None and weighting.needs_pass() else None
+    rule = weighting if first is None else None
+    gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction, rule), has_aux=True)
+    before = None if first is None else _first_pass(graphdef, loss_fn, first, micro_batches)
 
     def step(  # by this name `io.terminal` knows the compilation
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
-        return _step(gradient, optimizer, micro_batches, mesh, state, batch)
+        return _step(before, gradient, optimizer, micro_batches, mesh, state, batch)
 
     return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
 
 
 def _step(
+    before: Callable[..., Any] | None,
     gradient: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     micro_batches: int,
@@ -196,7 +118,10 @@ def _step(
     batch: Mapping[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
     with sharding.tracing_on(mesh):
-        total, denominator, non_trainable, grads = _accumulate(
+        sums: Any = {}
+        if before is not None:
+            batch, sums = before(state, batch)
+        total, denominator, non_trainable, more, grads = _accumulate(
             gradient, state, batch, micro_batches
         )
     denominator = jnp.where(denominator > 0, denominator, 1.0)
@@ -204,6 +129,7 @@ def _step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
+    metrics |= model_weights.metrics(sums or more)
     state = TrainState(state.step + 1, params, non_trainable, opt_state)
     if mesh is not None:
         # Else XLA may change the layout of small parameters, and the next step compiles again.
@@ -216,39 +142,67 @@ def _accumulate(
     state: TrainState,
     batch: Mapping[str, jax.Array],
     micro_batches: int,
-) -> tuple[jax.Array, jax.Array, nnx.State, nnx.State]:
-    """Sums numerator, denominator and gradients over the micro-batches.
+) -> tuple[jax.Array, jax.Array, nnx.State, model_weights.Sums, nnx.State]:
+    """Sums numerator, denominator, what is measured of weights, and gradients over micro-batches.
 
     Returns:
-      `(total, denominator, non_trainable, grads)`; the variables are those after the last one.
+      `(total, denominator, non_trainable, sums, grads)`; the variables are those after the last
+      micro-batch, and the sums are empty without a weighting.
     """
     if micro_batches == 1:
-        (total, (denominator, non_trainable)), grads = gradient(
+        (total, (denominator, non_trainable, sums)), grads = gradient(
             state.params, state.non_trainable, batch
         )
-        return total, denominator, non_trainable, grads
+        return total, denominator, non_trainable, sums, grads
 
-    def add(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, None]:
+    def add(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, model_weights.Sums]:
         total, denominator, non_trainable, grads = carry
-        (more, (more_denominator, non_trainable)), more_grads = gradient(
+        (more, (more_denominator, non_trainable, sums)), more_grads = gradient(
             state.params, non_trainable, micro_batch
         )
         grads = jax.tree.map(jnp.add, grads, more_grads)
-        return (total + more, denominator + more_denominator, non_trainable, grads), None
+        return (total + more, denominator + more_denominator, non_trainable, grads), sums
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, state.non_trainable, jax.tree.map(jnp.zeros_like, state.params))
-    result, _ = jax.lax.scan(add, start, _split(batch, micro_batches))
-    return result
+    result, sums = jax.lax.scan(add, start, _split(batch, micro_batches))
+    total, denominator, non_trainable, grads = result
+    return total, denominator, non_trainable, jax.tree.map(jnp.sum, sums), grads
+
+
+def _first_pass(
+    graphdef: nnx.GraphDef[Any], loss_fn: LossFn, weighting: Weighting, micro_batches: int
+) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[dict[str, jax.Array], Any]]:
+    """Returns `(state, batch) -> (batch with the weighting's weights, their sums)`."""
+
+    def before(
+        state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[dict[str, jax.Array], model_weights.Sums]:
+        def stats_of(part: Mapping[str, jax.Array]) -> Any:
+            model = nnx.merge(graphdef, state.params, state.non_trainable, copy=True)
+            return model_weights.statistics(loss_fn, weighting, model, _without_removed(part))
+
+        if micro_batches == 1:
+            stats = stats_of(batch)
+        else:
+            stats = model_weights.over_micro_batches(stats_of, _split(batch, micro_batches))
+        stats = dataclasses.replace(jax.lax.stop_gradient(stats), step=state.step)
+        return model_weights.weighted_batch(weighting, stats, batch)
+
+    return before
 
 
 def _weighted_sum(
-    graphdef: nnx.GraphDef[Any], loss_fn: LossFn, reduction: Reduction
-) -> Callable[..., tuple[jax.Array, tuple[jax.Array, nnx.State]]]:
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: LossFn,
+    reduction: Reduction,
+    weighting: Weighting | None = None,
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]]:
     """Returns the numerator of a reduction, `(params, non_trainable, batch) -> (total, aux)`.
 
-    Here, and nowhere else, weights meet losses: `total = sum_i coefficient_i * loss_sum_i`. The
-    second output is `(denominator, non_trainable after the forward pass)`.
+    Here, and nowhere else, weights meet losses: `total = sum_i coefficient_i * loss_sum_i`, where
+    the weights of a weighting of the current model are further factors. The second output is
+    `(denominator, non_trainable after the forward pass, sums of the weighting's weights)`.
     """
 
     def coefficients(
@@ -259,39 +213,58 @@ def _weighted_sum(
 
     def forward(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, nnx.State]:
+    ) -> tuple[jax.Array, jax.Array, Any, nnx.State]:
         # copy=True: variables of an outer trace cannot be written, and BatchNorm writes.
         model = nnx.merge(graphdef, params, non_trainable, copy=True)
-        loss_sum_B, count_B = contract.call(loss_fn, model, batch)
-        return loss_sum_B, count_B, _like(non_trainable, nnx.state(model))
+        if weighting is None:
+            loss_sum_B, count_B = contract.call(loss_fn, model, batch)
+            found: Any = loss_sum_B, count_B, None
+        else:
+            found = model_weights.losses_and_stats(loss_fn, weighting, model, batch)
+        return *found, _like(non_trainable, nnx.state(model))
 
     if reduction == "token_mean":
         forward = jax.jit(forward)  # called twice, traced once
 
     def weighted_sum(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
-        loss_sum_B, count_B, updated = forward(params, non_trainable, _without_removed(batch))
+    ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
+        seen = _without_removed(batch)
+        loss_sum_B, count_B, stats, updated = forward(params, non_trainable, seen)
         if reduction == "token_mean":
             # The denominator counts the tokens of examples of weight 0, too. The compiler removes
             # all of this second pass that the counts do not need.
             count_B = forward(jax.lax.stop_gradient(params), non_trainable, batch)[1]
         coefficient_B, denominator = coefficients(batch, count_B)
+        sums = {}
+        if weighting is not None:
+            weight_B = weighting(stats)
+            sums = model_weights.measured(weight_B, stats.mask)
+            coefficient_B = coefficient_B * weight_B
         # where, not a product: the loss of what is removed may be anything, NaN included.
         total = jnp.sum(jnp.where(coefficient_B != 0, coefficient_B * loss_sum_B, 0.0))
-        return total, (denominator, updated)
+        return total, (denominator, updated, sums)
 
     def fused(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
-    ) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
-        assert isinstance(loss_fn, WeightedSumLoss)
+    ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
         model = nnx.merge(graphdef, params, non_trainable, copy=True)
-        total, denominator = loss_fn.weighted_sum(
-            model, batch, functools.partial(coefficients, batch)
-        )
-        return total, (denominator, _like(non_trainable, nnx.state(model)))
+        of_batch = functools.partial(coefficients, batch)
+        sums = {}
+        if weighting is None:
+            assert isinstance(loss_fn, WeightedSumLoss)
+            total, denominator = loss_fn.weighted_sum(model, batch, of_batch)
+        else:
+            assert isinstance(loss_fn, CausalLMLoss)
+            more = weighting.reads_distribution()
+            total, denominator, *weights = loss_fn.ruled_sum(
+                model, batch, of_batch, weighting, more
+            )
+            sums = model_weights.measured(*weights)
+        return total, (denominator, _like(non_trainable, nnx.state(model)), sums)
 
-    return fused if isinstance(loss_fn, WeightedSumLoss) else weighted_sum
+    is_fused = WeightedSumLoss if weighting is None else CausalLMLoss
+    return fused if isinstance(loss_fn, is_fused) else weighted_sum
 
 
 def _coefficients(

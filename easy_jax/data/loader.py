@@ -15,7 +15,7 @@ a batch size counts rows, and these three fields are [b, S].
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grain
@@ -117,6 +117,7 @@ def training_loader(
     seed: int,
     weight_N: np.ndarray | None = None,
     token_weight: Ragged | None = None,
+    frozen_nll: Ragged | np.ndarray | None = None,
     rows: np.ndarray | None = None,
     reading: Reading | None = None,
 ) -> Loader:
@@ -141,6 +142,8 @@ def training_loader(
         that is NaN is an example dropped while scoring: it is left out of training.
       token_weight: weights of the target tokens, of packed sources only. An example that has
         none was dropped while scoring, and is left out.
+      frozen_nll: the frozen model's losses, [N] by example id, or of packed sources those of the
+        target tokens; a field of the batches.
       rows, reading: as in `scoring_loader`.
 
     Raises:
@@ -181,10 +184,13 @@ def training_loader(
     if isinstance(source, PackedSource):
         # Not lazily: their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
-        dataset = _packed(source, packed, batch_size, share, weight_N, token_weight)
+        given = {"token_weight": token_weight, "frozen_nll": frozen_nll}
+        token_values = {name: each for name, each in given.items() if isinstance(each, Ragged)}
+        dataset = _packed(source, packed, batch_size, share, weight_N, token_values)
         return Loader(dataset, reading)
     records = functools.partial(_read_views, source, seed)
-    read = _Reader(records, batch_size, share, weight_N)
+    frozen_N = None if frozen_nll is None else np.asarray(frozen_nll, np.float32)
+    read = _Reader(records, batch_size, share, weight_N, frozen_N)
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
     dataset = starts.map(lambda start: read(*order.slice(start, start + batch_size)))
     return Loader(dataset, reading)
@@ -244,10 +250,10 @@ def _packed(
     batch_size: int,
     share: np.ndarray,
     weight_N: np.ndarray | None = None,
-    token_weight: Ragged | None = None,
+    token_values: Mapping[str, Ragged] | None = None,
 ) -> grain.MapDataset[Batch]:
     """Global batches of rows -> this process's, read, padded with empty rows and masked."""
-    reader = PackedRows(source, max(map(len, rows)), token_weight)
+    reader = PackedRows(source, max(map(len, rows)), token_values or {})
     nothing = np.zeros(0, np.int64)
 
     def read(start: int) -> Batch:
@@ -269,7 +275,7 @@ class _Reader:
     Args:
       records: positions, and epochs when training, of equal length -> their records, stacked.
       batch_size, share: of the global batch; the rows to read.
-      weight_N: by id, when training.
+      weight_N, frozen_N: weights and the frozen model's losses by id, when training.
     """
 
     def __init__(
@@ -278,11 +284,13 @@ class _Reader:
         batch_size: int,
         share: np.ndarray,
         weight_N: np.ndarray | None = None,
+        frozen_N: np.ndarray | None = None,
     ):
         self._records = records
         self._batch_size = batch_size
         self._rows = share
         self._weight_N = weight_N
+        self._frozen_N = frozen_N
 
     def __call__(self, ids: np.ndarray, *epochs: np.ndarray) -> Batch:
         padding = np.full(self._batch_size - len(ids), PADDING_ID, np.int64)
@@ -298,6 +306,8 @@ class _Reader:
             if own_weight_b is not None:
                 weight_b = weight_b * check_own_weight(own_weight_b, positions)
             batch["weight"] = weight_b.astype(np.float32)
+        if self._frozen_N is not None:
+            batch["frozen_nll"] = self._frozen_N[positions]
         if not mask_b.all():  # what is read is read once, and padding copies the first of it
             row_b = np.where(mask_b, np.cumsum(mask_b) - 1, 0)
             batch = {name: array[row_b] for name, array in batch.items()}

@@ -10,7 +10,7 @@ A batch has, beside the loader's fields, R rows of T tokens with at most S examp
   `segment_ids`  int32 [R, T]   1, 2, ... in a row; 0 in the padding
   `positions`    int32 [R, T]   place within the example
   `example_id`, `mask`, `weight`   [R, S]   of the examples in a row's order
-  `token_weight` float32 [R, T] token-wise weights, where they are given
+  `token_weight`, `frozen_nll`  float32 [R, T]  values of the target tokens, where they are given
 """
 
 import dataclasses
@@ -131,15 +131,16 @@ class PackedRows:
     Args:
       source: the examples.
       segments: S, of every batch.
-      token_weight: weights of the target tokens of every example, or None.
+      token_values: by the name of a batch's field, a value for each target token of every
+        example: `token_weight`, `frozen_nll`.
     """
 
-    def __init__(self, source: PackedSource, segments: int, token_weight: Ragged | None):
+    def __init__(self, source: PackedSource, segments: int, token_values: Mapping[str, Ragged]):
         self._source = source
         self._segments = segments
-        self._token_weight = token_weight
-        if token_weight is not None:
-            check_token_weights(token_weight, source.examples)
+        self._token_values = token_values
+        for name, values in token_values.items():
+            check_token_weights(values, source.examples, name)
 
     def read(self, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
         """A batch of these rows; an empty row is padding."""
@@ -152,8 +153,8 @@ class PackedRows:
             "positions": np.zeros(shape, np.int32),
             "example_id": np.full((len(rows), self._segments), -1, np.int64),
         }
-        if self._token_weight is not None:
-            batch["token_weight"] = np.zeros(shape, np.float32)
+        for name in self._token_values:
+            batch[name] = np.zeros(shape, np.float32)
         for r, ids in enumerate(rows):
             batch["example_id"][r, : len(ids)] = ids
             start = 0
@@ -165,8 +166,8 @@ class PackedRows:
                 batch["targets"][r, first:stop] = tokens[examples.target_start[i] :]
                 batch["segment_ids"][r, start:stop] = segment
                 batch["positions"][r, start:stop] = np.arange(stop - start)
-                if self._token_weight is not None:
-                    batch["token_weight"][r, first:stop] = self._token_weight[i]
+                for name, values in self._token_values.items():
+                    batch[name][r, first:stop] = values[i]
                 start = stop
         return batch
 
@@ -183,24 +184,26 @@ def split_tokens(batch: Mapping[str, np.ndarray], value_RT: np.ndarray) -> list[
     return parts
 
 
-def check_token_weights(token_weight: Ragged, examples: TokenSource) -> None:
-    """Raises DataError unless every target token has a weight, finite and at least 0.
+def check_token_weights(
+    token_weight: Ragged, examples: TokenSource, name: str = "token_weight"
+) -> None:
+    """Raises DataError unless every target token has a value, finite and at least 0.
 
     An example that has none at all was dropped while scoring and is never read.
     """
+    what = {"token_weight": "token weights", "frozen_nll": "frozen losses"}[name]
     if len(token_weight) != len(examples):
-        raise DataError(f"token weights for {len(token_weight)} of {len(examples)} examples")
+        raise DataError(f"{what} for {len(token_weight)} of {len(examples)} examples")
     found = np.diff(token_weight.offsets)
     wrong = np.flatnonzero((found != examples.num_targets) & (found != 0))
     if wrong.size:
         raise DataError(
-            f"the number of token weights differs from that of target tokens in {wrong.size} "
+            f"the number of {what} differs from that of target tokens in {wrong.size} "
             f"examples, ids {wrong[:10].tolist()}"
         )
     bad = ~np.isfinite(token_weight.values) | (token_weight.values < 0)
     if bad.any():
         ids = np.searchsorted(token_weight.offsets, np.flatnonzero(bad), side="right") - 1
         raise DataError(
-            "token weights are negative or not finite in example ids "
-            f"{np.unique(ids)[:10].tolist()}"
+            f"{what} are negative or not finite in example ids {np.unique(ids)[:10].tolist()}"
         )

@@ -29,8 +29,8 @@ class MethodConfig:
       name: the row in the results.
       start: of images: fine-tune from the pre-trained body with a new head, or from the probed
         model.
-      weighting: of examples or tokens, by its name in `easy_jax.core.weightings`: `none`, `flow`,
-        `flow_token` (language), `flow_online` (images), `uniform`, `shuffled`, `mean_one`.
+      weighting, weighting_options: of examples or tokens, by its name in `easy_jax.weightings`
+        (`names()`), and its options, such as `{"exponent": 0.5}`; `flow_online` is for images.
       trainable: which parameters move: all, the head, BatchNorm and head (images), or low-rank
         adapters (language).
       anchor, anchor_strength: distance to the starting weights (heads left out, of images), by its
@@ -50,6 +50,7 @@ class MethodConfig:
     name: str = "standard"
     start: Literal["pretrained", "probe"] = "pretrained"
     weighting: str = "none"
+    weighting_options: tuple[tuple[str, Any], ...] = ()  # a mapping is turned into this
     trainable: Trainable = "all"
     anchor: str = "none"
     anchor_strength: float = 0.0
@@ -61,6 +62,8 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anchor", current_anchor(self.anchor))
+        options = tuple(sorted(dict(self.weighting_options).items()))
+        object.__setattr__(self, "weighting_options", options)
 
     def validate(self, path: str, kind: Kind = "images") -> None:
         """Checks every field; names of weightings, anchors and averagings by their registries.
@@ -94,16 +97,20 @@ class MethodConfig:
         # Imported when a configuration is checked: these need JAX.
         from easy_jax.core.anchors import ANCHORS
         from easy_jax.core.merge import AVERAGINGS
-        from easy_jax.core.weightings import WEIGHTINGS
+        from easy_jax.core.weightings import WEIGHTINGS, get
 
         ANCHORS.find(self.anchor, f"{path}.anchor")
         AVERAGINGS.find(self.averaging, f"{path}.averaging")
-        weighting = WEIGHTINGS.find(self.weighting, f"{path}.weighting")
-        ok = weighting.level != "token" or kind == "language"
-        because = "a weighting of examples: images have no tokens"
-        require(ok, f"{path}.weighting", self.weighting, because)
-        ok = "batch" not in weighting.needs or kind == "images"
+        WEIGHTINGS.find(self.weighting, f"{path}.weighting")
+        try:
+            weighting = get(self.weighting, **dict(self.weighting_options))
+        except ConfigError as error:
+            raise ConfigError(f"{path}.weighting_options: {error}") from error
+        ok = "frozen_model" not in weighting.needs or kind == "images"
         because = "one that needs only the loss table, in a language experiment"
+        require(ok, f"{path}.weighting", self.weighting, because)
+        ok = "old" not in weighting.needs
+        because = "one that does not read the model of earlier steps, which training does not keep"
         require(ok, f"{path}.weighting", self.weighting, because)
 
     def _check_language(self, path: str) -> None:

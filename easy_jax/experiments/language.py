@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax.core import losses
+from easy_jax.core import causal_lm, weightings
 from easy_jax.core.merge import AVERAGINGS
-from easy_jax.core.weightings import WEIGHTINGS, Weights
 from easy_jax.data import instructions, text
 from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.config import InstructionsConfig
@@ -119,7 +118,7 @@ class LanguageExperiment:
             self.model,
             self.train,
             self.workdir / "loss_table",
-            loss_fn=losses.causal_lm_token_losses,
+            loss_fn=causal_lm.causal_lm_token_losses,
             token_losses=True,
             batch_size=config.batch_size,
             mesh=self.mesh,
@@ -140,8 +139,7 @@ class LanguageExperiment:
         trainable = trainable_filter(method, model.config)
         if method.trainable == "lora":
             add_adapters(model, config)
-        weighting = WEIGHTINGS.find(method.weighting)
-        weights = weighting(self._table(), config.seed) if weighting.needs else Weights()
+        weighting = weighting_of(method)
         name = stage_name(method)
         directory = self.workdir / "checkpoints" / name
         result = fit(
@@ -149,8 +147,9 @@ class LanguageExperiment:
             self.train,
             directory,
             stage=stage_of(config.finetune, method),
-            loss_fn=losses.causal_lm_loss,
-            **weights._asdict(),
+            loss_fn=causal_lm.causal_lm_loss,
+            weighting=weighting,
+            table=self._table() if "frozen" in weighting.needs else None,
             trainable=trainable,
             sfa_beta=sfa_beta(method),
             seed=config.seed,
@@ -243,8 +242,8 @@ class LanguageExperiment:
         return found | {name: source.fingerprint() for name, source in self._sources().items()}
 
     def _weighs(self) -> bool:
-        names = [method.weighting for method in self.config.selected_methods()]
-        return any(WEIGHTINGS.find(name).needs for name in names)
+        methods = self.config.selected_methods()
+        return any("frozen" in weighting_of(method).needs for method in methods)
 
     def _measure(self, model: Transformer) -> dict[str, float]:
         """Cross-entropy and perplexity on held-out problems and on general text."""
@@ -255,6 +254,11 @@ class LanguageExperiment:
             )
             values |= {f"{name}_{key}": value for key, value in measured.items()}
         return values
+
+
+def weighting_of(method: MethodConfig) -> weightings.Weighting:
+    """The weighting of a method, with its options."""
+    return weightings.get(method.weighting, **dict(method.weighting_options))
 
 
 def is_head(path: Any, variable: Any) -> bool:

@@ -116,10 +116,10 @@ class LanguageConfig:
         return self
 
     def _check_reduction(self) -> None:
-        from easy_jax.core.weightings import WEIGHTINGS  # needs JAX
+        from easy_jax.core.weightings import get  # needs JAX
 
         for method in self.methods:
-            by_token = WEIGHTINGS.find(method.weighting).level == "token"
+            by_token = get(method.weighting, **dict(method.weighting_options)).level == "token"
             if by_token and self.finetune.reduction != "token_mean":
                 raise ConfigError(
                     f"config.finetune.reduction is {self.finetune.reduction!r}; it must be "

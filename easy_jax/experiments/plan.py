@@ -49,7 +49,8 @@ class Stage:
       start: the stage whose model it continues, None for a random initialisation.
       new_head: whether the head is replaced by a fresh one for the target task.
       config: how it is trained; None if the pre-trained weights are read from files instead.
-      weighting, trainable, frozen_norm, sfa_beta: as in `MethodConfig` and `ExperimentConfig`.
+      weighting, weighting_options, trainable, frozen_norm, sfa_beta: as in `MethodConfig` and
+        `ExperimentConfig`.
     """
 
     key: StageKey
@@ -58,6 +59,7 @@ class Stage:
     new_head: bool
     config: StageConfig | None
     weighting: str = "none"
+    weighting_options: tuple[tuple[str, Any], ...] = ()
     trainable: Trainable = "all"
     frozen_norm: bool = False
     sfa_beta: float | None = None
@@ -143,6 +145,7 @@ def run_stages(config: ExperimentConfig, run: Run) -> list[Stage]:
         new_head=not from_probe,
         config=_at_rate(config.finetune, rate, method),
         weighting=method.weighting,
+        weighting_options=method.weighting_options,
         trainable=method.trainable,
         frozen_norm=("probe" if method.trainable == "head" else "finetune")
         in config.frozen_stages(),
@@ -161,6 +164,7 @@ def run_stages(config: ExperimentConfig, run: Run) -> list[Stage]:
         new_head=False,
         config=_at_rate(config.head, head_rate),
         weighting=method.weighting if method.head_stage == "weighted" else "none",
+        weighting_options=method.weighting_options if method.head_stage == "weighted" else (),
         trainable="head",
         frozen_norm="head" in config.frozen_stages(),
     )
@@ -172,7 +176,8 @@ def path_of(method: MethodConfig) -> str:
     anchored = method.anchor != "none"
     anchor = f"{stored_name(method.anchor)}{method.anchor_strength:g}" if anchored else ""
     averaging = f"{method.averaging}{method.alpha:g}" if sfa_beta(method) is not None else ""
-    parts = [method.trainable, method.weighting, anchor, averaging]
+    options = "".join(f"-{name}{value}" for name, value in method.weighting_options)
+    parts = [method.trainable, method.weighting + options, anchor, averaging]
     return "-".join(part for part in parts if part and part != "none")
 
 

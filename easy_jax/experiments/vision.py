@@ -14,7 +14,8 @@ from flax import nnx
 from easy_jax.core.losses import classification_loss
 from easy_jax.core.merge import AVERAGINGS
 from easy_jax.core.online_weights import OnlineWeights
-from easy_jax.core.weightings import WEIGHTINGS
+from easy_jax.core.weightings import FlowOnline
+from easy_jax.core.weightings import get as get_weighting
 from easy_jax.data import Splits, Tasks, fingerprint
 from easy_jax.data.config import GlyphDataConfig, TransferDataConfig
 from easy_jax.experiments.config import ExperimentConfig
@@ -289,23 +290,24 @@ class ImageExperiment:
 
     def _weights(self, stage: Stage) -> dict[str, Any]:
         """Returns the arguments of `fit` that weight the examples of a stage."""
-        weighting = WEIGHTINGS.find(stage.weighting)
-        if not weighting.needs:
-            return {}
+        weighting = get_weighting(stage.weighting, **dict(stage.weighting_options))
+        if "frozen" not in weighting.needs:
+            return {"weighting": weighting}
         assert stage.label_noise is not None
         table = self.loss_table(stage.seed, stage.label_noise)
-        weights = weighting(table, stage.seed)
-        if "batch" not in weighting.needs:
-            return weights._asdict()
+        if not isinstance(weighting, FlowOnline):
+            return {"weighting": weighting, "table": table}
         probe = self.stages[probe_key(stage.seed, stage.label_noise)]
         num_classes = self.data(probe).target.num_classes
+        tau = weighting.fit(table).temperature
+        assert tau is not None
         online = OnlineWeights(
             self.networks.merge(self.fit(probe.key).model_state, num_classes),
             loss_fn=classification_loss,
-            tau=table.temperature,
+            tau=tau,
             mesh=self.mesh,
         )
-        return {**weights._asdict(), "online": online}
+        return {"weighting": weighting, "table": table, "online": online}
 
     # Measurements.
 

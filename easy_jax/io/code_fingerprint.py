@@ -54,10 +54,12 @@ _BOOKKEEPING = {
 # Current module name -> its name in version 0.1, which is the one that fingerprints contain. Moving
 # a module within the package thus leaves the artefacts on disk valid.
 _FIRST_NAMES = {
+    "easy_jax.core.causal_lm": "easy_jax.losses",
     "easy_jax.core.losses": "easy_jax.losses",
     "easy_jax.core.merge": "easy_jax.merge",
     "easy_jax.core.optim": "easy_jax.optim",
     "easy_jax.core.step": "easy_jax.step",
+    "easy_jax.core.train_state": "easy_jax.step",
     "easy_jax.core.weightings": "easy_jax.weighting",
     "easy_jax.core.weightings.controls": "easy_jax.weighting",
     "easy_jax.core.weightings.exponential": "easy_jax.weighting",

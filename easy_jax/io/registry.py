@@ -36,41 +36,36 @@ Every shape: square
         self.kind = kind
         self._entries: dict[str, T] = {}
         self._former: dict[str, str] = {}
+        self._replaceable: set[str] = set()
 
-    def register(self, name: str, *, former: tuple[str, ...] = ()) -> Callable[[T], T]:
+    def register(
+        self, name: str, *, former: tuple[str, ...] = (), replaceable: bool = False
+    ) -> Callable[[T], T]:
         """Returns a decorator that adds an entry.
 
         Args:
           name: unique; the field's standard term.
           former: names of earlier versions, which still find the entry, with a
             DeprecationWarning.
+          replaceable: whether the name can be registered again. A configuration's file may be
+            read several times, and registers its own entries each time.
 
         Raises:
           ValueError: a name that is taken.
         """
 
         def add(entry: T) -> T:
+            if name in self._replaceable and replaceable:
+                del self._entries[name]
             for each in (name, *former):
                 if each in self._entries or each in self._former:
                     raise ValueError(f"there is already a {self.kind} {each!r}")
             self._entries[name] = entry
+            self._replaceable |= {name} if replaceable else set()
             self._former |= dict.fromkeys(former, name)
             return entry
 
         return add
-
-    def replace_own(self, name: str) -> None:
-        """Removes an entry that is not of this package, so that its name can be registered again.
-
-        A configuration's file may be read several times, and registers each time.
-
-        Raises:
-          ValueError: an entry of this package, or a former name of one.
-        """
-        module = getattr(self._entries.get(name), "__module__", "") or ""
-        if name in self._former or module.partition(".")[0] == "easy_jax":
-            raise ValueError(f"there is already a {self.kind} {name!r}")
-        self._entries.pop(name, None)
 
     def find(self, name: str, field: str = "") -> T:
         """Returns the entry of a name.

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easy_jax import data
-from easy_jax.core import losses
+from easy_jax.core import causal_lm, losses
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import processes, sharding
 from easy_jax.train import compatibility, forward
@@ -47,7 +47,7 @@ class _ImageMetrics:
 def _language_metrics(
     model: Any, batch: Mapping[str, jax.Array]
 ) -> dict[str, losses.PerExampleLoss]:
-    return {"nll": losses.causal_lm_loss(model, batch)}
+    return {"nll": causal_lm.causal_lm_loss(model, batch)}
 
 
 def classification(

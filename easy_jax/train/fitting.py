@@ -18,7 +18,9 @@ from easy_jax.core import contract, optim
 from easy_jax.core.config import OptimizerConfig, Reduction
 from easy_jax.core.losses import LossFn
 from easy_jax.core.online_weights import OnlineWeights
-from easy_jax.core.step import StepFn, TrainState, init_train_state, make_train_step
+from easy_jax.core.step import StepFn, make_train_step
+from easy_jax.core.train_state import TrainState, init_train_state, set_learning_rate
+from easy_jax.core.weightings.rule import Weighting
 from easy_jax.io import files
 from easy_jax.io.code_fingerprint import name_of
 from easy_jax.io.metrics_log import MetricsLog
@@ -28,6 +30,7 @@ from easy_jax.io.throughput import Throughput
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import lock, processes, sharding
 from easy_jax.train import checkpoint, checks, forward, identity
+from easy_jax.train import weights as stage_weights
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.config import StageConfig
 from easy_jax.train.hooks import (
@@ -40,6 +43,8 @@ from easy_jax.train.hooks import (
     standard_hooks,
 )
 from easy_jax.train.identity import ANCHORED
+from easy_jax.train.loss_table import LossTable
+from easy_jax.train.weights import StageWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +78,8 @@ def fit(
     loss_fn: LossFn,
     weight_N: np.ndarray | None = None,
     token_weight: data.Ragged | None = None,
+    weighting: Weighting | None = None,
+    table: LossTable | None = None,
     online: OnlineWeights | None = None,
     trainable: Any = nnx.Param,
     anchored: Callable[[Any, Any], bool] | None = None,
@@ -107,6 +114,9 @@ def fit(
       loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
       weight_N: by example id; default: 1. NaN leaves an example out.
       token_weight: by example id, of the target tokens of a packed source; default: 1.
+      weighting: gives further weights (`easy_jax.weightings`), once from `table`, or in every step
+        from the current model.
+      table: the frozen model's losses, where the weighting reads them.
       online: weighs every batch anew, on top of these.
       trainable: NNX filter of the parameters to train.
       anchored: NNX filter of those that the anchor pulls back.
@@ -160,25 +170,19 @@ def fit(
     """
     checks.check_call("fit", model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    loader = _loader(source, stage, weight_N, token_weight, seed, mesh, name)
-    checks.check_match(model, source, loss_fn, _used(weight_N, token_weight))
-    run = identity.of_stage(
-        model,
-        source,
-        stage=stage,
-        loss_fn=loss_fn,
-        weight_N=weight_N,
-        token_weight=token_weight,
-        online=None if online is None else online.fingerprint(),
-        trainable=trainable,
-        anchored=anchored,
-        sfa_beta=sfa_beta,
-        seed=seed,
-    )
+    weights = stage_weights.resolve(weighting, table, source, weight_N, token_weight, seed)
+    loader = _loader(source, stage, weights, seed, mesh, name)
+    checks.check_match(model, source, loss_fn, weights.used_N())
+    optional = {"trainable": trainable, "anchored": anchored, "sfa_beta": sfa_beta, "seed": seed}
+    run = _identity(model, source, stage, loss_fn, weights, online, **optional)
     if overwrite:
         processes.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
-    state, train_step = _start(model, loss_fn, stage, run, trainable, anchored, loader.steps, mesh)
-    speed = Speed(log, log_every_steps, _mean_batch(source, weight_N, stage, loader), on_speed)
+    rule = weights.weighting
+    steps = loader.steps
+    state, train_step = _start(model, loss_fn, stage, run, trainable, anchored, rule, steps, mesh)
+    speed = Speed(
+        log, log_every_steps, weights.mean_batch(source, stage.epochs, loader.steps), on_speed
+    )
     with (
         contextlib.closing(iter(loader)) as batches,
         Checkpointer(directory, run, keep, keep_best) as checkpointer,
@@ -233,8 +237,7 @@ def _train(
 def _loader(
     source: data.AnySource,
     stage: StageConfig,
-    weight_N: np.ndarray | None,
-    token_weight: data.Ragged | None,
+    weights: StageWeights,
     seed: int,
     mesh: Mesh,
     name: str,
@@ -245,27 +248,33 @@ def _loader(
         stage.batch_size,
         epochs=stage.epochs,
         seed=seed,
-        weight_N=weight_N,
-        token_weight=token_weight,
+        weight_N=weights.weight_N,
+        token_weight=weights.token_weight,
+        frozen_nll=weights.frozen_nll,
         rows=sharding.process_rows(stage.batch_size, mesh),
     )
 
 
-def _used(weight_N: np.ndarray | None, token_weight: data.Ragged | None) -> np.ndarray | None:
-    """Which examples are trained on, bool by example id; None: all."""
-    used_N = None if weight_N is None else ~np.isnan(weight_N)
-    if token_weight is not None:  # an example without any was dropped while scoring
-        used_N = np.diff(token_weight.offsets) > 0 if used_N is None else used_N
-    return used_N
-
-
-def _mean_batch(
-    source: data.AnySource, weight_N: np.ndarray | None, stage: StageConfig, loader: data.Loader
-) -> float:
-    """Returns the mean number of examples in a step; those without a weight do not count."""
-    present = data.present_ids(source)
-    weight_n = np.ones(len(present)) if weight_N is None else np.asarray(weight_N)[present]
-    return np.count_nonzero(~np.isnan(weight_n)) * stage.epochs / loader.steps
+def _identity(
+    model: nnx.Module,
+    source: data.AnySource,
+    stage: StageConfig,
+    loss_fn: LossFn,
+    weights: StageWeights,
+    online: OnlineWeights | None,
+    **arguments: Any,
+) -> dict[str, Any]:
+    run = identity.of_stage(
+        model,
+        source,
+        stage=stage,
+        loss_fn=loss_fn,
+        weight_N=weights.weight_N,
+        token_weight=weights.token_weight,
+        online=None if online is None else online.fingerprint(),
+        **arguments,
+    )
+    return run | weights.identity()
 
 
 def _start(
@@ -275,6 +284,7 @@ def _start(
     run: dict[str, Any],
     trainable: Any,
     anchored: Callable[[Any, Any], bool] | None,
+    weighting: Weighting | None,
     total_steps: int,
     mesh: Mesh,
 ) -> tuple[TrainState, StepFn]:
@@ -284,7 +294,8 @@ def _start(
         nnx.graphdef(model),
         loss_fn,
         anchored,
-        (run["the loss function"], run[ANCHORED]),
+        weighting,
+        (run["the loss function"], run[ANCHORED], run.get("the weighting")),
         dataclasses.replace(stage.optimizer, learning_rate=0.0),
         total_steps,
         stage.reduction,
@@ -293,7 +304,7 @@ def _start(
     )
     state = init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
     optim.warn_of_lost_updates(state.params, rate)
-    return _set_learning_rate(state, rate, mesh), train_step
+    return set_learning_rate(state, rate, mesh), train_step
 
 
 def _restore(
@@ -347,7 +358,8 @@ def _compiled(
     graphdef: nnx.GraphDef[Any],
     loss_fn: LossFn,
     anchored: Callable[[Any, Any], bool] | None,
-    fingerprints: tuple[str, str | None],  # of these two: what one object does may have changed
+    weighting: Weighting | None,
+    fingerprints: tuple[str | None, ...],  # of these: what one object does may have changed
     optimizer_config: OptimizerConfig,
     total_steps: int,
     reduction: Reduction,
@@ -358,7 +370,13 @@ def _compiled(
     del fingerprints
     optimizer = optim.make_optimizer(optimizer_config, total_steps, anchored)
     step = make_train_step(
-        graphdef, loss_fn, optimizer, reduction=reduction, micro_batches=micro_batches, mesh=mesh
+        graphdef,
+        loss_fn,
+        optimizer,
+        reduction=reduction,
+        weighting=weighting,
+        micro_batches=micro_batches,
+        mesh=mesh,
     )
     return optimizer, step
 
@@ -380,11 +398,3 @@ def _check_first_batch(
     rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
     part = {name: array[:rows] for name, array in batch.items()}
     forward.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))
-
-
-def _set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> TrainState:
-    """The peak learning rate lives in the optimiser's state (see `optim.make_optimizer`)."""
-    rate = jax.device_put(np.float32(learning_rate), sharding.replicated(mesh))
-    opt_state: Any = state.opt_state
-    opt_state = opt_state._replace(hyperparams={"learning_rate": rate})
-    return dataclasses.replace(state, opt_state=opt_state)

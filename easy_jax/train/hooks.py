@@ -19,7 +19,7 @@ from flax import nnx
 
 from easy_jax import data
 from easy_jax.core import merge
-from easy_jax.core.step import TrainState
+from easy_jax.core.train_state import TrainState
 from easy_jax.io.metrics_log import MetricsLog
 from easy_jax.io.progress import Part
 from easy_jax.io.throughput import Throughput
@@ -211,6 +211,7 @@ class Metrics(Hook):
             return
         (loop, metrics), self._pending = self._pending, None
         values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        _check_weights(loop, values.pop("weight_bad", 0.0))
         _check_metrics(loop, values["loss"], values["grad_norm"])
         if self._log is not None and (loop.step % self._every == 0 or loop.step == 1):
             self._log.write(loop.name, "train", loop.step, values)
@@ -228,6 +229,14 @@ class Metrics(Hook):
 def _examples(loop: Loop) -> str:
     ids = loop.example_id[loop.example_id >= 0]
     return f"example ids {ids[:10].tolist()}{' ...' if ids.size > 10 else ''}"
+
+
+def _check_weights(loop: Loop, bad: float) -> None:
+    if bad:
+        raise TrainingError(
+            f"{loop.name}: the weighting gave {bad:.0f} weights that are negative or not finite at "
+            f"step {loop.step}, on {_examples(loop)}; weights must be finite and at least 0"
+        )
 
 
 def _check_metrics(loop: Loop, loss: float, norm: float) -> None:

@@ -65,7 +65,7 @@ def score(
         token) are an error, after the good ones have been saved; or dropped and counted. The
         table's `dropped_ids` are these and those of the source.
       token_losses: keep every target token's loss as well, for token-wise weights. The loss
-        function then returns them as a third array, as `losses.causal_lm_token_losses` does.
+        function then returns them as a third array, as `easy_jax.causal_lm_token_losses` does.
       overwrite: delete the table in the directory and start anew.
       rows_per_part: rows between two saves.
       progress: whether to show a bar, on standard error (elsewhere than in a terminal or a

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax.core import losses
+from easy_jax.core import causal_lm
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import DataWarning, PackedSource, Ragged, text, training_loader
 from easy_jax.parallel.sharding import shard_batch
@@ -63,7 +63,7 @@ def table(model, examples, mesh, tmp_path_factory):
         model,
         PackedSource(examples, ROW_LENGTH),
         tmp_path_factory.mktemp("table"),
-        loss_fn=losses.causal_lm_token_losses,
+        loss_fn=causal_lm.causal_lm_token_losses,
         token_losses=True,
         batch_size=8,
         mesh=mesh,
@@ -135,7 +135,7 @@ def test_the_weighted_step(kind, max_segments, oracle, model, examples, mesh):
     batch.pop("example_id")
     optimizer = _sgd_that_keeps_the_gradient(0.01)
     step = make_train_step(
-        nnx.graphdef(model), losses.causal_lm_loss, optimizer, reduction="token_mean"
+        nnx.graphdef(model), causal_lm.causal_lm_loss, optimizer, reduction="token_mean"
     )
     state = init_train_state(model, optimizer, mesh=mesh)
     state, metrics = step(state, shard_batch(batch, mesh))

@@ -30,7 +30,6 @@ from easy_jax.core.weightings.frozen import Easiest, Flow, FlowOnline, FlowToken
 from easy_jax.core.weightings.rule import (
     WEIGHTINGS,
     Weighting,
-    Weights,
     get,
     names,
     register,
@@ -56,7 +55,6 @@ __all__ = [
     "Stm",
     "Talr",
     "Weighting",
-    "Weights",
     "control_weights",
     "controls",
     "current",

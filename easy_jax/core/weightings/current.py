@@ -32,8 +32,9 @@ def _check_positive(name: str, value: float) -> None:
 class Dft(Weighting):
     """Dynamic fine-tuning: w = p.
 
-    The gradient is that of minimising -p. Source: arXiv:2508.05629. It hurts a model that does not
-    know the task yet: where all targets are improbable, little is learnt.
+    Its one option is `floor`. The gradient is that of minimising -p. It hurts a model that does
+    not know the task yet: where all targets are improbable, little is learnt. Source:
+    arXiv:2508.05629.
 
     Example:
       >>> [round(float(w), 2) for w in Dft()(TokenStats(-jnp.log(jnp.array([0.9, 0.1]))))]
@@ -52,6 +53,13 @@ class Power(Weighting):
     The gradient is that of minimising (1 - p^a) / a, a the exponent; 0 is plain fine-tuning and 1
     is `dft`. Source: arXiv:2510.00526, which advises large exponents for strong base models and
     small ones for weak.
+
+    Attributes:
+      exponent: a, at least 0.
+
+    Example:
+      >>> [round(float(w), 2) for w in Power(0.5)(TokenStats(-jnp.log(jnp.array([0.81, 0.04]))))]
+      [0.9, 0.2]
     """
 
     exponent: float = 0.5
@@ -73,6 +81,14 @@ class Talr(Weighting):
     tau (`temperature`) is by default the median, over the sequences of the global batch, of their
     mean loss under the current model; then a step needs a forward pass over the whole batch before
     its gradient. Source: arXiv:2509.20758.
+
+    Attributes:
+      temperature: tau, nats; None: the batch's median.
+      floor: see `Weighting`.
+
+    Example:
+      >>> [round(float(w), 2) for w in Talr(1.0)(TokenStats(-jnp.log(jnp.array([0.9, 0.001]))))]
+      [0.9, 0.01]
     """
 
     temperature: float | None = None
@@ -103,8 +119,14 @@ class Talr(Weighting):
 class Deft(Weighting):
     """Dynamic entropy fine-tuning: w = p^C, C the collision probability of the distribution.
 
-    The gradient is that of minimising (1 - p^C) / C with C fixed: close to plain fine-tuning where
-    the model is unsure, and to `dft` where it is certain. Source: arXiv:2602.11424.
+    Its one option is `floor`. The gradient is that of minimising (1 - p^C) / C with C fixed: close
+    to plain fine-tuning where the model is unsure, and to `dft` where it is certain. Source:
+    arXiv:2602.11424.
+
+    Example:
+      >>> stats = TokenStats(-jnp.log(jnp.array([0.25, 0.25])), collision=jnp.array([0.5, 1.0]))
+      >>> [round(float(w), 2) for w in Deft()(stats)]
+      [0.5, 0.25]
     """
 
     needs = frozenset({"current", "collision"})
@@ -119,10 +141,15 @@ class Deft(Weighting):
 class Eaft(Weighting):
     """Entropy-adaptive fine-tuning: w = min(1, H / ln 20).
 
-    It spares tokens of which the model is certain and that the data contradict. Source:
-    arXiv:2601.02151. The authors take the entropy of the 20 largest logits, renormalised, over
+    Its one option is `floor`. It spares tokens of which the model is certain and that the data
+    contradict. Source: arXiv:2601.02151. The authors take the entropy of the 20 largest logits, renormalised, over
     ln 20; this is the entropy of the whole distribution, which a fused head has at no extra pass.
     LLaMA-Factory divides by 3.0, which is ln 20 rounded; axolotl does not divide.
+
+    Example:
+      >>> stats = TokenStats(jnp.ones(2), entropy=jnp.log(jnp.array([1.0, 400.0])))
+      >>> Eaft()(stats).tolist()
+      [0.0, 1.0]
     """
 
     needs = frozenset({"current", "entropy"})
@@ -139,6 +166,13 @@ class ProFit(Weighting):
 
     Source: arXiv:2601.09195. A token below the threshold gets no gradient, and rises above it only
     with the others.
+
+    Attributes:
+      threshold: the least probability that is trained on.
+
+    Example:
+      >>> ProFit(threshold=0.1)(TokenStats(-jnp.log(jnp.array([0.9, 0.01])))).tolist()
+      [1.0, 0.0]
     """
 
     threshold: float = 0.1
@@ -158,6 +192,15 @@ class Iw(Weighting):
 
     The mean is over an example's target tokens. It grows on what has already been learnt, so that
     training sharpens. Source: arXiv:2507.12856; scale and limit are those of the authors' runs.
+
+    Attributes:
+      scale: of the mean log ratio.
+      limit: no weight is larger.
+
+    Example:
+      >>> stats = TokenStats(jnp.array([1.0, 0.0]), frozen_nll=jnp.array([1.0, 9.0]))
+      >>> [round(float(w), 2) for w in Iw()(stats)]
+      [1.0, 16.0]
     """  # noqa: E501
 
     scale: float = 1.0
@@ -181,6 +224,14 @@ class IwToken(Weighting):
     """Importance-weighted fine-tuning by token: w = clip(p / p0, low, high).
 
     Source: arXiv:2507.12856, with the authors' limits.
+
+    Attributes:
+      low, high: limits of the weights.
+
+    Example:
+      >>> stats = TokenStats(jnp.array([1.0, 0.0]), frozen_nll=jnp.array([1.0, 9.0]))
+      >>> [round(float(w), 2) for w in IwToken()(stats)]
+      [1.0, 1.8]
     """
 
     low: float = 0.2
@@ -205,6 +256,14 @@ class Excess(Weighting):
     The excess is the current model's loss less that of a reference model, which was trained on
     good data: `frozen_nll` must be of this reference. A share of the global batch's target tokens
     is chosen, rounded up; among equals, those that come first. Source: arXiv:2404.07965.
+
+    Attributes:
+      share: of the target tokens that are trained on.
+
+    Example:
+      >>> stats = TokenStats(jnp.array([1.0, 3.0]), frozen_nll=jnp.array([1.0, 1.0]))
+      >>> Excess(share=0.5)(stats).tolist()
+      [0.0, 1.0]
     """
 
     share: float = 0.7
@@ -230,6 +289,14 @@ class Psft(Weighting):
 
     The gradient is that of minimising -min(r, clip(r, 0.8, limit)): a token's probability stops
     rising once it has risen by the limit since then. Source: arXiv:2508.17784.
+
+    Attributes:
+      limit: of the ratio r.
+
+    Example:
+      >>> stats = TokenStats(jnp.array([1.0, 0.5]), old_nll=jnp.array([1.0, 1.0]))
+      >>> Psft()(stats).tolist()
+      [1.0, 0.0]
     """
 
     limit: float = 1.28

@@ -1,6 +1,7 @@
 """Weightings that read the frozen model's losses only: computed once, on the loss table."""
 
 import dataclasses
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 from easy_jax.core.weightings import reductions
 from easy_jax.core.weightings.rule import (
     WEIGHTINGS,
+    Level,
     Scored,
     Weighting,
     Weights,
@@ -37,6 +39,9 @@ class Flow(Weighting):
     all examples'. Source: arXiv:2502.02797, algorithm 1. It hurts where what is to be learnt is
     only in the examples that the model finds hard.
 
+    Attributes:
+      temperature: tau, nats; None: the median.
+
     Example:
       >>> losses = jnp.array([0.0, 1.0, 2.0])
       >>> [round(float(w), 4) for w in Flow()(TokenStats(losses, frozen_nll=losses))]
@@ -44,7 +49,7 @@ class Flow(Weighting):
     """
 
     temperature: float | None = None
-    level = "example"
+    level: ClassVar[Level] = "example"
     needs = frozenset({"frozen"})
 
     def __post_init__(self) -> None:
@@ -56,10 +61,9 @@ class Flow(Weighting):
     def rule(self, stats: TokenStats) -> jax.Array:
         """See `Weighting.rule`. Without a temperature, the median of these statistics is taken."""
         loss = frozen(stats)
-        tau = self.temperature
-        if tau is None:
-            tau = reductions.median(loss, reductions.mask(stats))
-        return jnp.exp(-loss / jnp.asarray(tau, loss.dtype))
+        if self.temperature is None:
+            return jnp.exp(-loss / reductions.median(loss, reductions.mask(stats)))
+        return jnp.exp(-loss / jnp.asarray(self.temperature, loss.dtype))
 
     def fit(self, table: Scored) -> "Flow":
         """See `Weighting.fit`."""
@@ -77,6 +81,14 @@ class FlowToken(Flow):
 
     f_t is the frozen model's loss of token t, tau (`temperature`) by default the median over all
     target tokens. Source: arXiv:2502.02797. Denominators count the tokens, whatever their weights.
+
+    Attributes:
+      temperature: tau, nats; None: the median.
+
+    Example:
+      >>> losses = jnp.array([0.0, 1.0])
+      >>> [round(float(w), 4) for w in FlowToken(1.0)(TokenStats(losses, frozen_nll=losses))]
+      [1.0, 0.3679]
     """
 
     level = "token"
@@ -101,6 +113,13 @@ class FlowOnline(Flow):
 
     The frozen model computes f in every step, on what is trained on; tau is the loss table's
     median. Source: the authors' code (`vision/FLOW_ft.py`). It costs a forward pass a step.
+
+    Attributes:
+      temperature: tau, nats; None: the median.
+
+    Example:
+      >>> FlowOnline().needs == {"frozen", "frozen_model"}
+      True
     """
 
     needs = frozenset({"frozen", "frozen_model"})
@@ -116,6 +135,14 @@ class Stm(Weighting):
 
     The default, 0.4, is the authors' perplexity of 2.5. Source: arXiv:2501.14315. It hurts where
     the new task's words are improbable to the frozen model: these are never learnt.
+
+    Attributes:
+      threshold: the least probability that is trained on.
+
+    Example:
+      >>> losses = -jnp.log(jnp.array([0.5, 0.3]))
+      >>> Stm()(TokenStats(losses, frozen_nll=losses)).tolist()
+      [1.0, 0.0]
     """
 
     threshold: float = 0.4
@@ -142,6 +169,11 @@ class Easiest(Weighting):
     q is the quantile `share` of the losses f, fixed on the loss table. `by` is `example` or
     `token`. A hard form of FLOW; what is not selected is never learnt.
 
+    Attributes:
+      share: of the examples or tokens.
+      by: what is counted, `example` or `token`.
+      threshold: q, nats, in place of the share.
+
     Example:
       >>> losses = jnp.array([0.5, 3.0, 1.0])
       >>> Easiest(share=0.5)(TokenStats(losses, frozen_nll=losses)).tolist()
@@ -149,7 +181,7 @@ class Easiest(Weighting):
     """
 
     share: float = 0.7
-    by: str = "example"
+    by: Literal["example", "token"] = "example"
     threshold: float | None = dataclasses.field(default=None, kw_only=True)
     needs = frozenset({"frozen"})
 
@@ -160,17 +192,18 @@ class Easiest(Weighting):
         require(ok, "the option by", self.by, "'example' or 'token'")
 
     @property
-    def level(self) -> str:  # type: ignore[override]
+    def level(self) -> Level:  # type: ignore[override]
         """See `by`."""
         return self.by
 
     def rule(self, stats: TokenStats) -> jax.Array:
         """See `Weighting.rule`. Without `fit`, the quantile of these statistics is taken."""
         loss = frozen(stats)
-        limit = self.threshold
-        if limit is None:
+        if self.threshold is None:
             limit = reductions.quantile(loss, reductions.mask(stats), self._quantile())
-        return self._chosen(loss, jnp.asarray(limit, loss.dtype)).astype(jnp.float32)
+        else:
+            limit = jnp.asarray(self.threshold, loss.dtype)
+        return self._chosen(loss, limit).astype(jnp.float32)
 
     def fit(self, table: Scored) -> "Easiest":
         """See `Weighting.fit`."""
@@ -193,6 +226,14 @@ class Hardest(Easiest):
     """Trains on the share of examples that the frozen model finds hardest: w_i = [f_i >= q].
 
     q is the quantile `1 - share` of the losses. The opposite of `easiest`, as a comparison.
+
+    Attributes:
+      share, by, threshold: as in `Easiest`.
+
+    Example:
+      >>> losses = jnp.array([0.5, 3.0, 1.0])
+      >>> Hardest(share=0.5)(TokenStats(losses, frozen_nll=losses)).tolist()
+      [0.0, 1.0, 1.0]
     """
 
     def _quantile(self) -> float:

@@ -73,6 +73,14 @@ class Weighting:
       floor: no weight is smaller.
       level: what gets a weight: examples, from means over their target tokens, or tokens.
       needs: what `rule` reads, of `NEEDS`.
+
+    Example:
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Half(Weighting):
+      ...     def rule(self, stats):
+      ...         return jnp.full_like(stats.nll, 0.5)
+      >>> (Half() * Half())(TokenStats(jnp.array([3.0]))).tolist()
+      [0.25]
     """
 
     floor: float = dataclasses.field(default=0.0, kw_only=True)
@@ -135,6 +143,14 @@ class Weighting:
     def reads_model(self) -> bool:
         """Whether weights depend on the current model, and so are computed in every step."""
         return bool(self.needs - {"frozen", "frozen_model"})
+
+    def needs_pass(self) -> bool:
+        """Whether a step takes a forward pass over the global batch before its gradient."""
+        return self.reads_model() and ("batch" in self.needs or self.level == "example")
+
+    def reads_distribution(self) -> bool:
+        """Whether more is read of the current model's distribution than the target's loss."""
+        return not self.needs.isdisjoint(token_stats.OF_DISTRIBUTION)
 
     def __mul__(self, other: "Weighting") -> "Weighting":
         """Returns the weighting whose weights are the products of both."""
@@ -297,12 +313,11 @@ def register(
         name = name or function.__name__
         made = _constructor(function, name, level, None if needs is None else frozenset(needs))
     name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", function.__name__).lower()
-    WEIGHTINGS.replace_own(name)
-    WEIGHTINGS.register(name)(made)
+    WEIGHTINGS.register(name, replaceable=True)(made)
     return entry
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OwnRule(Weighting):
     """A weighting made of a function by `register`."""
 
@@ -326,7 +341,14 @@ def _constructor(
 
     def make(*, floor: float = 0.0, **given: Any) -> Weighting:
         found = _read_by(function, given) if needs is None else needs
-        return OwnRule(function, name, tuple(sorted(given.items())), level, found, floor=floor)
+        return OwnRule(
+            function=function,
+            name=name,
+            options=tuple(sorted(given.items())),
+            level=level,
+            needs=found,
+            floor=floor,
+        )
 
     floor = inspect.Parameter("floor", inspect.Parameter.KEYWORD_ONLY, default=0.0)
     make.__signature__ = inspect.Signature([*options, floor])  # type: ignore[attr-defined]

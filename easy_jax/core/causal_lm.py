@@ -1,0 +1,207 @@
+"""The causal language-model loss, on packed text and without logits.
+
+Shape suffixes: R rows, T positions of a row, S examples of a row.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from easy_jax.core.losses import ContractError, PerExampleLoss
+from easy_jax.kernels.linear_cross_entropy import (
+    NO_TARGET,
+    linear_cross_entropy,
+    linear_cross_entropy_stats,
+    rule_linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
+from easy_jax.kernels.token_stats import TokenStats
+
+
+class CausalLMLoss:
+    """Causal LM loss that also provides a fused weighted sum with a cheaper gradient.
+
+    `causal_lm_loss` is its one instance.
+
+    Args:
+      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+      batch: of a packed source; see `__call__`.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
+      ...                               kv_heads=1, head_dim=4)
+      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
+      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
+      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
+      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
+      >>> nll_sum_RS, count_RS = causal_lm_loss(model, batch)
+      >>> nll_sum_RS.shape, count_RS.tolist()
+      ((1, 1), [[2.0]])
+    """
+
+    def __init__(self) -> None:
+        self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
+
+    def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
+        """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+
+        Args:
+          model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+          batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
+            token's term is multiplied by its weight, and the count is that of the tokens all the
+            same: the reduction `token_mean` then is FLOW's token-wise objective
+            (arXiv:2502.02797).
+
+        Returns:
+          `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
+        """
+        nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
+        return nll_sum_RS, count_RS
+
+    def weighted_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `WeightedSumLoss`."""
+        coefficient_RS, size = coefficients(_count(batch))
+        total = weighted_linear_cross_entropy(
+            _hidden_states(model, batch),
+            model.head_VD(),
+            batch["targets"],
+            _token_factors(batch, coefficient_RS),
+            soft_cap=model.config.final_cap,
+        )
+        return total, size
+
+    def ruled_sum(
+        self,
+        model: Any,
+        batch: Mapping[str, jax.Array],
+        coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+        rule: Callable[[TokenStats], jax.Array],
+        more: bool,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """The weighted sum whose tokens are also weighted by a rule of the current model.
+
+        Args:
+          model, batch, coefficients: as in `weighted_sum`; the batch may have `frozen_nll`.
+          rule: `TokenStats -> w`, of each token by itself; hashable.
+          more: whether it reads any of `token_stats.OF_DISTRIBUTION`.
+
+        Returns:
+          `(total, size, rule_RT, seen_RT)`: the last two are the rule's weights, and which tokens
+          have one.
+        """
+        coefficient_RS, size = coefficients(_count(batch))
+        factor_RT = _token_factors(batch, coefficient_RS)
+        total, rule_RT = rule_linear_cross_entropy(
+            _hidden_states(model, batch),
+            model.head_VD(),
+            batch["targets"],
+            factor_RT,
+            rule,
+            {name: batch[name] for name in ("frozen_nll",) if name in batch},
+            soft_cap=model.config.final_cap,
+            more=more,
+        )
+        return total, size, rule_RT, (factor_RT != 0) & (batch["targets"] != NO_TARGET)
+
+    def token_stats(
+        self, model: Any, batch: Mapping[str, jax.Array], more: bool = True
+    ) -> TokenStats:
+        """Statistics [R, T] of the target tokens; tokens of weight 0 are no targets."""
+        factor_RT = _token_factors(batch, jnp.where(batch["mask"], batch["weight"], 0.0))
+        target_RT = jnp.where(factor_RT != 0, batch["targets"], NO_TARGET)
+        given = {name: batch[name] for name in ("frozen_nll", "segment_ids") if name in batch}
+        arguments = (_hidden_states(model, batch), model.head_VD(), target_RT)
+        cap = model.config.final_cap
+        if more:
+            stats = linear_cross_entropy_stats(*arguments, cap)
+            return dataclasses.replace(stats, **given)
+        nll_RT = linear_cross_entropy(*arguments, soft_cap=cap)
+        return TokenStats(nll_RT, mask=target_RT != NO_TARGET, **given)
+
+
+causal_lm_loss = CausalLMLoss()
+
+
+def causal_lm_token_losses(
+    model: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target.
+
+    Args:
+      model: as of `causal_lm_loss`.
+      batch: as of `causal_lm_loss`; R rows of T tokens with at most S examples.
+
+    Returns:
+      `(nll_sum_RS, count_RS, nll_RT)`, float32, in nats.
+
+    Example:
+      >>> import numpy as np
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> config = ej.TransformerConfig("llama", vocab=8, embed=8, mlp=8, layers=1, heads=2,
+      ...                               kv_heads=1, head_dim=4)
+      >>> examples = ej.TokenSource(tokens=[1, 2, 3], offsets=[0, 3], target_start=[1])
+      >>> loader = ej.scoring_loader(ej.PackedSource(examples, row_length=4), 1, rows=np.arange(1))
+      >>> model = ej.Transformer(config, rngs=nnx.Rngs(0))
+      >>> batch = jax.tree.map(jnp.asarray, next(iter(loader)))
+      >>> nll_sum_RS, count_RS, nll_RT = causal_lm_token_losses(model, batch)
+      >>> count_RS.tolist(), nll_RT.shape, bool(jnp.allclose(nll_sum_RS[0, 0], nll_RT.sum()))
+      ([[2.0]], (1, 4), True)
+    """
+    nll_RT = linear_cross_entropy(
+        _hidden_states(model, batch),
+        model.head_VD(),
+        batch["targets"],
+        soft_cap=model.config.final_cap,
+    )
+    if "token_weight" in batch:
+        weight_RT = batch["token_weight"]
+        nll_RT = jnp.where(weight_RT != 0, nll_RT * weight_RT, 0.0)  # 0 removes an infinite loss
+    # Masked sums, not a one-hot product: a NaN stays with its example.
+    nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
+    return nll_sum_RS, _count(batch), nll_RT
+
+
+def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    missing = [name for name in ("hidden_states", "head_VD", "config") if not hasattr(model, name)]
+    if missing:
+        raise ContractError(
+            "causal_lm_loss calls model.hidden_states(tokens, positions, segment_ids) and "
+            f"model.head_VD(), and reads model.config.final_cap; {type(model).__name__} has no "
+            f"{' and no '.join(missing)}: give a loss function of your own"
+        )
+    hidden: jax.Array = model.hidden_states(
+        batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    return hidden
+
+
+def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Whether a token is of the row's example 1, 2, ..., bool [R, T, S]."""
+    segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
+    return batch["segment_ids"][:, :, None] == segments_S[None, None, :]
+
+
+def _token_factors(batch: Mapping[str, jax.Array], coefficient_RS: jax.Array) -> jax.Array:
+    """Each token's example's coefficient times `token_weight`; 0 for the padding, [R, T]."""
+    none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
+    coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
+    factor_RT = jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
+    return factor_RT * batch["token_weight"] if "token_weight" in batch else factor_RT
+
+
+def _count(batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Target tokens of every example, float32 [R, S]."""
+    is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
+    return jnp.sum(_in_segment(batch) & is_target_RT1, axis=1, dtype=jnp.float32)

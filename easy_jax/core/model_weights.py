@@ -1,0 +1,159 @@
+"""Weights that a weighting computes from the current model in a training step.
+
+A weighting of each token by itself is applied between loss and gradient, in `core.step` and the
+fused head. One that reads the whole batch, or means over examples, takes a forward pass first;
+`weighted_batch` multiplies its weights into the batch, and the step goes on as with any weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from easy_jax.core import contract
+from easy_jax.core.causal_lm import CausalLMLoss
+from easy_jax.core.losses import (
+    ContractError,
+    LossFn,
+    classification_loss,
+    classification_stats,
+)
+from easy_jax.core.weightings import reductions
+from easy_jax.core.weightings.rule import Weighting
+from easy_jax.io.checks import ConfigError
+from easy_jax.io.code_fingerprint import name_of
+from easy_jax.kernels.token_stats import TokenStats
+
+Sums = dict[str, jax.Array]
+
+
+def check(weighting: Weighting, loss_fn: LossFn) -> None:
+    """Checks that a step with a loss function can compute what a weighting needs.
+
+    Raises:
+      ConfigError: a weighting that needs the model of earlier steps, or the loss table's weights.
+      ContractError: one that reads the distribution, with a loss function that gives losses only.
+    """
+    if "old" in weighting.needs:
+        raise ConfigError(
+            f"{weighting} reads the model of earlier steps, which training does not keep; compute "
+            "its weights in a step of your own, from TokenStats with old_nll"
+        )
+    if not weighting.reads_model():
+        raise ConfigError(
+            f"{weighting} does not read the current model: give `fit` the loss table, or "
+            "multiply weighting.of_table(table) into the batches"
+        )
+    has_logits = isinstance(loss_fn, CausalLMLoss) or loss_fn is classification_loss
+    if weighting.reads_distribution() and not has_logits:
+        raise ContractError(
+            f"{weighting} reads the model's distribution, and {name_of(loss_fn)} gives losses "
+            "only: take causal_lm_loss or classification_loss, or a weighting of the loss alone"
+        )
+
+
+def losses_and_stats(
+    loss_fn: LossFn, weighting: Weighting, model: Any, batch: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array, TokenStats]:
+    """Returns `(loss_sum_B, count_B, stats)` of losses that are one value per example."""
+    if loss_fn is classification_loss:
+        stats = classification_stats(model, batch, weighting.reads_distribution())
+        return stats.nll, jnp.ones_like(stats.nll), stats
+    loss_sum_B, count_B = contract.call(loss_fn, model, batch)
+    nll_B = loss_sum_B / jnp.where(count_B > 0, count_B, 1.0)
+    seen_B = batch["mask"] & (batch["weight"] != 0)
+    return loss_sum_B, count_B, TokenStats(nll_B, batch.get("frozen_nll"), mask=seen_B)
+
+
+def statistics(
+    loss_fn: LossFn, weighting: Weighting, model: Any, batch: Mapping[str, jax.Array]
+) -> TokenStats:
+    """Returns what a weighting reads, of a batch: `[B]`, or of packed text `[R, T]`."""
+    if isinstance(loss_fn, CausalLMLoss):
+        return loss_fn.token_stats(model, batch, weighting.reads_distribution())
+    return losses_and_stats(loss_fn, weighting, model, batch)[2]
+
+
+def weighted_batch(
+    weighting: Weighting, stats: TokenStats, batch: Mapping[str, jax.Array]
+) -> tuple[dict[str, jax.Array], Sums]:
+    """Multiplies a weighting's weights into those of a global batch.
+
+    Args:
+      stats: of the whole batch, `[B]` or `[R, T]`.
+      batch: with `weight`, `[B]` or `[R, S]`.
+
+    Returns:
+      `(batch, sums)`, where `sums` is what `measured` returns.
+    """
+    batch = dict(batch)
+    if weighting.level == "token" and stats.nll.ndim == 2:
+        weight_RT = weighting(stats)
+        batch["token_weight"] = weight_RT * batch.get("token_weight", jnp.ones_like(weight_RT))
+        return batch, measured(weight_RT, reductions.mask(stats))
+    if stats.nll.ndim == 2:
+        stats = _example_means(stats, batch["weight"].shape[1])
+    weight = weighting(stats)
+    batch["weight"] = batch["weight"] * weight
+    return batch, measured(weight, reductions.mask(stats))
+
+
+def _example_means(stats: TokenStats, segments: int) -> TokenStats:
+    """Returns the means over each example's target tokens, [R, S]."""
+    fields = {}
+    there = None
+    for field in dataclasses.fields(TokenStats):
+        value = getattr(stats, field.name)
+        if value is None or field.name in ("mask", "segment_ids", "step"):
+            continue
+        mean, there = reductions.example_means(value, stats)
+        fields[field.name] = mean[:, 1 : segments + 1]  # segment 0 is the padding
+    assert there is not None
+    return TokenStats(**fields, mask=there[:, 1 : segments + 1], step=stats.step)
+
+
+def measured(weight: jax.Array, where: jax.Array) -> Sums:
+    """Returns sums over the weights of the targets, which can be added over micro-batches."""
+    weight = jnp.where(where, weight, 0.0)
+    is_bad = ~(jnp.isfinite(weight) & (weight >= 0))
+    values = {
+        "sum": weight,
+        "squares": weight * weight,
+        "zeros": where & (weight == 0),
+        "count": where,
+        "bad": is_bad,
+    }
+    return {name: jnp.sum(value, dtype=jnp.float32) for name, value in values.items()}
+
+
+def metrics(sums: Sums) -> dict[str, jax.Array]:
+    """Returns what is logged of the weights of a step; nothing without a weighting.
+
+    `weight_mean`, `weight_effective` (the effective sample size (sum w)^2 / sum w^2 as a share of
+    the targets), `weight_zero` (the share of targets of weight 0), and `weight_bad` (how many are
+    negative or not finite, which stops `fit`).
+    """
+    if not sums:
+        return {}
+    count = jnp.maximum(sums["count"], 1.0)
+    squares = jnp.where(sums["squares"] > 0, sums["squares"], 1.0)
+    return {
+        "weight_mean": sums["sum"] / count,
+        "weight_effective": sums["sum"] * sums["sum"] / squares / count,
+        "weight_zero": sums["zeros"] / count,
+        "weight_bad": sums["bad"],
+    }
+
+
+def over_micro_batches(
+    function: Callable[[dict[str, jax.Array]], TokenStats], split: dict[str, jax.Array]
+) -> TokenStats:
+    """Computes statistics micro-batch by micro-batch, and puts the rows back in their order.
+
+    Args:
+      split: a batch as `[parts, rows, ...]`; micro-batch m has the rows m, m + parts, ...
+    """
+    stats = jax.lax.map(function, split)
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:]), stats)
