@@ -7,7 +7,7 @@ import numpy as np
 from flax import nnx
 from helpers import devices_mesh
 
-from easy_jax.core.losses import causal_lm_token_losses
+from easy_jax.core.causal_lm import causal_lm_token_losses
 from easy_jax.data import PackedSource, Ragged, TokenSource, training_loader
 from easy_jax.models.transformer import Transformer
 from easy_jax.models.transformer_config import TransformerConfig

@@ -155,10 +155,10 @@ def test_a_token_weight_of_zero_removes_an_infinite_loss(monkeypatch):
         "token_weight": np.float32([[2, 0, 1]]),
     }
     monkeypatch.setattr(
-        "easy_jax.core.losses.linear_cross_entropy",
+        "easy_jax.core.causal_lm.linear_cross_entropy",
         lambda *_, **__: jnp.array([[1.0, jnp.inf, 3.0]]),
     )
-    monkeypatch.setattr("easy_jax.core.losses._hidden_states", lambda *_: None)
+    monkeypatch.setattr("easy_jax.core.causal_lm._hidden_states", lambda *_: None)
 
     class Headless:
         class config:  # noqa: N801

@@ -87,7 +87,7 @@ def test_weights_of_a_batch_by_hand():
 
     source = _three_examples()
     ragged = Ragged(np.arange(1, 7, dtype=np.float32), np.array([0, 2, 4, 6]))
-    batch = PackedRows(source, 2, ragged).read([np.array([1, 0]), np.array([2])])
+    batch = PackedRows(source, 2, {"token_weight": ragged}).read([np.array([1, 0]), np.array([2])])
     assert batch["token_weight"].tolist() == [[3, 4, 0, 1, 2, 0], [0, 0, 0, 5, 6, 0]]
     assert batch["example_id"].tolist() == [[1, 0], [2, -1]]
 

@@ -110,7 +110,7 @@ def _make_init(
 
 
 def set_learning_rate(state: TrainState, learning_rate: float, mesh: Mesh) -> TrainState:
-    """Sets the peak learning rate, which is in the optimizer's state (see `optim.make_optimizer`)."""
+    """Sets the peak learning rate in the optimizer's state (see `optim.make_optimizer`)."""
     rate = jax.device_put(np.float32(learning_rate), sharding.replicated(mesh))
     opt_state: Any = state.opt_state
     opt_state = opt_state._replace(hyperparams={"learning_rate": rate})

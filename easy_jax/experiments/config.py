@@ -106,6 +106,9 @@ class MethodConfig:
             weighting = get(self.weighting, **dict(self.weighting_options))
         except ConfigError as error:
             raise ConfigError(f"{path}.weighting_options: {error}") from error
+        by_token = weighting.level == "token" and not weighting.reads_model()
+        because = "a weighting of examples: images have no tokens"
+        require(not by_token or kind == "language", f"{path}.weighting", self.weighting, because)
         ok = "frozen_model" not in weighting.needs or kind == "images"
         because = "one that needs only the loss table, in a language experiment"
         require(ok, f"{path}.weighting", self.weighting, because)

@@ -65,7 +65,7 @@ class Control(Weighting):
             return jnp.where(where, mean, 0.0)
         return weight / jnp.where(mean > 0, mean, 1.0)
 
-    def fit(self, table: Scored) -> "Control":
+    def fit(self, table: Any) -> "Control":
         """See `Weighting.fit`."""
         return dataclasses.replace(self, of=self.of.fit(table))
 

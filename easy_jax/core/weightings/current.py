@@ -142,9 +142,10 @@ class Eaft(Weighting):
     """Entropy-adaptive fine-tuning: w = min(1, H / ln 20).
 
     Its one option is `floor`. It spares tokens of which the model is certain and that the data
-    contradict. Source: arXiv:2601.02151. The authors take the entropy of the 20 largest logits, renormalised, over
-    ln 20; this is the entropy of the whole distribution, which a fused head has at no extra pass.
-    LLaMA-Factory divides by 3.0, which is ln 20 rounded; axolotl does not divide.
+    contradict. Source: arXiv:2601.02151. The authors take the entropy of the 20 largest logits,
+    renormalised, over ln 20; this is the entropy of the whole distribution, which the fused head
+    has at no extra pass. LLaMA-Factory divides by 3.0, which is ln 20 rounded; axolotl does not
+    divide.
 
     Example:
       >>> stats = TokenStats(jnp.ones(2), entropy=jnp.log(jnp.array([1.0, 400.0])))

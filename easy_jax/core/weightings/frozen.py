@@ -1,7 +1,7 @@
 """Weightings that read the frozen model's losses only: computed once, on the loss table."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class Flow(Weighting):
             return jnp.exp(-loss / reductions.median(loss, reductions.mask(stats)))
         return jnp.exp(-loss / jnp.asarray(self.temperature, loss.dtype))
 
-    def fit(self, table: Scored) -> "Flow":
+    def fit(self, table: Any) -> "Flow":
         """See `Weighting.fit`."""
         tau = table.temperature if self.temperature is None else self.temperature
         return dataclasses.replace(self, temperature=tau)
@@ -93,7 +93,7 @@ class FlowToken(Flow):
 
     level = "token"
 
-    def fit(self, table: Scored) -> "FlowToken":
+    def fit(self, table: Any) -> "FlowToken":
         """See `Weighting.fit`."""
         tau = table.token_temperature if self.temperature is None else self.temperature
         return dataclasses.replace(self, temperature=tau)
@@ -205,7 +205,7 @@ class Easiest(Weighting):
             limit = jnp.asarray(self.threshold, loss.dtype)
         return self._chosen(loss, limit).astype(jnp.float32)
 
-    def fit(self, table: Scored) -> "Easiest":
+    def fit(self, table: Any) -> "Easiest":
         """See `Weighting.fit`."""
         if self.threshold is not None:
             return self

@@ -33,13 +33,8 @@ NEEDS = (*STATISTICS, "batch", "frozen_model")
 
 @runtime_checkable
 class Scored(Protocol):
-    """A complete loss table, as `easy_jax.LossTable` is."""
-
-    @property
-    def temperature(self) -> float: ...
-
-    @property
-    def token_temperature(self) -> float: ...
+    """A complete loss table, as `easy_jax.LossTable` is; it also has the medians `temperature` and,
+    with token losses, `token_temperature`."""
 
     def loss_N(self) -> np.ndarray: ...
 
@@ -118,7 +113,7 @@ class Weighting:
         """Returns the weight of every entry, before floor and mask."""
         raise NotImplementedError
 
-    def fit(self, table: Scored) -> "Weighting":
+    def fit(self, table: Any) -> "Weighting":
         """Returns the weighting with all that depends on the data set fixed, such as a median."""
         del table
         return self
@@ -196,7 +191,7 @@ class Product(Weighting):
         """See `Weighting.rule`."""
         return self.first(stats) * self.second(stats)
 
-    def fit(self, table: Scored) -> "Product":
+    def fit(self, table: Any) -> "Product":
         """See `Weighting.fit`."""
         return dataclasses.replace(self, first=self.first.fit(table), second=self.second.fit(table))
 

@@ -1,0 +1,309 @@
+"""Weights of the current model in the training step: invariances, stages, and bad weights."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import packed
+import pytest
+from flax import nnx
+from helpers import devices_mesh
+
+import easy_jax as ej
+from easy_jax.core import weightings
+from easy_jax.core.causal_lm import causal_lm_loss
+from easy_jax.core.losses import ContractError, squared_error
+from easy_jax.core.step import init_train_state, make_train_step
+from easy_jax.data import ArraySource, Ragged, training_loader
+from easy_jax.io.checks import ConfigError
+from easy_jax.parallel import sharding
+from easy_jax.parallel.processes import Stopped
+from easy_jax.train.checkpoint import CheckpointError
+from easy_jax.train.config import StageConfig
+from easy_jax.train.fitting import fit
+from easy_jax.train.hooks import TrainingError
+
+pytestmark = pytest.mark.slow
+
+CURRENT = [
+    name
+    for name in weightings.names()
+    if weightings.get(name).reads_model() and "old" not in weightings.get(name).needs
+]
+CONTROLS = ("uniform", "mean_one")
+RULES = [(name, {}) for name in CURRENT] + [(name, {"of": "dft"}) for name in CONTROLS]
+REDUCTIONS = ("token_mean", "example_mean", "weight_mean")
+
+
+@functools.cache
+def _frozen():
+    """A loss for every target token, near those of the model."""
+    examples = packed.examples()
+    rng = np.random.default_rng(3)
+    offsets = np.cumsum([0, *examples.num_targets])
+    return Ragged(rng.gamma(2.0, 2.0, offsets[-1]).astype(np.float32), offsets)
+
+
+def _batch(max_segments=0, weight_N=None, rows=None):
+    """All examples as one global batch, in rows of any packing."""
+    source = packed.source(max_segments=max_segments)
+    order = source.rows(np.arange(packed.SIZE))
+    size = rows or -(-len(order) // 8) * 8
+    loader = training_loader(
+        source,
+        size,
+        epochs=1,
+        seed=0,
+        weight_N=weight_N,
+        frozen_nll=_frozen(),
+        rows=np.arange(size),
+    )
+    batches = list(loader)
+    assert len(batches) == 1
+    return {name: array for name, array in batches[0].items() if name != "example_id"}
+
+
+def _stepped(
+    batch, weighting, *, devices=1, micro_batches=1, reduction="token_mean", family="llama"
+):
+    """Parameters and metrics after one step of plain descent."""
+    mesh = devices_mesh(devices)
+    model = packed.model(family)
+    optimizer = optax.sgd(1.0)
+    step = make_train_step(
+        nnx.graphdef(model),
+        causal_lm_loss,
+        optimizer,
+        reduction=reduction,
+        weighting=weighting,
+        micro_batches=micro_batches,
+        mesh=mesh,
+    )
+    state = init_train_state(model, optimizer, mesh=mesh)
+    state, metrics = step(state, sharding.shard_batch(batch, mesh))
+    return jax.device_get((state.params, metrics))
+
+
+def _assert_same(found, expected, tolerance=2e-5):
+    chex.assert_trees_all_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    for name in expected[1]:
+        np.testing.assert_allclose(found[1][name], expected[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name,options", RULES)
+def test_any_split_gives_the_same_step(name, options):
+    weighting = weightings.get(name, **options)
+    batch = _batch(rows=32)
+    expected = _stepped(batch, weighting)
+    assert np.isfinite(expected[1]["loss"]) and expected[1]["weight_mean"] > 0
+    _assert_same(_stepped(batch, weighting, micro_batches=4), expected)
+    _assert_same(_stepped(batch, weighting, devices=8, micro_batches=2), expected)
+
+
+@pytest.mark.parametrize("name,options", RULES)
+def test_packing_does_not_matter(name, options):
+    weighting = weightings.get(name, **options)
+    alone, together = _batch(max_segments=1), _batch()
+    assert len(alone["tokens"]) > len(together["tokens"])
+    _assert_same(_stepped(together, weighting), _stepped(alone, weighting))
+
+
+@pytest.mark.parametrize("name,options", RULES)
+@pytest.mark.parametrize("reduction", ["example_mean", "weight_mean"])
+def test_a_weight_of_zero_removes_an_example(name, options, reduction):
+    weighting = weightings.get(name, **options)
+    weight_N = np.where(np.arange(packed.SIZE) % 3 == 0, 0.0, 1.0)
+    zero = _batch(weight_N=weight_N, max_segments=1)
+    without = dict(zero)
+    without["mask"] = zero["mask"] & (zero["weight"] != 0)
+    found, expected = (_stepped(batch, weighting, reduction=reduction) for batch in (zero, without))
+    if reduction == "example_mean":  # which divides by the number of examples
+        scale = zero["mask"].sum() / without["mask"].sum()
+        start = jax.device_get(nnx.state(packed.model("llama"), nnx.Param))
+        found = jax.tree.map(lambda a, b: b + (a - b) * scale, found[0], start), {}
+        expected = expected[0], {}
+    _assert_same(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_power_zero_is_plain_training(family, reduction):
+    batch = _batch()
+    plain = _stepped(batch, None, family=family, reduction=reduction)
+    found = _stepped(batch, weightings.Power(0.0), family=family, reduction=reduction)
+    chex.assert_trees_all_close(found[0], plain[0], rtol=1e-6, atol=1e-6)
+    assert found[1]["weight_mean"] == 1.0 and found[1]["weight_zero"] == 0.0
+    assert abs(found[1]["weight_effective"] - 1.0) < 1e-6
+
+
+def test_one_compilation():
+    mesh = devices_mesh(8)
+    model, optimizer = packed.model("llama"), optax.sgd(0.1)
+    for name in ("eaft", "talr"):
+        step = make_train_step(
+            nnx.graphdef(model),
+            causal_lm_loss,
+            optimizer,
+            reduction="token_mean",
+            weighting=weightings.get(name),
+            mesh=mesh,
+        )
+        state = init_train_state(model, optimizer, mesh=mesh)
+        for _ in range(3):
+            state, _ = step(state, sharding.shard_batch(_batch(), mesh))
+        assert step._cache_size() == 1
+
+
+# Losses of one value per example: images, and one's own.
+
+
+def _classifier(seed=0):
+    class Linear(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(4, 5, rngs=nnx.Rngs(seed))
+
+        def __call__(self, image, mask=None):
+            return self.linear(image.reshape(len(image), -1))
+
+    return Linear()
+
+
+def _images():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.normal(size=(16, 2, 2, 1)).astype(np.float32),
+        "label": rng.integers(0, 5, 16),
+        "weight": np.ones(16, np.float32),
+        "mask": np.arange(16) < 14,
+        "frozen_nll": rng.gamma(2.0, size=16).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("name,options", RULES)
+def test_image_models_get_the_same_statistics(name, options):
+    """The gradient is that of losses times the weights of whole logits, computed beforehand."""
+    batch, model = _images(), _classifier()
+    weighting = weightings.get(name, **options)
+    mesh, optimizer = devices_mesh(1), optax.sgd(1.0)
+
+    def stepped(weighting, batch):
+        step = make_train_step(
+            nnx.graphdef(model),
+            ej.classification_loss,
+            optimizer,
+            reduction="example_mean",
+            weighting=weighting,
+            mesh=mesh,
+        )
+        return step(init_train_state(model, optimizer, mesh=mesh), batch)[0].params
+
+    logits = model(batch["image"])
+    log_p = jax.nn.log_softmax(logits)
+    stats = ej.TokenStats(
+        -jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0],
+        batch["frozen_nll"],
+        entropy=-jnp.sum(jnp.exp(log_p) * log_p, axis=1),
+        collision=jnp.sum(jnp.exp(2 * log_p), axis=1),
+        mask=batch["mask"],
+    )
+    weighted = {**batch, "weight": np.asarray(weighting(stats))}
+    chex.assert_trees_all_close(
+        stepped(weighting, batch), stepped(None, weighted), rtol=1e-5, atol=1e-6
+    )
+
+
+def _squares(model, batch):
+    return squared_error(model(batch["x"]), batch["y"])
+
+
+def _source(size=32):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(size, 3)).astype(np.float32)
+    return ArraySource({"x": x, "y": x[:, :1] * 2.0})
+
+
+STAGE = StageConfig(epochs=2, batch_size=8)
+
+
+def test_a_loss_of_one_s_own_gives_losses_only():
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    optimizer = optax.sgd(0.1)
+    arguments = (nnx.graphdef(model), _squares, optimizer)
+    with pytest.raises(ContractError, match=r"Eaft.*distribution, and _squares gives losses only"):
+        make_train_step(*arguments, reduction="example_mean", weighting=weightings.Eaft())
+    with pytest.raises(ConfigError, match=r"Psft.*model of earlier steps"):
+        make_train_step(*arguments, reduction="example_mean", weighting=weightings.Psft())
+    with pytest.raises(ConfigError, match=r"Flow.*does not read the current model"):
+        make_train_step(*arguments, reduction="example_mean", weighting=weightings.Flow())
+
+
+def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
+    @weightings.register
+    def mine_ratio(stats, *, limit=2.0):
+        return jnp.minimum(jnp.exp(stats.frozen_nll - stats.nll), limit)
+
+    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    table = ej.score(model, source, tmp_path / "table", loss_fn=_squares, batch_size=8)
+
+    def run(name, stop=None, **options):
+        def on_epoch(epoch, state):
+            if stop == epoch:
+                raise Stopped("for the test")
+
+        return fit(
+            model,
+            source,
+            tmp_path / name,
+            stage=STAGE,
+            loss_fn=_squares,
+            weighting=weightings.get("mine_ratio", **options),
+            table=table,
+            on_epoch=on_epoch,
+            progress=False,
+        )
+
+    expected = run("whole")
+    with pytest.raises(Stopped):
+        run("stopped", stop=1)
+    found = run("stopped")
+    assert 0 < found.resumed_from < found.steps
+    chex.assert_trees_all_equal(found.model_state, expected.model_state)
+    with pytest.raises(CheckpointError, match="the weighting"):
+        run("stopped", limit=3.0)
+
+
+def test_bad_weights_stop_training_with_the_step_and_its_examples(tmp_path):
+    for bad in (-1.0, np.nan):
+
+        def mine_bad(stats, *, value=bad):
+            return jnp.where(stats.nll > -1.0, value, 1.0)
+
+        weightings.register(mine_bad)
+        model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+        with pytest.raises(TrainingError, match=r"8 weights that are negative.* step 1.*ids"):
+            fit(
+                model,
+                _source(),
+                tmp_path / str(bad),
+                stage=STAGE,
+                loss_fn=_squares,
+                weighting=weightings.get("mine_bad"),
+                progress=False,
+            )
+
+
+def test_a_weighting_of_frozen_losses_needs_a_table(tmp_path):
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    for name in ("flow", "iw"):
+        with pytest.raises(ConfigError, match=r"reads the frozen model's losses: give table="):
+            fit(
+                model,
+                _source(),
+                tmp_path,
+                stage=STAGE,
+                loss_fn=_squares,
+                weighting=weightings.get(name),
+            )
