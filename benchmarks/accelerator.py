@@ -37,6 +37,7 @@ PARTS = {
     "pytorch": ("accelerator_pytorch", 300),
     "head": ("accelerator_kernels", 300),
     "attention": ("accelerator_kernels", 300),
+    "weightings": ("accelerator_weightings", 300),
 }
 TOGETHER = ("reference", "numbers", "numbers_default", "resume", "quickstart")
 

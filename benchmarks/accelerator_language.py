@@ -124,7 +124,7 @@ def score(small: bool, length: int) -> dict[str, Any]:
     """The scoring pass's jitted step, batches placed already."""
     config, rows, length = shape(small, length)
     mesh = ej.make_mesh()
-    graphdef, state = nnx.split(ej.eval_view(language_model(config)))
+    graphdef, state = nnx.split(ej.eval_mode(language_model(config)))
     placed = ej.shard_batch(packed_batch(config.vocab, rows, length, min(length, 512)), mesh)
     step = make_score_step(graphdef, ej.causal_lm_token_losses, mesh)
 

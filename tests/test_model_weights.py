@@ -35,7 +35,6 @@ CURRENT = [
 ]
 CONTROLS = ("uniform", "mean_one")
 RULES = [(name, {}) for name in CURRENT] + [(name, {"of": "dft"}) for name in CONTROLS]
-REDUCTIONS = ("token_mean", "example_mean", "weight_mean")
 
 
 @functools.cache
@@ -99,11 +98,12 @@ def test_any_split_gives_the_same_step(name, options):
     batch = _batch(rows=32)
     expected = _stepped(batch, weighting)
     assert np.isfinite(expected[1]["loss"]) and expected[1]["weight_mean"] > 0
-    _assert_same(_stepped(batch, weighting, micro_batches=4), expected)
     _assert_same(_stepped(batch, weighting, devices=8, micro_batches=2), expected)
 
 
-@pytest.mark.parametrize("name,options", RULES)
+@pytest.mark.parametrize(
+    "name,options", [("eaft", {}), ("talr", {}), ("iw", {}), ("uniform", {"of": "dft"})]
+)
 def test_packing_does_not_matter(name, options):
     weighting = weightings.get(name, **options)
     alone, together = _batch(max_segments=1), _batch()
@@ -111,9 +111,16 @@ def test_packing_does_not_matter(name, options):
     _assert_same(_stepped(together, weighting), _stepped(alone, weighting))
 
 
-@pytest.mark.parametrize("name,options", RULES)
-@pytest.mark.parametrize("reduction", ["example_mean", "weight_mean"])
-def test_a_weight_of_zero_removes_an_example(name, options, reduction):
+@pytest.mark.parametrize(
+    "name,reduction,options",
+    [
+        ("eaft", "example_mean", {}),
+        ("talr", "weight_mean", {}),
+        ("iw", "example_mean", {}),
+        ("mean_one", "weight_mean", {"of": "dft"}),
+    ],
+)
+def test_a_weight_of_zero_removes_an_example(name, reduction, options):
     weighting = weightings.get(name, **options)
     weight_N = np.where(np.arange(packed.SIZE) % 3 == 0, 0.0, 1.0)
     zero = _batch(weight_N=weight_N, max_segments=1)
@@ -128,8 +135,10 @@ def test_a_weight_of_zero_removes_an_example(name, options, reduction):
     _assert_same(found, expected)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    "family,reduction",
+    [("gemma2", "token_mean"), ("llama", "example_mean"), ("llama", "weight_mean")],
+)
 def test_the_power_zero_is_plain_training(family, reduction):
     batch = _batch()
     plain = _stepped(batch, None, family=family, reduction=reduction)
