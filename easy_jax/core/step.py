@@ -205,12 +205,6 @@ def _weighted_sum(
     `(denominator, non_trainable after the forward pass, sums of the weighting's weights)`.
     """
 
-    def coefficients(
-        batch: Mapping[str, jax.Array], count_B: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        chex.assert_equal_shape([count_B, batch["weight"], batch["mask"]])
-        return _coefficients(count_B, batch["weight"], batch["mask"], reduction)
-
     def forward(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, jax.Array, Any, nnx.State]:
@@ -235,7 +229,7 @@ def _weighted_sum(
             # The denominator counts the tokens of examples of weight 0, too. The compiler removes
             # all of this second pass that the counts do not need.
             count_B = forward(jax.lax.stop_gradient(params), non_trainable, batch)[1]
-        coefficient_B, denominator = coefficients(batch, count_B)
+        coefficient_B, denominator = _coefficients(reduction, batch, count_B)
         sums = {}
         if weighting is not None:
             weight_B = weighting(stats)
@@ -249,17 +243,15 @@ def _weighted_sum(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
         model = nnx.merge(graphdef, params, non_trainable, copy=True)
-        of_batch = functools.partial(coefficients, batch)
+        of_batch = functools.partial(_coefficients, reduction, batch)
         sums = {}
         if weighting is None:
             assert isinstance(loss_fn, WeightedSumLoss)
             total, denominator = loss_fn.weighted_sum(model, batch, of_batch)
         else:
             assert isinstance(loss_fn, CausalLMLoss)
-            more = weighting.reads_distribution()
-            total, denominator, *weights = loss_fn.ruled_sum(
-                model, batch, of_batch, weighting, more
-            )
+            arguments = (weighting, weighting.reads_distribution())
+            total, denominator, *weights = loss_fn.ruled_sum(model, batch, of_batch, *arguments)
             sums = model_weights.measured(*weights)
         return total, (denominator, _like(non_trainable, nnx.state(model)), sums)
 
@@ -268,9 +260,11 @@ def _weighted_sum(
 
 
 def _coefficients(
-    count_B: jax.Array, weight_B: jax.Array, mask_B: jax.Array, reduction: Reduction
+    reduction: Reduction, batch: Mapping[str, jax.Array], count_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what a reduction multiplies each loss_sum by, and its denominator."""
+    weight_B, mask_B = batch["weight"], batch["mask"]
+    chex.assert_equal_shape([count_B, weight_B, mask_B])
     count_B = jnp.where(mask_B, count_B, 0.0)
     weight_B = jnp.where(mask_B, weight_B, 0.0)
     if reduction == "token_mean":
