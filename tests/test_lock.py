@@ -126,7 +126,7 @@ def test_a_lock_of_elsewhere_that_is_not_renewed_is_taken_over(tmp_path, short_l
     with pytest.warns(LockWarning) as told, lock.hold(tmp_path):
         assert time.monotonic() - begin >= 0.6
     first, last = (str(each.message) for each in told)
-    assert "waiting up to 0.6 s to see whether it is renewed" in first
+    assert "waiting up to 0.6 s to see whether the lock is renewed" in first
     assert "was not renewed for 0.6 s" in last
 
 
@@ -167,7 +167,7 @@ def test_the_second_lock_of_a_dead_process_is_not_waited_for(tmp_path, short_lea
 @pytest.mark.parametrize("content", [b"", b"\xff{", b"[1]", b'{"pid": 1}', b"[" * 100_000])
 def test_a_damaged_lock_is_watched_and_taken_over(tmp_path, short_lease, content):
     (tmp_path / lock.NAME).write_bytes(content)
-    with pytest.warns(LockWarning, match="a process that it does not name"), lock.hold(tmp_path):
+    with pytest.warns(LockWarning, match="an unknown process"), lock.hold(tmp_path):
         pass
 
 
@@ -204,7 +204,7 @@ def test_who_lost_the_lock_finds_out_and_leaves_the_other_ones(tmp_path, short_l
         path = _written(tmp_path, kernel="another", host="far")
         time.sleep(0.3)  # the thread renews its own lock only
         assert json.loads(path.read_text())["host"] == "far"
-        with pytest.raises(LockError, match=r"is now of process .* on far"):
+        with pytest.raises(LockError, match=r"is now held by process .* on far"):
             lock.check(tmp_path)
     assert json.loads(path.read_text())["host"] == "far"
 
@@ -331,7 +331,7 @@ def test_fit_writes_nothing_more_when_its_folder_was_taken_over(tmp_path, monkey
         save(self, *args)
 
     monkeypatch.setattr(Checkpointer, "save", taken)
-    with pytest.raises(LockError, match=r"is now of process .* on far"):
+    with pytest.raises(LockError, match=r"is now held by process .* on far"):
         _fit(tmp_path)
     assert _names(tmp_path) == ["run.lock"]
 

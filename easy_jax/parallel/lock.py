@@ -1,22 +1,24 @@
-"""One run at a time in a folder: a lock file that names its owner, and does not outlive it.
+"""A lock file that lets only one run at a time write to a directory.
 
-A folder's `run.lock` says which process writes there: host, process id, when that process
-started, since when, and a random token; a thread renews it every 15 seconds. Whoever finds one
+The file `run.lock` in the directory identifies the process that holds it: host, process id, start
+time of the process, time of locking, and a random token. A thread of the owner renews the file
+every 15 seconds. A process that finds a lock decides as follows whether its owner still runs:
 
-- of a process on this machine asks the kernel: a process that is not there, or that started at
-  another time (its id is in use again), has left the lock behind, and it is taken over at once;
-- of another machine, or of a container with process ids of its own, watches it: if it is not
-  renewed for two minutes of the watcher's own clock, its owner is gone, and it is taken over.
-  No clock of one machine is compared with another's.
+- If the owner is on the same machine, the kernel knows. If there is no process with that id, or if
+  it started at another time (the id was reused), the lock is taken over at once.
+- If the owner is on another machine, or in a container with its own process ids, the lock is
+  watched. If it is not renewed for two minutes, it is taken over. Only the watcher's clock measures
+  this time; clocks of different machines are never compared.
 
-How it is made, so that of two who come at once one wins: in a file system, whole under another
-name and linked into place, which NFS, too, does once only (where there are no links, it is created
-exclusively); in an object store, by a write on the condition that there is no such object, then
-read again. Who takes a lock over holds a second lock meanwhile, on the first.
+If several processes lock a directory at the same moment, exactly one succeeds. In a file system the
+lock is written under a temporary name and then hard-linked to its final name, which is atomic also
+on NFS; without hard links it is created exclusively (`O_EXCL`). In an object store it is written
+on the condition that the object does not exist, and read back. A process that takes over a lock
+holds a second lock (`run.lock.taking`) while it does.
 
-Libraries stop short of this: `filelock`'s soft locks know neither lease nor an id that is in use
-again, and what the kernel locks (`flock`) is not seen by other machines on every file system, nor
-in an object store.
+Existing solutions were not sufficient. `filelock`'s soft locks neither expire nor detect reused
+process ids. Kernel locks (`flock`) are invisible to other machines on some file systems, and object
+stores do not have them.
 """
 
 import contextlib
@@ -43,40 +45,42 @@ R = TypeVar("R")
 
 NAME = "run.lock"
 RENEWED_EVERY = 15.0  # seconds
-LEASE = 120.0  # longer than NFS may hide a change: a minute
+LEASE = 120.0  # seconds; NFS clients may see a change one minute late
 
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _WATCHED_EVERY = 0.5  # seconds
 
-_locks: list["Lock"] = []  # of folders, held by this process
-_held: set[str] = set()  # tokens of this process
-_dead: set[tuple[str, str, int, str]] = set()  # processes found to be gone
+_locks: list["Lock"] = []  # the directory locks that this process holds
+_held: set[str] = set()  # tokens of the locks that this process holds
+_dead: set[tuple[str, str, int, str]] = set()  # processes that were found to have ended
 
 
 class LockError(RuntimeError):
-    """Another run is at work in a folder, or has taken it over; the message says which."""
+    """Another run is using a directory, or has taken over its lock; the message names that run."""
 
 
 class LockWarning(UserWarning):
-    """A lock is watched, or taken over from a run that is gone."""
+    """A lock is being watched, or is taken over from a run that has ended."""
 
 
 @contextlib.contextmanager
 def hold(directory: str | os.PathLike[str], *, take_over: bool = False) -> Iterator[None]:
-    """Holds a folder, which is made if it is not there; all processes of a run must call it.
+    """Context manager that holds the lock of a directory; all processes of a run must enter it.
 
-    Process 0 takes the lock, for all. Where it may not write, nothing is locked: it only reads,
-    or is told by whatever it writes.
+    Process 0 takes the lock for the whole run, and creates the directory if it does not exist. If
+    it has no permission to write there, nothing is locked: a run that only reads needs no lock, and
+    any other fails at its first write.
 
     Args:
-      directory: no other run works there at the same time.
-      take_over: take the lock from whomever has it.
+      directory: the directory to lock.
+      take_over: take the lock even if another run holds it.
 
     Raises:
-      LockError: in every process: another run has the folder, or it cannot be written to.
+      LockError: another run holds the lock, or the directory cannot be written to. Raised in every
+        process.
 
     Warns:
-      LockWarning: it waits to see whether another machine's run is alive, or takes over from it.
+      LockWarning: the owner is on another machine, and the lock is watched or taken over.
 
     Example:
       >>> import tempfile
@@ -101,7 +105,9 @@ def hold(directory: str | os.PathLike[str], *, take_over: bool = False) -> Itera
 
     held = False
     try:
-        while not held:  # in short attempts: an exchange that lasts is taken for a lost process
+        # Short attempts: if process 0 waited inside `broadcast`, the collective could time out in
+        # the other processes, as if process 0 were lost.
+        while not held:
             held, refused = processes.broadcast("taking the lock", attempt)
             if refused:
                 raise LockError(refused)
@@ -117,10 +123,10 @@ def hold(directory: str | os.PathLike[str], *, take_over: bool = False) -> Itera
 def alone(
     check: Callable[[Path], None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates a function to hold the folder that it gets as `directory`, while it runs.
+    """Returns a decorator that holds the lock of the function's argument `directory` during a call.
 
     Args:
-      check: refuses a folder before it is made.
+      check: called with the directory before it is locked or created; raises to refuse it.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -140,34 +146,44 @@ def alone(
 
 
 def check(directory: str | os.PathLike[str]) -> None:
-    """Raises LockError if this process held a folder that another run has taken over: for before
-    something is written."""
+    """Raises LockError if another run has taken over a lock of this process; call before writing.
+
+    Args:
+      directory: nothing is checked if this process does not hold its lock.
+    """
     for lock in list(_locks):
         if lock.directory == _absolute(files.path(directory)):
             lock.check()
 
 
 class Lock:
-    """A lock file, taken in attempts of a second or so. `hold` takes a folder's for a while."""
+    """A lock file, which the caller tries to take with `attempt` until it succeeds.
+
+    Use `hold` to lock a directory.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._store = lock_file.at(path)
         self._owner: Owner | None = None  # while this process holds it
-        self._watched: tuple[Found, float] | None = None  # the lock seen first, and when
+        self._watched: tuple[Found, float] | None = None  # first content seen, and its time
         self._guard: Lock | None = None
         self._done = threading.Event()
 
     @property
     def directory(self) -> Path:
-        """The folder that it is in."""
+        """The directory that contains the lock file."""
         return _absolute(self._path.parent)
 
     def attempt(self, take_over: bool = False) -> bool:
-        """Takes the lock if it is free or its owner is gone; False: not known yet, try again.
+        """Takes the lock if it is free or abandoned; returns within about a second.
+
+        Returns:
+          Whether this process now holds the lock. If not, the caller should try again: the owner's
+          state is not known yet, or another process was faster.
 
         Raises:
-          LockError: its owner is at work.
+          LockError: the owner is running.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         found, mine = self._store.read(), _this_process()
@@ -185,30 +201,30 @@ class Lock:
         return True
 
     def keep(self) -> None:
-        """Renews the lock, in a thread, until it is given back."""
+        """Starts a thread that renews the lock until it is released."""
         if self._owner is not None:
             threading.Thread(target=self._renew, args=[self._owner], daemon=True).start()
 
     def check(self) -> None:
         """Raises LockError if another run has taken it over."""
         if self._owner is None:
-            return  # another process of this run holds it
+            return  # process 0 of this run holds it
         found = self._store.read()
         if found is None or found.owner != self._owner:
-            now = "is gone" if found is None else f"is now of {found.owner or 'another run'}"
+            now = "is gone" if found is None else f"is now held by {found.owner or 'another run'}"
             raise LockError(
-                f"the lock of {self._path.parent}, held since {self._owner.since}, {now}: this run "
-                "writes no more. Start it again when the other one has ended"
+                f"this run has held the lock of {self._path.parent} since {self._owner.since}, but "
+                f"the lock {now}. This run stops writing; start it again when the other has ended"
             )
 
     def release(self) -> None:
-        """Gives the lock back, if this process has it still."""
+        """Removes the lock if this process still holds it."""
         mine, self._owner = self._owner, None
         if mine is None:
             return
         self._done.set()
-        # One that cannot be removed is known to be left behind: by its token here, and elsewhere
-        # when this process has ended.
+        # If the file cannot be removed, this process recognizes it as abandoned by its token; other
+        # processes do once this process has ended.
         _held.discard(mine.token)
         end = time.monotonic() + 2.0
         with contextlib.suppress(OSError):
@@ -217,7 +233,10 @@ class Lock:
                     break
 
     def _replace(self, found: Found, mine: Owner | None) -> bool:
-        """Puts ours, or nothing, in the place of a lock, if that still is the one found."""
+        """Replaces the lock, or removes it if `mine` is None; returns whether it did.
+
+        Does nothing if the lock is no longer the one that was found.
+        """
         if self._guard is None:
             self._guard = Lock(self._path.with_name(f"{self._path.name}.taking"))
         try:
@@ -225,7 +244,7 @@ class Lock:
         except LockError:
             guarded = False
         if not guarded:
-            time.sleep(0.02)  # somebody else replaces it at this moment
+            time.sleep(0.02)  # another process is replacing it at this moment
             return False
         try:
             now = self._store.read()
@@ -237,38 +256,38 @@ class Lock:
             self._guard._drop()
 
     def _drop(self) -> None:
-        """Removes a guard, which nobody has taken over: it was held for a moment."""
+        """Removes a guard lock; it is held too briefly for others to take it over."""
         assert self._owner is not None
         _held.discard(self._owner.token)
         self._owner = self._watched = None
         self._store.replace(None)
 
     def _is_abandoned(self, found: Found) -> bool:
-        """Whether a lock's owner is gone; False also if that is not known yet.
+        """Returns whether a lock's owner has ended; False also if that is not known yet.
 
         Raises:
-          LockError: it is at work.
+          LockError: the owner is running.
         """
-        whose = found.owner or "a process that it does not name"
+        whose = found.owner or "an unknown process (the file is damaged)"
         alive = None if found.owner is None else _is_alive(found.owner)
         if alive is None:
             alive = self._is_renewed(found, whose)
         if alive:
             raise LockError(
-                f"another run is at work in {self._path.parent}: {whose}. Wait for it or end it, "
-                f"or use another folder. If it is gone nevertheless: --take-over, or delete "
-                f"{self._path}"
+                f"another run is using {self._path.parent}: {whose}. Wait until it ends, stop it, "
+                f"or use another directory. If you are sure that it has ended, use --take-over or "
+                f"delete {self._path}"
             )
         return alive is False
 
     def _is_renewed(self, found: Found, whose: Owner | str) -> bool | None:
-        """Whether a lock changes within the lease; None while that is not known."""
+        """Returns whether a watched lock is renewed within the lease; None if not known yet."""
         now = time.monotonic()
         if self._watched is None:
             self._watched = found, now
             _say(
-                f"{self._path} is of {whose}, which cannot be asked from here; waiting up to "
-                f"{LEASE:g} s to see whether it is renewed"
+                f"{self._path} is held by {whose}. This machine cannot tell whether that process "
+                f"is running; waiting up to {LEASE:g} s to see whether the lock is renewed"
             )
         first, since = self._watched
         if found != first:
@@ -276,15 +295,15 @@ class Lock:
             return True
         if now - since < LEASE:
             return None
-        _say(f"{self._path} was not renewed for {LEASE:g} s by {whose}; it is taken over")
+        _say(f"taking over {self._path}: it was not renewed for {LEASE:g} s by {whose}")
         return False
 
     def _renew(self, mine: Owner) -> None:
-        beat = 0
+        heartbeat = 0
         while not self._done.wait(RENEWED_EVERY):
-            beat += 1
-            with contextlib.suppress(OSError):  # a disk that is away: the next time
-                self._store.renew(mine, beat)
+            heartbeat += 1
+            with contextlib.suppress(OSError):  # storage is unavailable: try again next time
+                self._store.renew(mine, heartbeat)
 
 
 def _absolute(path: Path) -> Path:
@@ -302,12 +321,12 @@ def _kernel() -> str:
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return ""
 
 
 def _is_alive(owner: Owner) -> bool | None:
-    """Whether a process is at work; None if that cannot be known from here."""
+    """Returns whether a lock's owner is running; None if this process cannot find out."""
     here = _this_process()
     if owner.process == here.process:
         return owner.token in _held
@@ -320,16 +339,18 @@ def _is_alive(owner: Owner) -> bool | None:
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # the process exists and belongs to another user
     if not owner.kernel:
-        return None  # it may be another one with the same id
+        return None  # without a start time, the id may have been reused
     started = _started(owner.pid)
     return None if started is None else started == owner.started
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's ticks since boot; empty if it has ended, None if it
-    is not shown."""
+    """Returns a process's start time, as text in the kernel's clock ticks since boot.
+
+    Returns an empty text if the process has ended, and None if the start time cannot be read.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
