@@ -90,5 +90,5 @@ for ((attempt = 1; attempt <= attempts; attempt++)); do
   pause "$delay"
   delay=$((delay * 2 > longest ? longest : delay * 2))
 done
-note "gave up after $attempts attempts; the same command again continues"
+note "gave up after $attempts attempts; run the same command again to continue"
 exit "$code"

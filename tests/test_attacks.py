@@ -7,7 +7,7 @@ import kills
 import numerics
 import pairs
 import pytest
-import strangers
+import unidentified_connections
 
 pytestmark = pytest.mark.slow
 
@@ -35,9 +35,10 @@ def test_flipped_bytes(tmp_path):
     assert tally.counts["told"]
 
 
-@pytest.mark.parametrize("stranger", [strangers.deep, strangers.many, strangers.imposter])
-def test_strangers(stranger, tmp_path):
-    outcome, detail = strangers.attack(stranger, 0, tmp_path)
+@pytest.mark.parametrize("name", ["deep", "many", "imposter"])
+def test_unidentified_connections(name, tmp_path):
+    act = getattr(unidentified_connections, name)
+    outcome, detail = unidentified_connections.attack(act, 0, tmp_path)
     assert outcome == "let in", detail
 
 

@@ -47,4 +47,4 @@ def test_a_process_that_does_not_come(faults):
         codes, _, complaints = run.wait()
     assert codes == [76, 76]
     for complaint in complaints:
-        assert "process 1 of 3 did not come within 8 s; look at their logs" in complaint
+        assert "process 1 of 3 did not connect within 8 s; see their logs" in complaint

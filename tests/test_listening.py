@@ -78,7 +78,7 @@ def test_a_name_of_no_interface_means_all_of_them(monkeypatch, capsys, address):
     assert names(servers) in (["::"], ["0.0.0.0"])
     assert bind is None
     said = capsys.readouterr().err
-    assert "node7 is not the address of an interface of this machine; process 0 listens" in said
+    assert "no network interface of this machine has the address node7; process 0 listens" in said
     assert f"on all of them, port {port}" in said
 
 
@@ -99,7 +99,7 @@ def test_where_to_listen_can_be_given(monkeypatch):
     assert names(servers) == ["127.0.0.1"]
     assert bind == f"127.0.0.1:{port}"
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", f"192.0.2.1:{port}")
-    with pytest.raises(PeersError, match="mend JAX_COORDINATOR_BIND_ADDRESS"):
+    with pytest.raises(PeersError, match="correct JAX_COORDINATOR_BIND_ADDRESS"):
         listen(f"127.0.0.1:{port}", 1)
 
 
@@ -153,7 +153,7 @@ def test_bad_address(address, index):
 
 @pytest.mark.parametrize("address", ["::1:80", "[host]:80", "2001:db8::1:80"])
 def test_brackets_are_for_ipv6(address):
-    with pytest.raises(ConfigError, match=r"an IPv6 address, and no other, is written in brackets"):
+    with pytest.raises(ConfigError, match=r"write an IPv6 address, and only that, in brackets"):
         parse_address(address)
 
 
@@ -175,5 +175,5 @@ def test_a_message_may_come_in_pieces_and_must_be_an_object():
         assert list(connection.messages()) == [{"a": 1}, {"b": 2}]
         right.sendall(b"[")
         connection.read()
-        with pytest.raises(EOFError, match="no JSON object"):
+        with pytest.raises(EOFError, match="not a JSON object"):
             list(connection.messages())

@@ -28,13 +28,15 @@ def test_the_missing_are_named_to_all_that_came():
     errors = run.together(lambda: run.peer(0), lambda: run.peer(2), lambda: run.peer(4))
     assert time.monotonic() - start < 2 * TIMEOUT
     for error in errors:
-        assert "processes 1, 3 of 5 did not come within 6 s" in str(error)
+        assert "processes 1, 3 of 5 did not connect within 6 s" in str(error)
 
 
 @pytest.mark.slow
 def test_no_process_0():
     run = Run(2)
-    with pytest.raises(PeersError, match=rf"process 1 found no process 0 at {run.address} within"):
+    with pytest.raises(
+        PeersError, match=rf"process 1 did not find process 0 at {run.address} within"
+    ):
         run.peer(1)
 
 
@@ -180,7 +182,7 @@ def test_a_killed_process_ends_the_others_at_once(lost):
     for code, why in ended.values():
         assert code == EXIT_PEERS
         assert f"process {lost} (" in why
-        assert why.endswith("is gone; the same command again continues")
+        assert why.endswith("is gone; run the same command again to continue")
 
 
 @pytest.mark.slow
@@ -212,7 +214,7 @@ def test_a_silent_process_ends_the_others_in_time(silent):
     assert ended.keys() == expected
     for code, why in ended.values():
         assert code == EXIT_PEERS
-        assert f"no sign of process {silent} (" in why
+        assert f"no heartbeat from process {silent} (" in why
 
 
 @pytest.mark.parametrize("failed", [0, 1])
@@ -240,6 +242,6 @@ def test_a_run_that_does_not_move_is_told_by_place(capsys):
             break
         time.sleep(0.1)
     leave(peers)
-    assert "nothing has moved for" in told
+    assert "no process has made progress for" in told
     assert "processes 0, 2 at step 8, compiling; process 1 at step 7. To compile a large" in told
     assert run.ended.empty()

@@ -41,7 +41,7 @@ def runs(root, folder, tmp_path_factory):
     runs = {}
     for count in COUNTS:
         workdir = tmp_path_factory.mktemp(f"run{count}")
-        options = {"program": [root / "tests" / "late_lookups.py"]} if count == 2 else {}
+        options = {"program": [root / "tests" / "nfs_lag.py"]} if count == 2 else {}
         runs[count] = workdir, run(root, _arguments("run", folder, workdir), count, **options)
     return runs
 
@@ -145,17 +145,17 @@ def checks(root, tmp_path_factory):
     [
         (
             "other_data",
-            'DisagreementError: the processes differ at the start of scoring: data is "[0-9a-f]+" '
-            'in process 0 and "[0-9a-f]+" in process 1. All need',
+            "DisagreementError: the processes disagree at the start of scoring: data is "
+            '"[0-9a-f]+" in process 0 and "[0-9a-f]+" in process 1. All need',
         ),
         (
             "other_rows",
-            'DisagreementError: the processes differ at reading the loss table: rows is "64 of 64, '
-            '[0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All need',
+            "DisagreementError: the processes disagree at reading the loss table: rows is "
+            '"64 of 64, [0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All need',
         ),
         (
             "other_checkpoint",
-            "DisagreementError: the processes differ at the start of fit: checkpoint is 8 in "
+            "DisagreementError: the processes disagree at the start of fit: checkpoint is 8 in "
             "process 0 and null in process 1. All need",
         ),
         (
@@ -183,7 +183,7 @@ def test_other_data_on_one_host(checks):
     codes, complaints, _ = checks
     assert codes == [2, 2], complaints
     for complaint in complaints:
-        assert "easy-jax: the processes differ at the start of scoring: data is " in complaint
+        assert "easy-jax: the processes disagree at the start of scoring: data is " in complaint
 
 
 def test_the_metadata_are_there_before_the_first_part(checks):
@@ -195,6 +195,6 @@ def test_the_metadata_are_there_before_the_first_part(checks):
 def test_one_port_is_enough_and_compilations_are_noticed(checks):
     for results in checks[2]:
         assert results["port"] is True
-        assert results["strangers"] == [0, 1]
+        assert results["unidentified_connections"] == [0, 1]
         assert results["compilation"][0] is True
         assert results["compilation"][-1] is False

@@ -109,7 +109,7 @@ def test_no_stranger_ends_the_wait_or_is_taken_for_a_process(capsys):
 
     error, _ = run.together(lambda: run.peer(0), others)
     assert isinstance(error, PeersError)
-    assert "process 1 of 2 did not come within 1.5 s" in str(error)
+    assert "process 1 of 2 did not connect within 1.5 s" in str(error)
     assert time.monotonic() - begin >= WAIT
     said = capsys.readouterr().err
     assert "\x1b" not in said and "\x07" not in said
@@ -223,7 +223,7 @@ def test_a_process_of_another_run_is_told_and_named_at_the_end(other, theirs, ou
     assert f": it {theirs}" in message
     assert '"same"' not in message  # that is the key of who has no token
     assert seconds < 0.8 * WAIT
-    assert "process 1 of 2 did not come within 1.5 s; process 1 (" in str(error)
+    assert "process 1 of 2 did not connect within 1.5 s; process 1 (" in str(error)
     assert f"was refused: it {theirs}" in str(error)
     assert f"; process 0 {ours}" in str(error)
     assert "refused process 1 (" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_a_proof_is_for_one_connection(capsys):
             assert is_dropped(second, seconds=0.5)
 
     error, _ = run.together(lambda: run.peer(0), replay)
-    assert "process 1 of 2 did not come" in str(error)
+    assert "process 1 of 2 did not connect" in str(error)
     assert "it says process 1 (" in capsys.readouterr().err
 
 
@@ -281,7 +281,7 @@ def test_what_is_not_process_0_is_not_believed():
             time.sleep(0.2)
 
     _, error = run.together(false_process_0, lambda: run.peer(1))
-    assert "process 1 found no process 0 at 127.0.0.1:" in str(error)
+    assert "process 1 did not find process 0 at 127.0.0.1:" in str(error)
 
 
 def test_the_token_of_the_environment(monkeypatch):

@@ -137,8 +137,8 @@ def port(config, folder, patch):
     return jax_distributed.global_state.coordinator_address == main._COORDINATOR.value
 
 
-def strangers(config, folder, patch):
-    """Process 0's port while the run is on: what others send there ends nothing."""
+def unidentified_connections(config, folder, patch):
+    """Unidentified connections to the port of process 0 during a run do not end the run."""
     address = parse_address(main._COORDINATOR.value)
     if processes.is_main_process():
         silent = [socket.create_connection(address) for _ in range(20)]
@@ -158,7 +158,7 @@ def strangers(config, folder, patch):
                 link.recv(1000)
         for link in silent:
             link.close()
-    return processes.gather("after the strangers", jax.process_index())
+    return processes.gather("after the unidentified connections", jax.process_index())
 
 
 CHECKS = (
@@ -170,7 +170,7 @@ CHECKS = (
     other_workdir,
     compilation,
     port,
-    strangers,
+    unidentified_connections,
 )
 
 

@@ -35,9 +35,9 @@ from easy_jax.models.config import ResNetConfig
 from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.train.forward import make_score_step
 
-# Models that an experiment keeps: the pre-trained and the probed one, and, where the head is
-# trained alone at last, what was fine-tuned.
-_KEPT = 2
+# Models that an experiment keeps in memory beside the trained one: the pre-trained model and the
+# model with the probed head. A final stage that trains only the head also keeps the fine-tuned one.
+_RETAINED = 2
 
 # Forward passes that a step is worth, of the body and of the head: a pass each for the outputs,
 # for gradients of inputs and for gradients of weights, where they are needed. That images need no
@@ -50,8 +50,8 @@ def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
     lowerings = []
     if what != "score":
         for name, stages in kinds(config).items():
-            # Of those that run the same program, the one beside which most is kept.
-            stage = max(stages, key=lambda stage: _kept(config, stage))
+            # Several stages may run the same program; take the one that retains most models.
+            stage = max(stages, key=lambda stage: _num_retained(config, stage))
             assert stage.config is not None
             lower = functools.partial(train_program, config, name, stage, mesh)
             lowerings.append(Lowering(lower, stage.config.batch_size, stage.config.micro_batches))
@@ -98,7 +98,7 @@ def train_program(
     settings, pretraining = stage.config, stage.label_noise is None
     size, num_classes = _task(config, pretraining)
     model = _abstract_model(config, num_classes)
-    resident = _kept(config, stage) * tree_bytes(placed(nnx.state(model), mesh))
+    resident = _num_retained(config, stage) * tree_bytes(placed(nnx.state(model), mesh))
     view = eval_mode if stage.frozen_norm else train_mode
     trainable: Any = TRAINABLE[stage.trainable]
     graphdef, *states = nnx.split(view(model), trainable, ...)
@@ -140,7 +140,7 @@ def score_program(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
     step: Any = make_score_step(graphdef, losses.classification_loss, mesh)
     flops = rows * sum(forward_flops(config.model, size, num_classes))
     batch = _batch(config, mesh, rows, size)
-    resident = (_KEPT - 1) * tree_bytes(state)  # one of them is what is scored
+    resident = (_RETAINED - 1) * tree_bytes(state)  # one of them is what is scored
     return Program("score", step.lower(state, batch), state, rows, 0.0, flops, resident)
 
 
@@ -186,11 +186,12 @@ def _conv_flops(size: int, window: int, in_features: int, features: int) -> floa
     return 2.0 * size**2 * window**2 * in_features * features
 
 
-def _kept(config: ExperimentConfig, stage: Stage) -> int:
+def _num_retained(config: ExperimentConfig, stage: Stage) -> int:
+    """Returns how many models an experiment keeps in memory beside the one that a stage trains."""
     if stage.label_noise is None:
         return 0
     shared = {each.key for each in shared_stages(config, stage.seed, stage.label_noise)}
-    return _KEPT + (stage.start not in shared)
+    return _RETAINED + (stage.start not in shared)
 
 
 def _kind(stage: Stage) -> str:

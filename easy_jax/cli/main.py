@@ -172,7 +172,7 @@ def main(command: str) -> int:
             take_over=bool(_TAKE_OVER.value),
         )
     except processes.Stopped as stop:
-        print(f"easy-jax: {stop}; the same command again continues", file=sys.stderr)
+        print(f"easy-jax: {stop}; run the same command again to continue", file=sys.stderr)
         code = processes.EXIT_STOPPED
     processes.shutdown()
     return code

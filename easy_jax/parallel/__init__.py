@@ -1,4 +1,4 @@
 """Device meshes and shardings, the processes of a run, their rendezvous and the lock of a workdir.
 
-Knows neither models nor data.
+This package does not depend on models or data.
 """

@@ -1,4 +1,4 @@
-"""The chip that a computation is traced for: of its mesh, or without one the default device."""
+"""The kind of chip for which a computation is traced: that of its mesh, else the default device."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from easy_jax.parallel.sharding import current_mesh
 
 
 def is_gpu() -> bool:
-    """Whether it is a GPU."""
+    """Returns whether the computation is traced for a GPU."""
     return getattr(_device(), "platform", None) == "gpu"
 
 
 def is_nvidia() -> bool:
-    """Whether it is an NVIDIA GPU."""
+    """Returns whether the computation is traced for an NVIDIA GPU."""
     return is_gpu() and str(_device().device_kind).startswith("NVIDIA")
 
 

@@ -7,12 +7,12 @@ from easy_jax.io.checks import require
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MeshConfig:
-    """Axis sizes of the device mesh; one of them may be -1, "all remaining devices".
+    """Axis sizes of the device mesh; one of them may be -1, for all remaining devices.
 
     Attributes:
-      data: devices, or groups of them, that each take a part of the batch.
-      fsdp: devices that share the parameters of a group, and its part of the batch.
-      tensor: devices that share heads, features and vocabulary.
+      data: number of device groups (replicas of the parameters) over which the batch is split.
+      fsdp: number of devices over which the parameters, and a group's part of the batch, are split.
+      tensor: number of devices over which heads, features and vocabulary are split.
 
     Example:
       >>> MeshConfig(data=-1, fsdp=4).tensor

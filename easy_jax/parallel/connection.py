@@ -1,7 +1,7 @@
-"""Connections between the processes of a run: JSON objects, a line each.
+"""Connections between the processes of a run, which carry one JSON object per line.
 
-Anybody may connect to an open port. So nothing that arrives raises anything but `EOFError`, no line
-is longer than `MAX_LINE`, and what others say of themselves is printed by way of `printable`.
+Anybody can connect to an open port. Therefore received data never raises anything but `EOFError`,
+lines longer than `MAX_LINE` end the connection, and received text is printed through `printable`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ class Connection:
 
     Args:
       link: a connected socket.
-      name: of the other side, for messages.
+      name: name of the other side, for error messages.
     """
 
     def __init__(self, link: socket.socket, name: str = ""):
@@ -31,15 +31,15 @@ class Connection:
         self._lock = threading.Lock()
 
     def send(self, **message: Any) -> None:
-        """Sends a message; one to a peer that is gone is lost, its end shows in `read`."""
+        """Sends a message. If the other side is gone, the message is lost and `read` will raise."""
         with self._lock, contextlib.suppress(OSError):
             self.link.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> None:
-        """Takes in what has arrived; waits for some data.
+        """Receives data into the buffer; waits for some, up to the socket's timeout.
 
         Raises:
-          EOFError: the other side is gone.
+          EOFError: the connection was closed or broke.
         """
         try:
             data = self.link.recv(MAX_LINE)
@@ -52,14 +52,14 @@ class Connection:
         self._buffer += data
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Those that have been read; what the caller does not take is kept for the next call.
+        """Yields the messages in the buffer; those not consumed remain for the next call.
 
         Raises:
-          EOFError: the other side does not speak our language.
+          EOFError: the data is not a JSON object, or the line is too long.
         """
         while self._buffer:
-            if not self._buffer.startswith(b"{"):  # known before the line is whole
-                raise EOFError("what it sent is no JSON object")
+            if not self._buffer.startswith(b"{"):  # checked before the line is complete
+                raise EOFError("it sent data that is not a JSON object")
             line, end, rest = self._buffer.partition(b"\n")
             if len(line) > MAX_LINE:
                 raise EOFError(f"it sent a line of more than {MAX_LINE} bytes")
@@ -69,11 +69,11 @@ class Connection:
             try:
                 message = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise EOFError("what it sent is no JSON object") from error
+                raise EOFError("it sent data that is not a JSON object") from error
             yield message
 
     def next(self, seconds: float) -> dict[str, Any]:
-        """The next message, if it comes within the time; else an empty one."""
+        """Returns the next message; an empty one if none arrives in time."""
         deadline = time.monotonic() + seconds
         with contextlib.suppress(EOFError):
             while True:
@@ -86,7 +86,7 @@ class Connection:
         return {}
 
     def is_open(self) -> bool:
-        """Whether the other side still holds its end."""
+        """Returns whether the other side has not closed the connection."""
         self.link.settimeout(0.0)
         try:
             return self.link.recv(1, socket.MSG_PEEK) != b""
@@ -100,12 +100,12 @@ class Connection:
 
 
 def say(message: str) -> None:
-    """Prints a line on the standard error stream."""
+    """Prints a line to the standard error stream."""
     print(f"easy-jax: {message}", file=sys.stderr, flush=True)
 
 
 def printable(value: Any, limit: int = 200) -> str:
-    r"""Text from outside as it may be printed: control characters escaped, its length cut.
+    r"""Makes received text safe to print: escapes control characters and limits the length.
 
     Example:
       >>> printable("host\x1b[2J")
@@ -122,5 +122,5 @@ def printable(value: Any, limit: int = 200) -> str:
 
 
 def _is_plain(value: Any) -> bool:
-    """Not a list or an object, whose nesting may be too deep for `repr`."""
+    """Returns whether a value is a scalar; others may be nested too deeply for `repr`."""
     return value is None or isinstance(value, int | float)

@@ -1,4 +1,4 @@
-"""Where process 0 listens: the coordinator's address, and the interfaces that it leads to."""
+"""The choice of network interfaces on which process 0 listens, by the coordinator's address."""
 
 import errno
 import ipaddress
@@ -8,19 +8,19 @@ import socket
 from easy_jax.io.checks import ConfigError
 from easy_jax.parallel.connection import printable, say
 
-_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX's own
+_BIND_VARIABLE = "JAX_COORDINATOR_BIND_ADDRESS"  # JAX reads it, too
 _NOT_HERE = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.ENODEV)
 
 
 class PeersError(RuntimeError):
-    """The processes of a run did not come together; the message names those missing."""
+    """The processes of a run could not connect to each other; the message names those missing."""
 
 
 def parse_address(address: str) -> tuple[str, int]:
     """Splits `HOST:PORT`, where HOST is a name, an IPv4 address or an IPv6 address in brackets.
 
     Raises:
-      ConfigError: it is none of these.
+      ConfigError: the address has another form.
 
     Example:
       >>> parse_address("[::1]:8476")
@@ -35,30 +35,32 @@ def parse_address(address: str) -> tuple[str, int]:
         raise ConfigError(f"the coordinator's address is {shown!r}; it must be HOST:PORT")
     if in_brackets != (":" in name):
         raise ConfigError(
-            f"the coordinator's address is {shown!r}; an IPv6 address, and no other, is written in "
+            f"the coordinator's address is {shown!r}; write an IPv6 address, and only that, in "
             "brackets: [ADDRESS]:PORT"
         )
     return name, int(port)
 
 
 def listen(address: str, backlog: int) -> tuple[list[socket.socket], str | None]:
-    """Listens on the interfaces that an address of this machine leads to.
+    """Listens on the network interfaces of this machine that have the given address.
 
-    Where the address is not one of theirs, as behind NAT or a Kubernetes service, it listens on
-    all of them, and says so. It does so, too, where a name other than `localhost` leads to the
-    loopback: Debian's /etc/hosts has that for a machine's own name, which others find elsewhere.
-    The variable `JAX_COORDINATOR_BIND_ADDRESS` overrides the choice, as it does in JAX.
+    If no interface has the address, as behind NAT or a Kubernetes service, the function listens on
+    all interfaces and prints a message. It does the same if a name other than `localhost` resolves
+    to a loopback address only: Debian's /etc/hosts does so for the machine's own name, which other
+    machines resolve to another address. The environment variable `JAX_COORDINATOR_BIND_ADDRESS`
+    overrides the choice, as it does in JAX.
 
     Args:
-      address: `HOST:PORT`.
+      address: `HOST:PORT` of the coordinator.
       backlog: how many connections may wait to be accepted.
 
     Returns:
-      The listening sockets, and where JAX's service is to listen later; None: on all interfaces.
+      The listening sockets, and the address on which JAX's coordination service should listen
+      later; None means all interfaces.
 
     Raises:
       ConfigError: the address is malformed.
-      PeersError: the port is in use, or this machine cannot have the address.
+      PeersError: the port is in use, or the address can never belong to this machine.
     """
     host, port = parse_address(address)
     if bind := os.environ.get(_BIND_VARIABLE):
@@ -77,14 +79,14 @@ def listen(address: str, backlog: int) -> tuple[list[socket.socket], str | None]
         if error.errno == errno.EADDRINUSE:
             advice = "does another run use it? Choose another port in --coordinator_address"
         elif bind:
-            advice = f"mend {_BIND_VARIABLE}"
+            advice = f"correct {_BIND_VARIABLE}"
         raise PeersError(
             f"process 0 cannot listen on port {port} of {printable(host)}: "
             f"{os.strerror(error.errno) if error.errno else error}; {advice}"
         ) from error
     say(
-        f"{printable(host)} is not the address of an interface of this machine; process 0 listens "
-        f"on all of them, port {port}"
+        f"no network interface of this machine has the address {printable(host)}; process 0 "
+        f"listens on all interfaces, port {port}"
     )
     return servers, None
 
@@ -92,7 +94,7 @@ def listen(address: str, backlog: int) -> tuple[list[socket.socket], str | None]
 def _is_host(name: str) -> bool:
     try:
         return bool(name.encode("idna")) and name.isprintable() and not set(" []") & set(name)
-    except UnicodeError:  # a label that is empty or too long, say
+    except UnicodeError:  # for example, a label is empty or too long
         return False
 
 
@@ -106,7 +108,10 @@ def _literal(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def _addresses(
     host: str, port: int, literal: ipaddress.IPv4Address | ipaddress.IPv6Address | None
 ) -> list[tuple[socket.AddressFamily, tuple]]:
-    """What the host leads to, by family; nothing if it is not known here."""
+    """Resolves a host to (family, socket address) pairs; empty if it cannot be resolved.
+
+    Loopback addresses are left out unless the host is an IP address or `localhost`.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror:
@@ -152,7 +157,7 @@ def _name_of(server: socket.socket) -> str:
 
 
 def host_and_port(where: tuple) -> str:
-    """An address of a socket as text.
+    """Formats a socket address as `HOST:PORT`.
 
     Example:
       >>> host_and_port(("::1", 8476, 0, 0))

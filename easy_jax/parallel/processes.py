@@ -1,4 +1,4 @@
-"""Several processes, one run: starting them, agreeing among them, stopping them in good order."""
+"""Coordination of the processes of a run: start, exchange of values, and orderly stop."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import clusters  # not public, but what `jax.distributed.initialize` goes by
+from jax._src import clusters  # not public; `jax.distributed.initialize` uses it
 from jax.experimental import multihost_utils
 
 from easy_jax.io import fingerprint as fingerprints
@@ -23,8 +23,8 @@ from easy_jax.parallel.rendezvous import name_processes
 from easy_jax.parallel.watch import Peers
 
 _ECHO_SECONDS = 3.0
-_COMPILATION = "/jax/core/compile/"  # tracing, lowering and XLA, when JAX tells of them
-EXIT_STOPPED = 75  # saved after a SIGTERM: the same command again continues
+_COMPILATION = "/jax/core/compile/"  # prefix of JAX's events for tracing, lowering and XLA
+EXIT_STOPPED = 75  # exit code after SIGTERM and saving; running again continues the run
 
 _peers: Peers | None = None
 _asked_to_stop = False
@@ -32,11 +32,11 @@ _calls = itertools.count()
 
 
 class DisagreementError(ValueError):
-    """Processes of a run differ in what must be the same; the message says which, and in what."""
+    """A value that must be equal in all processes of a run differs; the message lists both."""
 
 
 class Stopped(Exception):  # noqa: N818, no error
-    """The run was asked to stop (SIGTERM), and has saved where it is."""
+    """The run was asked to stop (SIGTERM) and has saved its state."""
 
 
 def initialize(
@@ -46,26 +46,31 @@ def initialize(
     *,
     timeout: float = 300.0,
 ) -> None:
-    """Joins the processes of a run; call it before any other use of JAX.
+    """Connects this process to the others of its run; call it before any other use of JAX.
 
-    Arguments that are not given come from `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and
-    `JAX_PROCESS_ID`, or from the cluster: TPU slices (also on GKE), SLURM, Kubernetes, Open MPI.
-    One process alone is not a cluster: nothing happens. A process that is lost later ends all.
+    Missing arguments are taken from the environment variables `JAX_COORDINATOR_ADDRESS`,
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or from the cluster: TPU slices (also on GKE), SLURM,
+    Kubernetes or Open MPI. If there is no cluster, or only one process, the function does nothing.
+    If a process is lost later, all processes of the run end.
 
-    The processes prove to each other that they are of one run: by the token in the environment
-    variable `EASY_JAX_RUN_TOKEN`, the same in all, or else by their version and command line.
+    The processes prove to each other that they belong to the same run. They do so by the token in
+    the environment variable `EASY_JAX_RUN_TOKEN` or, without one, by their version and command
+    line.
 
     Args:
-      coordinator_address: `HOST:PORT` of process 0, `[HOST]:PORT` for an IPv6 address; the port
-        must be free there, and open to the others. It is the only one that this needs: what
-        devices use to talk is another. Process 0 listens on the interfaces that the address leads
-        to (`easy_jax.parallel.listening`).
-      num_processes, process_id: how many there are, and which this one is, from 0.
-      timeout: seconds to wait for the others at the start, and to bear their silence later.
+      coordinator_address: `HOST:PORT` of process 0, or `[HOST]:PORT` for an IPv6 address. The port
+        must be free on that host and reachable from the others. No other port is needed here;
+        communication between devices uses ports of its own. See `easy_jax.parallel.listening` for
+        the network interfaces on which process 0 listens.
+      num_processes: number of processes of the run.
+      process_id: id of this process, from 0 to `num_processes` - 1.
+      timeout: seconds to wait for the others at the start, and later without any heartbeat before a
+        process counts as lost.
 
     Raises:
-      ConfigError: some of the three are given and others cannot be found, or are wrong.
-      PeersError: processes did not come in time (named), or are of another run or version.
+      ConfigError: a value is invalid, or some values are known and others cannot be determined.
+      PeersError: some processes did not connect in time, or belong to another run or version; the
+        message names them.
     """
     global _peers
     values: dict[str, Any] = {
@@ -92,8 +97,8 @@ def initialize(
         return  # no cluster
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)} not given, and no cluster to find out from; give all of "
-            "--coordinator_address=HOST:PORT --num_processes=N --process_id=I"
+            f"{', '.join(missing)} not given, and no cluster detected that provides it; give all "
+            "of --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
         )
     if not 0 <= index < count:
         raise ConfigError(f"process_id is {index}; it must be from 0 to num_processes - 1")
@@ -110,7 +115,7 @@ def initialize(
         devices,
         initialization_timeout=int(timeout) + 1,
         coordinator_bind_address=peers.bind_address,
-        heartbeat_timeout_seconds=2 * int(timeout) + 10,  # ours come first, and name the process
+        heartbeat_timeout_seconds=2 * int(timeout) + 10,  # so that our messages come first
     )
     _peers = peers
     begins, ends = (functools.partial(_note_compilation, begins) for begins in (True, False))
@@ -119,7 +124,7 @@ def initialize(
 
 
 def shutdown() -> None:
-    """Leaves the run, when all processes have come to its end."""
+    """Waits until all processes have reached the end of the run, and disconnects."""
     global _peers
     if _peers is not None:
         barrier("end")
@@ -129,16 +134,17 @@ def shutdown() -> None:
 
 
 def abort(code: int, message: str, *, at_once: bool = False) -> None:
-    """Ends this process and, of a run of several, the others with the same exit code.
+    """Ends this process and all others of the run with the same exit code.
 
-    An error may be no more than the echo of a process that was lost: the watch over the peers
-    is given the time to notice, and then ends this process with that message instead.
+    The error may only be a consequence of the loss of another process. The function therefore gives
+    `easy_jax.parallel.watch` a few seconds to detect that loss, in which case this process ends
+    with a message about the lost process instead.
 
     Args:
       code: the exit code.
-      message: for the others.
-      at_once: do not wait for threads that still read or save. Interrupted, they may outlive
-        Python, and crash.
+      message: the reason, which the other processes print.
+      at_once: do not wait for threads that are still reading or saving. After an interrupt, such
+        threads may outlive the interpreter and crash.
     """
     if _peers is not None:
         time.sleep(_ECHO_SECONDS)
@@ -151,16 +157,16 @@ def abort(code: int, message: str, *, at_once: bool = False) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process writes what is written once: reports, metadata, messages."""
+    """Returns whether this is process 0, which alone writes reports, metadata and messages."""
     return jax.process_index() == 0
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """A JSON-serialisable value of every process, in their order; all processes must call it.
+    """Returns the values of all processes, by process id; all processes must call it.
 
     Args:
-      what: is gathered; named if a process does not come.
-      value: this process's.
+      what: description of the exchange, printed if the run makes no progress.
+      value: the JSON-serialisable value of this process.
     """
     at(what)
     if jax.process_count() == 1:
@@ -172,13 +178,14 @@ def gather(what: str, value: Any) -> list[Any]:
 
 
 def broadcast(what: str, make: Callable[[], Any]) -> Any:
-    """A JSON-serialisable value that process 0 makes; all processes must call it.
+    """Returns a value that process 0 computes to all processes; all processes must call it.
 
-    For what a file says: another process may not see yet what process 0 has just written.
+    Use it for the content of files, because a file that process 0 has just written may not be
+    visible to other processes yet.
 
     Args:
-      what: is decided; named if a process does not come.
-      make: called in process 0 alone.
+      what: description of the exchange, printed if the run makes no progress.
+      make: returns a JSON-serialisable value; called in process 0 only.
     """
     at(what)
     if jax.process_count() == 1:
@@ -190,14 +197,17 @@ def broadcast(what: str, make: Callable[[], Any]) -> Any:
 
 
 def assert_equal_across_processes(what: str, /, **values: Any) -> None:
-    """Compares JSON-serialisable values, in one exchange of a hash; all processes must call it.
+    """Checks that values are equal in all processes; all processes must call it.
+
+    The processes exchange hashes, and the values only if the hashes differ.
 
     Args:
-      what: is begun.
-      **values: by name, what each process has found out for itself.
+      what: description of the operation that needs equal values, for the error message.
+      **values: JSON-serialisable values, by name.
 
     Raises:
-      DisagreementError: in every process, if any two differ: names, processes and values.
+      DisagreementError: a value differs; raised in every process. The message lists the values and
+        the processes that have them.
     """
     if len(set(gather(what, fingerprints.of_json(values)))) == 1:
         return
@@ -213,40 +223,44 @@ def assert_equal_across_processes(what: str, /, **values: Any) -> None:
             )
             differences.append(f"{name} is {them}")
     raise DisagreementError(
-        f"the processes differ at {what}: {'; '.join(differences)}. All need the same data, model "
-        "and workdir: is there another copy on a host? A network file system may also be late "
-        "to show what is new: then the same command, a minute later, continues"
+        f"the processes disagree at {what}: {'; '.join(differences)}. All processes need the same "
+        "data, model and workdir; check for differing copies on the hosts. If the network file "
+        "system lags, run the command again in a minute"
     )
 
 
 def barrier(what: str) -> None:
-    """Waits until every process has come here."""
+    """Waits until every process has called it.
+
+    Args:
+      what: description of the point in the run, printed if the run makes no progress.
+    """
     gather(what, None)
 
 
 def at(place: str) -> None:
-    """Notes where this process is; printed, by process, if a run stops moving."""
+    """Records what this process is doing; printed if no process of the run makes progress."""
     if _peers is not None:
         _peers.at(place)
 
 
 def stop_on_sigterm() -> None:
-    """From here on, SIGTERM asks the run to save and stop (see `should_stop`).
+    """Makes SIGTERM a request to save and stop, which `should_stop` reports.
 
-    Several processes need no handler: JAX's preemption service has one, and carries the
-    notice of any of them to all.
+    A run of several processes needs no handler: JAX's preemption service has one and forwards a
+    SIGTERM of any process to all.
     """
     if jax.process_count() == 1:
         signal.signal(signal.SIGTERM, _note_sigterm)
 
 
 def should_stop(place: str) -> bool:
-    """Whether to save now and raise `Stopped`; all processes agree on the answer.
+    """Returns whether to save now and raise `Stopped`; the answer is the same in all processes.
 
-    Call it once for every batch, in every process.
+    Call it once per batch in every process.
 
     Args:
-      place: what has just been done, such as `training step 7`.
+      place: what has just been completed, such as `training step 7`.
     """
     at(place)
     if jax.process_count() == 1:
@@ -255,7 +269,7 @@ def should_stop(place: str) -> bool:
 
 
 def _padded(text: bytes, size: int) -> np.ndarray:
-    """To a power of two above the size: every other length would be another compilation."""
+    """Pads bytes with zeros to a power of two above `size`, so that few lengths are compiled."""
     padded = np.zeros(1 << size.bit_length(), np.uint8)
     padded[: len(text)] = np.frombuffer(text, np.uint8)
     return padded
@@ -272,7 +286,7 @@ def _note_sigterm(*_: Any) -> None:
 
 
 def _number(name: str, value: int | None) -> int | None:
-    """A number that is given, or is in the environment."""
+    """Returns a given number, or that of the environment variable `JAX_NAME`; else None."""
     text = os.environ.get(f"JAX_{name.upper()}")
     if value is not None or text is None:
         return value
@@ -282,7 +296,7 @@ def _number(name: str, value: int | None) -> int | None:
 
 
 def _common(arguments: list[str]) -> list[str]:
-    """A command line without this process's number, in every way in which it can be given."""
+    """Removes `process_id`, in every form of the flag, from command-line arguments."""
     common: list[str] = []
     for place, argument in enumerate(arguments):
         name = argument.lstrip("-").partition("=")[0]

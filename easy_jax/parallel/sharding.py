@@ -1,4 +1,4 @@
-"""One mesh, `(data, fsdp, tensor)`: logical-axis rules, and placing states and batches."""
+"""Device meshes with axes `(data, fsdp, tensor)`; sharding of states (`RULES`) and batches."""
 
 import contextlib
 import functools
@@ -16,12 +16,12 @@ from easy_jax.io.checks import ConfigError
 from easy_jax.parallel.config import MeshConfig
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # what the rows of a batch are split over
+BATCH = ("data", "fsdp")  # the mesh axes over which the rows of a batch are split
 
 Rules = Mapping[str, str | tuple[str, ...] | None]
 
-# Logical axis of a parameter -> mesh axis, or axes. Axes not listed are an error, so that a new
-# model cannot be replicated by a spelling mistake.
+# Logical axis of a parameter -> mesh axis or axes. An axis that is not listed is an error, so that
+# a misspelled axis cannot silently replicate the parameters of a new model.
 RULES: Rules = {
     "conv_height": None,
     "conv_width": None,
@@ -42,15 +42,16 @@ RULES: Rules = {
 
 
 def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
-    """The device mesh with axes `data`, `fsdp` and `tensor`.
+    """Makes the device mesh with axes `data`, `fsdp` and `tensor`.
 
     Args:
       config: axis sizes, one of which may be -1. Default: all devices on `data`.
-      devices: default: all devices of all processes. Of several TPU slices, the outermost
-        part of `data` is the slices.
+      devices: the devices to use. Default: all devices of all processes. With several TPU slices,
+        the slices form the outermost part of `data`.
 
     Raises:
-      ConfigError: the sizes do not multiply to the number of devices.
+      ConfigError: the product of the sizes is not the number of devices, or `data` is not a
+        multiple of the number of slices.
 
     Example:
       >>> make_mesh().axis_names
@@ -67,22 +68,22 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     if math.prod(sizes) != count:
         raise ConfigError(
             f"mesh sizes {dict(zip(AXES, sizes, strict=True))} do not multiply to the "
-            f"{count} devices there are; set one axis to -1"
+            f"{count} available devices; set one axis to -1"
         )
     auto = (jax.sharding.AxisType.Auto,) * 3
     return Mesh(arrange(sizes, devices), AXES, axis_types=auto)
 
 
 def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices in the shape of a mesh, neighbours on the wires where that can be.
+    """Arranges devices in the shape of a mesh; mesh neighbours are physically adjacent if possible.
 
-    An axis of the torus is split where the sizes ask for it. Of several TPU slices, only `data`
-    goes over from one to the next.
+    Physical axes of a TPU torus are split if the sizes require it. With several TPU slices, only
+    `data` extends over more than one.
 
     Raises:
-      ConfigError: as in `hybrid_shape`.
+      ConfigError: see `hybrid_shape`.
     """
-    on_tpu = devices[0].platform == "tpu"  # described ones (ahead of time) may have no slice
+    on_tpu = devices[0].platform == "tpu"  # devices described ahead of time may have no slice_index
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices < 2:
         return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
@@ -93,42 +94,42 @@ def arrange(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def hybrid_shape(sizes: Sequence[int], slices: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Axis sizes within a slice and over slices: only `data` crosses the slower network.
+    """Splits axis sizes into those within and across TPU slices; only `data` extends across.
 
     Raises:
-      ConfigError: the data axis does not divide over the slices.
+      ConfigError: the size of `data` is not a multiple of the number of slices.
     """
     data, fsdp, tensor = sizes
     if data % slices:
         raise ConfigError(
-            f"mesh.data is {data}; it must be a multiple of the {slices} slices, between which "
-            "only gradients should travel"
+            f"mesh.data is {data}; it must be a multiple of the {slices} slices, because only "
+            "gradients should be sent between slices"
         )
     return (data // slices, fsdp, tensor), (slices, 1, 1)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """A full copy on every device."""
+    """Returns the sharding with a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over `data` and `fsdp`."""
+    """Returns the sharding that splits the leading axis over `data` and `fsdp`."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def num_shares(mesh: Mesh | AbstractMesh) -> int:
-    """How many shares a batch is split into."""
+    """Returns the number of shares into which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH)
 
 
 def splits_parameters(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether parameters lie on several devices, a part on each."""
+    """Returns whether parameters are split over several devices."""
     return mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, field: str = "batch_size") -> None:
-    """Raises ConfigError if a global batch does not divide over the mesh and its processes."""
+    """Raises ConfigError if the rows of a global batch do not divide evenly over the mesh."""
     shares = num_shares(mesh)
     if batch_size % shares:
         raise ConfigError(
@@ -138,13 +139,13 @@ def check_batch_size(batch_size: int, mesh: Mesh, field: str = "batch_size") -> 
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """The rows of a global batch that this process's devices need, in order.
+    """Returns the sorted indices of the global batch's rows that this process's devices need.
 
-    Not always a block of their own: a mesh follows the wires between the devices, and
-    processes along `tensor` need the same rows.
+    They need not be contiguous, because the mesh follows the physical topology. They need not be
+    exclusive either: processes along `tensor` need the same rows.
 
     Raises:
-      ConfigError: a batch size that does not divide over the mesh.
+      ConfigError: the batch size does not divide evenly over the mesh.
     """
     check_batch_size(batch_size, mesh)
     shares, size = _shares(mesh), batch_size // num_shares(mesh)
@@ -152,32 +153,35 @@ def process_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
 
 
 def owned_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Of `process_rows`, bool: those that this process reports, so that one does for each row."""
+    """Returns a bool mask of `process_rows`, so that exactly one process reports each row."""
     owned = _holders(mesh).min(axis=1)[_shares(mesh)] == jax.process_index()
     return np.repeat(owned, batch_size // num_shares(mesh))
 
 
-@functools.lru_cache(maxsize=32)  # asked for every batch; a pod has thousands of devices
+@functools.lru_cache(maxsize=32)  # called for every batch, and a pod has thousands of devices
 def _holders(mesh: Mesh) -> np.ndarray:
-    """The process of every device, [shares of a batch, devices with the same share]."""
+    """Returns the process id of every device, [shares of a batch, devices with the same share]."""
     process = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
     return process.reshape(num_shares(mesh), -1)
 
 
 def _shares(mesh: Mesh) -> np.ndarray:
-    """The shares of a batch that this process's devices hold."""
+    """Returns the indices of the shares of a batch that this process's devices hold."""
     return np.flatnonzero((_holders(mesh) == jax.process_index()).any(axis=1))
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch (`process_rows`) on its devices.
 
-    Raises:
-      ValueError: a number of rows that does not divide over this process's shares.
-
     Args:
-      batch: arrays by field, each with this process's rows of the global batch in front.
-      mesh: as `make_mesh` makes it.
+      batch: arrays by field name, [rows of this process, ...].
+      mesh: a mesh made by `make_mesh`.
+
+    Returns:
+      Global arrays by field name, [rows of the global batch, ...], split over `data` and `fsdp`.
+
+    Raises:
+      ValueError: the rows do not divide evenly into this process's shares.
 
     Example:
       >>> mesh = make_mesh()
@@ -206,20 +210,20 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
 
 
 def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Shardings for a tree of NNX variables (parameters, optimiser moments) and plain arrays.
+    """Returns the shardings of a tree of NNX variables and plain arrays.
 
     Args:
-      tree: arrays or `ShapeDtypeStruct`s; variables with `logical_axes` metadata follow
-        the rules, everything else is replicated. Optimiser states made from variables
-        keep the metadata, so their moments are sharded like their parameters.
+      tree: arrays or `ShapeDtypeStruct`s. Variables with `logical_axes` metadata follow the rules;
+        everything else is replicated. Optimizer states keep the metadata of the parameters that
+        they were made from, so moments are sharded like their parameters.
       mesh: the mesh.
-      rules: logical axis -> mesh axis, several, or None.
+      rules: logical axis -> mesh axis, tuple of mesh axes, or None for no split.
 
     Returns:
       A tree of the same structure with a `NamedSharding` at each leaf.
 
     Raises:
-      ValueError: an unknown logical axis, or a dimension that does not divide.
+      ValueError: a logical axis is unknown, or its size does not divide evenly over the mesh.
     """
 
     def one(path: Any, leaf: Any) -> Any:
@@ -251,7 +255,7 @@ def tree_shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 def shard_tree(tree: Any, mesh: Mesh) -> Any:
     """Copies a tree to the devices in the layout of `tree_shardings`.
 
-    Every process gives the same values, or arrays that are on the mesh already.
+    Every process must pass the same values, or arrays that are already on the mesh.
     """
     shardings = tree_shardings(tree, mesh)
     if jax.process_count() == 1:
@@ -270,9 +274,9 @@ def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def jit_init(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jits a function that makes a tree, every leaf born in its shards on the mesh.
+    """Jits a function that makes a tree, so that every leaf is created in its shards on the mesh.
 
-    Its arguments may be on the mesh, or the same in every process.
+    The arguments of the returned function must be on the mesh or equal in all processes.
     """
 
     def init(*args: Any) -> Any:
@@ -286,10 +290,10 @@ def jit_init(make: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def compiler_options(mesh: Mesh | None) -> dict[str, str] | None:
-    """What a computation on the mesh is compiled with, for `jax.jit`; None for XLA's defaults.
+    """Returns the compiler options of `jax.jit` for a mesh; None for XLA's defaults.
 
-    On CPUs, Eigen computes convolutions: XLA's default library computes those with few features on
-    one core.
+    On CPUs, the options make Eigen compute convolutions, because XLA's default library uses only
+    one core for convolutions with few features.
     """
     if mesh is None or mesh.devices.flat[0].platform != "cpu":
         return None
@@ -309,13 +313,13 @@ def _eigen_convolutions() -> dict[str, str] | None:
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             jax.jit(lambda: 0, compiler_options=_EIGEN_CONVOLUTIONS).lower().compile()
-    except jax.errors.JaxRuntimeError:  # it is experimental: a later version may not have it
+    except jax.errors.JaxRuntimeError:  # the flag is experimental and may disappear
         return None
     return _EIGEN_CONVOLUTIONS
 
 
 def tracing_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
-    """Inside a jitted function: what is traced knows the mesh (`current_mesh`), and its chip."""
+    """Context manager for use in a jitted function, in which `current_mesh` returns the mesh."""
     if mesh is None:
         return contextlib.nullcontext()
     context: Any = jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
@@ -323,29 +327,29 @@ def tracing_on(mesh: Mesh | None) -> contextlib.AbstractContextManager[None]:
 
 
 def current_mesh() -> AbstractMesh | None:
-    """The mesh that a computation is traced for, None where it is not known or not ours."""
+    """Returns the mesh for which a computation is traced; None if unknown or if its axes differ."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh if mesh.axis_names == AXES else None
 
 
 def is_tpu(mesh: AbstractMesh | None) -> bool:
-    """Whether a mesh is one of TPUs."""
+    """Returns whether a mesh consists of TPUs."""
     device = mesh.abstract_device if mesh is not None else None
     return device is not None and device.platform == "tpu"
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
-    """Pins an array to mesh axes, one entry per dimension; nothing without a mesh."""
+    """Constrains an array to mesh axes, one entry per dimension; does nothing without a mesh."""
     if current_mesh() is None:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def gather_parameter(value: jax.Array, logical_axes: tuple[str, ...]) -> jax.Array:
-    """A parameter as it is used: whole along `fsdp`, still split along `tensor`.
+    """Gathers a parameter along `fsdp`, as computations use it; it stays split along `tensor`.
 
-    Its gradient is summed straight into the parameter's shards. Cast before: what travels is
-    the argument's dtype, both ways. Nothing without a mesh.
+    The gradient is sharded like the parameter. Cast the parameter before the call: its dtype is the
+    one in which the parameter and the gradient are communicated. Does nothing without a mesh.
     """
     mesh = current_mesh()
     if mesh is None or mesh.shape["fsdp"] == 1:
@@ -369,8 +373,8 @@ def _gather_backward(
     stored: tuple[Any, ...], used: tuple[Any, ...], residuals: None, cotangent: jax.Array
 ) -> tuple[jax.Array]:
     del residuals
-    # Summed first, cut then: asked for the shard alone, XLA would compute the gradient in as many
-    # small products as there are devices, between which it travels.
+    # Sum over the devices first, then take the shard. With the second constraint alone, XLA would
+    # compute the gradient in one small product per device, with communication in between.
     cotangent = jax.lax.with_sharding_constraint(cotangent, PartitionSpec(*used))
     return (jax.lax.with_sharding_constraint(cotangent, PartitionSpec(*stored)),)
 
@@ -379,7 +383,7 @@ _gather.defvjp(_gather_forward, _gather_backward)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """This process's rows of an array split over its leading axis, in order, on the host."""
+    """Copies this process's rows of an array that is split over its leading axis to the host."""
     if array.is_fully_addressable:
         return jax.device_get(array)
     rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
@@ -387,7 +391,7 @@ def local_rows(array: jax.Array) -> np.ndarray:
 
 
 def whole(array: jax.Array) -> np.ndarray:
-    """An array on the host of every process, wherever its shards are."""
+    """Copies an entire array to the host of every process; all processes must call it."""
     if not (array.is_fully_addressable or array.is_fully_replicated):
         assert isinstance(array.sharding, NamedSharding)
         array = jax.device_put(array, replicated(array.sharding.mesh))

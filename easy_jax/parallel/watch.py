@@ -1,16 +1,21 @@
-"""The watch: a thread that notices when a process of the run is lost, and ends this one.
+"""A thread that detects the loss of another process of the run, and then ends this process.
 
-The connections of the rendezvous stay open. A killed process closes its own at once, one whose
-machine is cut off falls silent. Whoever notices tells the others, and all end with the same message
-and exit code, whatever their main threads wait for.
+The connections of the rendezvous stay open. If a process is killed, its connection closes at once;
+if its machine loses the network, its heartbeats stop. The first process to notice tells the others,
+and all end with the same message and exit code, even if their main threads are blocked.
 
-JAX's coordination service watches, too, but does not keep what docs/reliability.md promises. It
-ends the others with exit code 134 and a dump of the stack, not with 76 and a line. It notices a
-killed process when its heartbeats are missing, 8.7 to 10 s later with a timeout of 10 s, where this
-takes 0.6 to 0.7 s; and it does not name one that never came, nor process 0 when it freezes (JAX
-0.10.2, 2 and 4 processes on the CPU: `tests/faults/lost_process.py`).
+JAX's coordination service also detects lost processes, but it does not fulfil the promises of
+docs/reliability.md:
 
-Messages: `heartbeat`, `end`, `bye`.
+- It ends the other processes with exit code 134 and a stack dump, not with 76 and one line.
+- It detects a killed process only by missing heartbeats: after 8.7 to 10 s with a timeout of 10 s,
+  where this thread takes 0.6 to 0.7 s.
+- It does not name a process that never connected, nor process 0 if that freezes.
+
+These measurements were made by `tests/faults/lost_process.py` with JAX 0.10.2 and 2 and 4 processes
+on the CPU.
+
+The messages are `heartbeat`, `end` and `bye`.
 """
 
 import json
@@ -27,26 +32,31 @@ from easy_jax.parallel.member import TOKEN_VARIABLE, Member
 from easy_jax.parallel.rendezvous import EXIT_PEERS, Rendezvous, join, name_processes
 
 _COMPILING = ", compiling"
-_MAX_REASON = MAX_LINE // 16  # characters; JSON may need twelve bytes for one
+_MAX_REASON = MAX_LINE // 16  # characters; JSON needs up to twelve bytes per character
 
 
 class Peers:
-    """This process's link to the others of its run.
+    """The connections of this process to the others of its run.
 
     Args:
-      address: `HOST:PORT` where process 0 waits for the others.
-      count, index: number of processes, and which this one is.
-      timeout: seconds to wait for the others to come, and to be silent.
-      run: what all must have in common, such as the command line; can be written as JSON.
-      token: what only the processes of this run know (`easy_jax.parallel.member`); default: that of
-        the environment variable `EASY_JAX_RUN_TOKEN`, else one is made of `run`.
-      end: called with exit code and message when the run cannot go on; ends the process.
+      address: `HOST:PORT` on which process 0 waits for the others.
+      count: number of processes of the run.
+      index: id of this process, from 0 to `count` - 1.
+      timeout: seconds to wait for the others to connect, and later without any heartbeat before a
+        process counts as lost.
+      run: JSON-serialisable value that must be equal in all processes, such as the command line.
+      token: a secret that only the processes of this run know (`easy_jax.parallel.member`).
+        Default: the value of the environment variable `EASY_JAX_RUN_TOKEN`; if that is not set,
+        `run` is the key.
+      end: called with an exit code and a message when the run cannot continue. Default: print the
+        message and end the process.
 
     Attributes:
-      bind_address: in process 0, where JAX's service is to listen; None: on all interfaces.
+      bind_address: in process 0, the address on which JAX's coordination service should listen;
+        None means all interfaces.
 
     Raises:
-      PeersError: processes are missing, doubled, or of another run.
+      PeersError: processes are missing, have the same id, or belong to another run.
     """
 
     def __init__(
@@ -85,21 +95,21 @@ class Peers:
         self._thread.start()
 
     def at(self, place: str) -> None:
-        """Notes where this process is; said to the others if the run stops moving."""
+        """Records what this process is doing; printed if no process makes progress."""
         self._place = place
 
     def compiles(self, does: bool) -> None:
-        """Notes whether this process is compiling, which may take longer than the timeout."""
+        """Records whether this process is compiling, which may take longer than the timeout."""
         self._compiles = does
 
     def fail(self, code: int, message: str) -> None:
-        """Tells the others that this process ends, and why; they end with the same code."""
+        """Tells the others that this process ends, and why; they end with the same exit code."""
         self._closing = True
         reason = f"process {self._index} ended: {message}"
         self._tell(code, reason[:_MAX_REASON])
 
     def close(self) -> None:
-        """Leaves in peace; call it when all processes have come to the end."""
+        """Ends the watch and closes the connections; call it when all processes are done."""
         self._closing = True
         for connection in self._connections.values():
             connection.send(bye=self._index)
@@ -108,12 +118,12 @@ class Peers:
             connection.close()
 
     def _watch(self) -> None:
-        """Sends and hears heartbeats until the run ends; a thread's work."""
+        """Sends and receives heartbeats until the run ends; runs in a thread."""
         selector = selectors.DefaultSelector()
         now = told = sent = time.monotonic()
         heard = dict.fromkeys(self._connections, now)
         places = dict.fromkeys([*self._connections, self._index], ("start", now))
-        pause = 0.0  # at first: something may have come together with the call to go
+        pause = 0.0  # at first, because messages may have arrived together with `go`
         for index, connection in self._connections.items():
             connection.link.settimeout(self._timeout)
             selector.register(connection.link, selectors.EVENT_READ, index)
@@ -143,7 +153,7 @@ class Peers:
             silent = [index for index, last in heard.items() if now - last > self._timeout]
             if silent and not self._closing:
                 names = ", ".join(self._names[index] for index in silent)
-                self._over(EXIT_PEERS, f"no sign of {names} for {self._timeout:g} s")
+                self._over(EXIT_PEERS, f"no heartbeat from {names} for {self._timeout:g} s")
                 return
             moved = max(since for _, since in places.values())
             if self._index == 0 and now - max(moved, told) > self._timeout:
@@ -151,7 +161,7 @@ class Peers:
                 say(_standstill(places, now))
 
     def _messages(self, index: int, has_more: bool) -> Iterator[dict[str, Any]]:
-        """What has been said; the end of the connection is a message, too."""
+        """Yields the messages received; a closed connection counts as the message `end`."""
         connection = self._connections[index]
         try:
             if has_more:
@@ -167,35 +177,38 @@ class Peers:
         for connection in self._connections.values():
             connection.send(end=code, reason=reason)
         if self._index == 0:
-            # JAX ends the others with a message of its own as soon as process 0 is gone.
+            # As soon as process 0 has ended, JAX ends the others with a message of its own.
             time.sleep(min(0.5, self._interval))
 
     def _over(self, code: int, reason: str) -> None:
-        """Tells everybody, and ends this process, whatever its main thread waits for."""
+        """Ends this process, even if its main thread is blocked; process 0 first tells the others.
+
+        Does nothing if this process is already ending.
+        """
         if self._closing:
-            return  # it is ending anyway, with what it has to say itself
+            return
         if self._index == 0:
             self._tell(code, reason)
-        advice = "; the same command again continues" if code == EXIT_PEERS else ""
+        advice = "; run the same command again to continue" if code == EXIT_PEERS else ""
         self._end(code, f"{reason}{advice}")
         for connection in self._connections.values():
             connection.close()
 
 
 def _standstill(places: dict[int, tuple[str, float]], now: float) -> str:
-    """Who waits for whom: the processes by the place they have come to."""
+    """Returns a message that lists the processes by what they are doing (`Peers.at`)."""
     by_place: dict[str, list[int]] = {}
     for index, (place, _) in sorted(places.items()):
         by_place.setdefault(place, []).append(index)
     seconds = now - max(since for _, since in places.values())
     where = "; ".join(f"{name_processes(found)} at {place}" for place, found in by_place.items())
     if any(place.endswith(_COMPILING) for place in by_place):
-        where += ". To compile a large program can take that long"
-    return f"nothing has moved for {seconds:.0f} s: {where}"
+        where += ". Compiling a large program can take that long"
+    return f"no process has made progress for {seconds:.0f} s: {where}"
 
 
 def _code(value: Any) -> int:
-    """An exit code that another process says."""
+    """Returns the exit code in a received message; EXIT_PEERS if it is not valid."""
     return value if type(value) is int and 0 < value < 256 else EXIT_PEERS
 
 

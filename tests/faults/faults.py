@@ -158,7 +158,7 @@ class Faults:
         workdir = self.workdir()
         codes, complaints = self.interrupt(workdir, phase, signal.SIGTERM)
         assert codes == [EXIT_STOPPED], (codes, complaints)
-        assert "the same command again continues" in complaints[0]
+        assert "run the same command again to continue" in complaints[0]
         return self._continue(workdir)
 
     def fill_the_disk(self):
@@ -198,7 +198,9 @@ class Faults:
                 # JAX may be the first to see that process 0, its coordinator, is gone.
                 assert code == EXIT_PEERS, (codes, complaints)
                 assert f"process {lost} (" in complaints[index], complaints
-                assert "is gone; the same command again continues" in complaints[index], complaints
+                assert "is gone; run the same command again to continue" in complaints[index], (
+                    complaints
+                )
         saved = self.saved(workdir)
         stopped, complaints = self.interrupt(
             workdir, "training", signal.SIGTERM, which=1, count=2, devices=4, **options

@@ -1,5 +1,5 @@
-"""`easy-jax` on a file system that remembers of some names, as NFS does of all, that they were
-not there: for half a minute, whatever another process has written since."""
+"""Runs `easy-jax` with the lag of NFS: a file that was looked up before another process wrote it
+stays invisible for half a minute. Here this applies to the files in `NAMES` only."""
 
 import io
 import os
@@ -8,18 +8,18 @@ import time
 from easy_jax.cli.main import cli
 
 SECONDS = 30.0
-NAMES = {"config.json", "metadata.json", "cells.jsonl"}  # what one process writes and all need
+NAMES = {"config.json", "metadata.json", "cells.jsonl"}  # written by one process and read by all
 
 _missed: dict[str, float] = {}
 _stat, _open, _replace = os.stat, io.open, os.replace
 
 
 def _key(path):
-    return os.path.abspath(path)  # noqa: PTH100, pathlib's would come here again
+    return os.path.abspath(path)  # noqa: PTH100, pathlib's version would recurse
 
 
 def _find(call, path, *args, **kwargs):
-    """Calls what looks a name up, or says that it is not there."""
+    """Calls a function that looks up a path, or raises FileNotFoundError while it is invisible."""
     if not isinstance(path, str | os.PathLike) or os.path.basename(path) not in NAMES:  # noqa: PTH119
         return call(path, *args, **kwargs)
     key = _key(path)

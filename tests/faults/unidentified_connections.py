@@ -1,9 +1,10 @@
-"""Strangers at the coordinator's port while process 0 waits: the run goes on when process 1 comes.
+"""Attacks on the coordinator's port while process 0 waits; the run must start nevertheless.
 
-  python tests/faults/strangers.py [--count 13] [--seed 0]
+  python tests/faults/unidentified_connections.py [--count 13] [--seed 0]
 
 Two processes join with `easy_jax.parallel.processes.initialize` and exchange a value; before the
-second one starts, and until both are done, a stranger does what it can. Loopback only, and bounded.
+second one starts, and until both are done, unidentified connections disturb process 0. All use the
+loopback interface, and their number and size are limited.
 """
 
 import contextlib
@@ -60,13 +61,13 @@ class Member:
         self.process.start()
 
     def wait(self, seconds):
-        """Whether it came to its end, with what it gathered."""
+        """Returns whether it ended normally, and what it gathered."""
         self.process.join(seconds)
         out, self.complaint = (path.read_text() for path in self._paths)
         return self.process.exitcode == 0 and "gathered [0, 1]" in out
 
 
-class Stranger:
+class Intruder:
     """Connections to a port; what is done with them is in the functions below."""
 
     def __init__(self, port, draw):
@@ -98,35 +99,35 @@ class Stranger:
             line.close()
 
 
-def raw(stranger):
-    stranger.say(
-        stranger.draw.randbytes(1 << 16), b"\0" * 1000 + b"\n", b"\n" * 1000, b"\xff\xfe\n"
+def raw(intruder):
+    intruder.say(
+        intruder.draw.randbytes(1 << 16), b"\0" * 1000 + b"\n", b"\n" * 1000, b"\xff\xfe\n"
     )
-    stranger.say(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + stranger.draw.randbytes(500))
+    intruder.say(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + intruder.draw.randbytes(500))
 
 
-def http(stranger):
+def http(intruder):
     request = b"GET / HTTP/1.1\r\nHost: coordinator\r\nConnection: keep-alive\r\n\r\n"
-    stranger.say(request, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", request, close=True)
-    stranger.say(request)
+    intruder.say(request, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", request, close=True)
+    intruder.say(request)
 
 
-def deep(stranger):
-    stranger.say(b"[" * 60_000 + b"\n", b'{"hello":' * 6_000 + b"\n", b'{"a":[' * 9_000 + b"\n")
-    stranger.say(b'{"hello": 1, "count": 2, "run": ' + b"[" * 30_000 + b"]" * 30_000 + b"}\n")
+def deep(intruder):
+    intruder.say(b"[" * 60_000 + b"\n", b'{"hello":' * 6_000 + b"\n", b'{"a":[' * 9_000 + b"\n")
+    intruder.say(b'{"hello": 1, "count": 2, "run": ' + b"[" * 30_000 + b"]" * 30_000 + b"}\n")
 
 
-def huge(stranger):
-    stranger.say(b"x" * (32 << 20), b'{"hello": ' + b"1" * (1 << 20) + b"}\n", b'"' * 70_000)
-    stranger.tell({"hello": 10**400, "count": 2, "run": []})
+def huge(intruder):
+    intruder.say(b"x" * (32 << 20), b'{"hello": ' + b"1" * (1 << 20) + b"}\n", b'"' * 70_000)
+    intruder.tell({"hello": 10**400, "count": 2, "run": []})
 
 
-def slow(stranger):
+def slow(intruder):
     """Fifty greetings, a byte at a time."""
 
     def drip(line):
         for byte in b'{"hello": 1, "count": 2, "run": ["x"], "host": "slow", "pid": 1}' * 20:
-            if stranger.over.wait(0.05):
+            if intruder.over.wait(0.05):
                 return
             try:
                 line.sendall(bytes([byte]))
@@ -134,63 +135,65 @@ def slow(stranger):
                 return
 
     for _ in range(50):
-        threading.Thread(target=drip, args=(stranger.connect(),), daemon=True).start()
+        threading.Thread(target=drip, args=(intruder.connect(),), daemon=True).start()
 
 
-def many(stranger):
+def many(intruder):
     """More connections than process 0 may have files."""
     for _ in range(2 * MAX_FILES):
         with contextlib.suppress(OSError):
-            stranger.connect()
+            intruder.connect()
 
 
-def imposter(stranger):
+def imposter(intruder):
     run = ["0.1.0", *COMMAND]
     for index in (1, 0, 2, -1, 10**9, "1", 1.0, True, None, [1], {"hello": 1}):
         for guess in (["x"], run):
-            stranger.tell({"hello": index, "count": 2, "run": guess, "host": "h", "pid": 1})
-            stranger.tell({"hello": index, "count": 2, "run": guess, "token": "", "key": "0"})
+            intruder.tell({"hello": index, "count": 2, "run": guess, "host": "h", "pid": 1})
+            intruder.tell({"hello": index, "count": 2, "run": guess, "token": "", "key": "0"})
 
 
-def count(stranger):
+def count(intruder):
     for number in (99, 0, -1, 1, 3, None, "2", [2], 2.5):
-        stranger.tell({"hello": 1, "count": number, "run": ["x"], "host": "h", "pid": 1})
+        intruder.tell({"hello": 1, "count": number, "run": ["x"], "host": "h", "pid": 1})
 
 
-def other_run(stranger):
+def other_run(intruder):
     for run in ([], None, "x", {"a": 1}, ["0.0.1", *COMMAND], ["0.1.0", "train"], [None] * 1000):
-        stranger.tell({"hello": 1, "count": 2, "run": run, "host": "h", "pid": 1})
+        intruder.tell({"hello": 1, "count": 2, "run": run, "host": "h", "pid": 1})
 
 
-def messages(stranger):
-    """What belongs to later, and names that are no names."""
-    stranger.tell({"end": 2, "reason": "it is over"}, {"bye": 1}, {"go": True}, {"beat": "step 7"})
+def messages(intruder):
+    """Messages that belong to a later phase, and names that are not valid."""
+    intruder.tell(
+        {"end": 2, "reason": "it is over"}, {"bye": 1}, {"go": True}, {"heartbeat": "step 7"}
+    )
     for name in ("\x1b[2J\x1b[31mred", "[bold]b[/]", "a\nb\rc", "\u202eabc", "x" * 50_000):
-        stranger.tell({"hello": 1, "count": 99, "run": name, "host": name, "pid": name})
-        stranger.tell({"hello": 1, "count": 2, "run": [name], "host": name, "pid": name})
+        intruder.tell({"hello": 1, "count": 99, "run": name, "host": name, "pid": name})
+        intruder.tell({"hello": 1, "count": 2, "run": [name], "host": name, "pid": name})
 
 
-def half_closed(stranger):
+def half_closed(intruder):
     for text in (b"", b'{"hello"', b'{"hello": 1, "count": 2, "run": []}\n'):
         for _ in range(10):
-            stranger.say(text)
+            intruder.say(text)
             with contextlib.suppress(OSError):
-                stranger.open[-1].shutdown(socket.SHUT_WR)
-            stranger.say(text)
+                intruder.open[-1].shutdown(socket.SHUT_WR)
+            intruder.say(text)
             now = struct.pack("ii", 1, 0)  # close with a reset
-            stranger.open[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
-            stranger.open.pop().close()
+            intruder.open[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+            intruder.open.pop().close()
 
 
-def flood(stranger):
-    """Connects and goes, as fast as it can, until all is over."""
+def flood(intruder):
+    """Connects and disconnects as fast as possible until the end."""
 
     def go():
         for _ in range(20_000):
-            if stranger.over.is_set():
+            if intruder.over.is_set():
                 return
             with contextlib.suppress(OSError):
-                line = socket.create_connection(("127.0.0.1", stranger.port), timeout=2.0)
+                line = socket.create_connection(("127.0.0.1", intruder.port), timeout=2.0)
                 line.sendall(b"x")
                 line.close()
 
@@ -198,7 +201,7 @@ def flood(stranger):
     time.sleep(1.0)
 
 
-def replay(stranger):
+def replay(intruder):
     """What a process 1 of the same command said to another process 0, word for word."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -216,7 +219,7 @@ def replay(stranger):
         lured.process.kill()
         lured.process.join()
     assert b"hello" in heard, heard
-    stranger.say(heard, heard + heard, heard * 3)
+    intruder.say(heard, heard + heard, heard * 3)
 
 
 STRANGERS = (
@@ -236,15 +239,15 @@ STRANGERS = (
 )
 
 
-def attack(stranger_act, seed, folder):
-    """The outcome, and its detail."""
+def attack(intruder_act, seed, folder):
+    """Runs one attack; returns the outcome and its detail."""
     port = processes.free_port()
     address = f"127.0.0.1:{port}"
-    first = Member(folder, address, 0, MAX_FILES if stranger_act is many else 0)
-    stranger = Stranger(port, random.Random(seed))
+    first = Member(folder, address, 0, MAX_FILES if intruder_act is many else 0)
+    intruder = Intruder(port, random.Random(seed))
     try:
-        _wait_for(stranger)
-        stranger_act(stranger)
+        _wait_for(intruder)
+        intruder_act(intruder)
         first.process.join(1.0)
         if first.process.exitcode is not None:
             first.wait(0)
@@ -259,18 +262,18 @@ def attack(stranger_act, seed, folder):
             return "not escaped", repr(first.complaint)
         return "let in", f"process 1 done in {time.monotonic() - start:.1f} s"
     finally:
-        stranger.close()
+        intruder.close()
         for each in (first, locals().get("second")):
             if each is not None and each.process.exitcode is None:
                 each.process.kill()
                 each.process.join()
 
 
-def _wait_for(stranger):
-    """Until process 0 listens."""
+def _wait_for(intruder):
+    """Waits until process 0 listens."""
     for _ in range(600):
         with contextlib.suppress(OSError):
-            stranger.connect().close()
+            intruder.connect().close()
             return
         time.sleep(0.1)
     raise TimeoutError("process 0 does not listen")
