@@ -79,7 +79,7 @@ def test_a_name_of_no_interface_means_all_of_them(monkeypatch, capsys, address):
     assert bind is None
     said = capsys.readouterr().err
     assert "no network interface of this machine has the address node7; process 0 listens" in said
-    assert f"on all of them, port {port}" in said
+    assert f"on all interfaces, port {port}" in said
 
 
 def test_an_unknown_name_means_all_interfaces(monkeypatch, capsys):

@@ -243,5 +243,5 @@ def test_a_run_that_does_not_move_is_told_by_place(capsys):
         time.sleep(0.1)
     leave(peers)
     assert "no process has made progress for" in told
-    assert "processes 0, 2 at step 8, compiling; process 1 at step 7. To compile a large" in told
+    assert "processes 0, 2 at step 8, compiling; process 1 at step 7. Compiling a large" in told
     assert run.ended.empty()

@@ -265,7 +265,7 @@ def test_a_proof_is_for_one_connection(capsys):
 
     error, _ = run.together(lambda: run.peer(0), replay)
     assert "process 1 of 2 did not connect" in str(error)
-    assert "it says process 1 (" in capsys.readouterr().err
+    assert "it claims to be process 1 (" in capsys.readouterr().err
 
 
 @pytest.mark.slow
