@@ -146,17 +146,17 @@ def checks(root, tmp_path_factory):
         (
             "other_data",
             "DisagreementError: the processes disagree at the start of scoring: data is "
-            '"[0-9a-f]+" in process 0 and "[0-9a-f]+" in process 1. All need',
+            '"[0-9a-f]+" in process 0 and "[0-9a-f]+" in process 1. All processes need',
         ),
         (
             "other_rows",
             "DisagreementError: the processes disagree at reading the loss table: rows is "
-            '"64 of 64, [0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All need',
+            '"64 of 64, [0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All processes need',
         ),
         (
             "other_checkpoint",
             "DisagreementError: the processes disagree at the start of fit: checkpoint is 8 in "
-            "process 0 and null in process 1. All need",
+            "process 0 and null in process 1. All processes need",
         ),
         (
             "other_workdir",
