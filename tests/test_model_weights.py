@@ -25,6 +25,7 @@ from easy_jax.train.checkpoint import CheckpointError
 from easy_jax.train.config import StageConfig
 from easy_jax.train.fitting import fit
 from easy_jax.train.hooks import TrainingError
+from easy_jax.train.weights import identity_of
 
 pytestmark = pytest.mark.slow
 
@@ -282,6 +283,22 @@ def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
     chex.assert_trees_all_equal(found.model_state, expected.model_state)
     with pytest.raises(CheckpointError, match="the weighting"):
         run("stopped", limit=3.0)
+
+
+def test_the_identity_of_a_weighting_is_that_of_its_code():
+    def made(scale):
+        def mine_scaled(stats, *, limit=2.0):
+            return jnp.minimum(stats.nll * scale, limit)
+
+        weightings.register(mine_scaled)
+        return weightings.get("mine_scaled", limit=1.0)
+
+    first, again, other = (identity_of(made(scale)) for scale in (2.0, 2.0, 3.0))
+    assert first == again != other
+    assert "0x" not in first and "limit" in first
+    nested = [identity_of(weightings.get("mean_one", of="power", exponent=e)) for e in (1.0, 2.0)]
+    assert nested[0] != nested[1] and "Power" in nested[0]
+    assert str(made(2.0)) == "mine_scaled(limit=1.0, floor=0.0)"
 
 
 def test_bad_weights_stop_training_with_the_step_and_its_examples(tmp_path):

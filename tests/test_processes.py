@@ -151,7 +151,7 @@ def checks(root, tmp_path_factory):
         (
             "other_rows",
             "DisagreementError: the processes disagree at reading the loss table: rows is "
-            '"64 of 64, [0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All processes need',
+            '"64 of 64, [0-9a-f]+" in process 0 and "32 of 64, [0-9a-f]+" in process 1. All',
         ),
         (
             "other_checkpoint",

@@ -60,12 +60,29 @@ class StageWeights:
 
 
 def identity_of(weighting: Weighting) -> str:
-    """Returns a weighting's name, its options, and of own ones a hash of what they compute."""
-    return f"{weighting!r} {code_fingerprint.of_function(type(weighting).rule)}" + "".join(
-        f" {code_fingerprint.of_function(value)}"
+    """Returns a weighting's name and options, and of own ones a hash of what they compute.
+
+    The same in every process: functions are named by their code.
+
+    Example:
+      >>> from easy_jax.core import weightings
+      >>> identity_of(weightings.Power(0.5))
+      'Power.rule(exponent=0.5, floor=0.0)'
+    """
+    fields = {
+        field.name: _described(getattr(weighting, field.name))
         for field in dataclasses.fields(weighting)
-        if callable(value := getattr(weighting, field.name)) and not isinstance(value, Weighting)
-    )
+    }
+    options = ", ".join(f"{name}={value}" for name, value in sorted(fields.items()))
+    return f"{code_fingerprint.of_function(type(weighting).rule)}({options})"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Weighting):
+        return identity_of(value)
+    if isinstance(value, frozenset):
+        return repr(sorted(value))
+    return code_fingerprint.of_function(value) if callable(value) else repr(value)
 
 
 def resolve(

@@ -312,7 +312,7 @@ def register(
     return entry
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class OwnRule(Weighting):
     """A weighting made of a function by `register`."""
 
@@ -325,6 +325,10 @@ class OwnRule(Weighting):
     def rule(self, stats: TokenStats) -> jax.Array:
         """See `Weighting.rule`."""
         return self.function(stats, **dict(self.options))
+
+    def __repr__(self) -> str:
+        options = {**dict(self.options), "floor": self.floor}
+        return f"{self.name}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
 
 def _constructor(
