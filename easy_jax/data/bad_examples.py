@@ -1,4 +1,4 @@
-"""Examples that cannot be used: all of them told at once, and left out where that is asked for."""
+"""Collects unusable examples, to report them all in one message or to leave them out."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -16,14 +16,15 @@ OnBadExample = Literal["error", "drop"]
 
 
 class BadExamples:
-    """What is wrong with examples, by their id, collected until all is known.
+    """Problems of examples by id, collected until all examples have been checked.
 
     Args:
-      on_bad_example: `error` refuses all bad examples in one message, `drop` leaves them out and
-        tells that in a `DataWarning`.
+      on_bad_example: `error` refuses all bad examples in one message, `drop` leaves them out, with
+        a `DataWarning`.
 
     Attributes:
-      source: names the file or data set, `where` the place of an id in it.
+      source: the name of the file or data set.
+      where: a function that returns the place of an id in it.
 
     Example:
       >>> bad = BadExamples("drop")
@@ -48,21 +49,21 @@ class BadExamples:
         return len(self._found)
 
     def add(self, example_id: int, what: str, detail: str = "") -> None:
-        """Notes what is wrong with an example; the first that is found stands."""
+        """Records a problem of an example; only the first one is kept."""
         self._found.setdefault(example_id, (what, detail))
 
     def only(self, start: int, stop: int) -> None:
-        """Forgets all but the examples [start, stop), which are counted from 0 henceforth."""
+        """Keeps only the examples [start, stop), and renumbers them from 0."""
         self._found = {i - start: v for i, v in self._found.items() if start <= i < stop}
         where = self.where
         self.where = lambda i: where(i + start)
 
     def ids(self) -> list[int]:
-        """The ids, in order."""
+        """Returns the ids of the bad examples, sorted."""
         return sorted(self._found)
 
     def rows(self) -> list[dict[str, int | str]]:
-        """For a file: `id`, `source`, `where` and `reason` of every bad example."""
+        """Returns `id`, `source`, `where` and `reason` of every bad example, as rows of a file."""
         rows: list[dict[str, int | str]] = []
         for i in self.ids():
             reason = ": ".join(filter(None, self._found[i]))
@@ -70,7 +71,7 @@ class BadExamples:
         return rows
 
     def summary(self, size: int) -> str:
-        """How many of `size` examples are bad, counted by what is wrong, and the first places."""
+        """Returns how many of `size` examples are bad, by problem, and the first places of each."""
         kinds: dict[str, list[str]] = {}
         for i in self.ids():
             what, detail = self._found[i]
@@ -84,10 +85,10 @@ class BadExamples:
         return f"{len(self)} of {size} examples{source}: {'; '.join(parts)}"
 
     def settle(self, size: int) -> None:
-        """Refuses the bad ones among `size` examples, or says that they are left out.
+        """Raises an error for the bad ones among `size` examples, or warns that they are left out.
 
         Raises:
-          DataError: there are some, and they are to be errors; or all are bad.
+          DataError: there are bad examples and `on_bad_example` is `error`, or all are bad.
         """
         if not len(self):
             return
@@ -103,7 +104,7 @@ class BadExamples:
 
 
 def tell(size: int, ids: Iterable[int], what: str) -> None:
-    """Warns of what is the matter with examples that are used all the same."""
+    """Warns about a problem of examples that are used nevertheless."""
     ids = list(ids)
     if ids:
         more = " ..." if len(ids) > 10 else ""
@@ -112,12 +113,12 @@ def tell(size: int, ids: Iterable[int], what: str) -> None:
 
 
 def tell_unread(where: str, size: int, counts: Mapping[str, int | None]) -> None:
-    """Warns of fields that records have and nothing reads.
+    """Warns about fields of the records that nothing reads.
 
     Args:
       where: the file or data set.
       size: how many records it has.
-      counts: by field, how many records have something in it; None where that is not known.
+      counts: how many records have a value in each field; None where that is not known.
     """
     fields = []
     for name, count in sorted(counts.items()):

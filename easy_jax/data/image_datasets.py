@@ -23,7 +23,7 @@ _MAX_THREADS = 8  # a view holds Python's lock for about a tenth of its time
 
 
 def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
-    """A split of a data set of images.
+    """Opens a split of a data set of images.
 
     Labels are TFDS's, or count the class folders in order of name, as text, as torchvision and
     timm do; for ImageNet, whose folders are called by WordNet ids, the two agree with the order
@@ -66,7 +66,7 @@ def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
 
 
 def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSource]:
-    """Several splits, as `load_images`; what cannot be used in any of them is told at once.
+    """Opens several splits, as `load_images` does; one error lists the unusable images of all.
 
     Raises:
       DataError: as `load_images`.
@@ -107,7 +107,7 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
 
 
 def _check_left(source: ImageSource, split: Split, where: str) -> None:
-    """Raises DataError where nothing is left of a split, or of a class that is to be learnt."""
+    """Raises DataError if a split, or a class that is to be learnt, has no image left."""
     label_N = source.labels()
     if len(source) == 0:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Images in folders, one for each class: what is read, passed over, and refused."""
+"""Reads images from one folder per class; says which files are read, skipped and refused."""
 
 import bisect
 import hashlib
@@ -113,7 +113,7 @@ class FolderImages:
 
     @staticmethod
     def classes_of(folder: Path, root: Location | None = None) -> list[str]:
-        """The names of a folder's class folders, in order; raises DataError."""
+        """Returns the sorted names of a folder's class folders; raises DataError without any."""
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder; it holds a folder of images per class")
         entries = list(_visible(folder, _roots(folder, root)))
@@ -144,7 +144,7 @@ class FolderImages:
         return len(self._names)
 
     def labels(self) -> np.ndarray:
-        """The label of every image, int64 [N]."""
+        """Returns the label of every image, int64 [N]."""
         return np.repeat(np.arange(self.num_classes), np.diff([0, *self._ends]))
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
@@ -162,8 +162,10 @@ class FolderImages:
         return str(self._path(position))
 
     def fingerprint(self) -> str:
-        """Hash of every image's class, name and size in bytes; other content of equal length is
-        not noticed."""
+        """Returns a hash of every image's class, name and size in bytes.
+
+        A change of content that keeps the size is not noticed.
+        """
         return fingerprints.of_json({"folder": self._digest})
 
     def _label(self, position: int) -> int:
@@ -174,7 +176,7 @@ class FolderImages:
 
 
 def warn_of_order(classes: Sequence[str], folder: Path) -> None:
-    """Tells that classes which are all numbers are not in the order of the numbers."""
+    """Warns if all class names are numbers and their order as text is not that of the numbers."""
     if all(name.isdecimal() for name in classes):
         by_number = sorted(classes, key=int)
         if by_number != list(classes):
@@ -190,13 +192,13 @@ def warn_of_order(classes: Sequence[str], folder: Path) -> None:
 
 
 def visible_folders(folder: Path) -> list[str]:
-    """The names of the folders in a folder, in order, but hidden ones and leftovers."""
+    """Returns the names of the folders in a folder, sorted, without hidden ones and leftovers."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not _left_over(entry))
 
 
 def _images(folder: Path, inside: Sequence[Path], strays: list[str]) -> Iterator[tuple[str, int]]:
-    """Names and sizes of a class's images, in order of name; what is none of them, to `strays`."""
+    """Yields names and sizes of a class's images, sorted; other files are added to `strays`."""
     for entry in _visible(folder, inside):
         if not entry.is_file():
             broken = entry.is_symlink() and not Path(entry.path).exists()
@@ -211,8 +213,11 @@ def _images(folder: Path, inside: Sequence[Path], strays: list[str]) -> Iterator
 
 
 def _visible(folder: Path, inside: Sequence[Path]) -> Iterator[os.DirEntry[str]]:
-    """What a folder holds, in order of name, without hidden files and leftovers; all of it in one
-    of the folders `inside`."""
+    """Yields the entries of a folder, sorted, without hidden files and leftovers.
+
+    Raises:
+      DataError: an entry that leads out of the folders `inside`.
+    """
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if _left_over(entry):
@@ -227,12 +232,12 @@ def _visible(folder: Path, inside: Sequence[Path]) -> Iterator[os.DirEntry[str]]
 
 
 def _roots(folder: Path, root: Location | None) -> list[Path]:
-    """The folders in which links may lead."""
+    """Returns the folders that links may lead to."""
     return [folder.resolve(), *([] if root is None else [Path(root).resolve()])]
 
 
 def _left_over(entry: os.DirEntry[str]) -> bool:
-    """Whether people would not call it a part of the data."""
+    """Whether a folder entry is hidden, or left over by an operating system or a tool."""
     name = entry.name.lower()
     if name.startswith(".") or name in _LEFTOVERS:
         return True

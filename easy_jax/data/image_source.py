@@ -1,4 +1,4 @@
-"""The source of an image data set: encoded images in, views and labels out."""
+"""A source that decodes, crops and labels the images of a data set."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ _EXAMINED_AT_ONCE = 16  # images read by a thread at a time
 
 
 class ImageSource:
-    """Images decoded and cut as they are read, in whatever thread or process reads.
+    """Images that are decoded and cropped when they are read, in the thread or process that reads.
 
     A record is `{"image": uint8 [S, S, 3], "label": int32, "image_mean": float32 [3],
     "image_std": float32 [3]}`; the last two, in units of the largest value, are what
@@ -82,11 +82,11 @@ class ImageSource:
         return {name: array[0] for name, array in self.batch([position]).items()}
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        """The records at these positions in their scoring views, each field stacked."""
+        """Returns the records at these positions as scoring sees them, each field stacked."""
         return self._batch(positions, lambda row, image: images.scoring_view(image, self.views))
 
     def training_batch(self, positions: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        """The same in training views, each a function of (seed, epoch, position)."""
+        """Returns the records as training sees them: each a function of (seed, epoch, position)."""
 
         def view(row: int, image: Image.Image) -> Image.Image:
             uniform = images.uniforms(seed, epochs[row], positions[row])
@@ -97,7 +97,7 @@ class ImageSource:
     def examine(
         self, *, decode: bool = True, whole_store: bool = False
     ) -> tuple[dict[int, ImageError], int]:
-        """Looks for images that cannot be used, in threads.
+        """Decodes images in several threads, to find those that cannot be used.
 
         Args:
           decode: decode them all; else only what the store knows unread is found.
@@ -132,21 +132,21 @@ class ImageSource:
         return errors | bad, sum(each is True for each in found)
 
     def without(self, bad: Mapping[int, ImageError]) -> "ImageSource":
-        """The source without these examples: later ones move up. `left_out` has the reasons."""
+        """Returns the source without these examples, renumbered; `left_out` has the reasons."""
         other = copy.copy(self)
         other._positions = np.delete(self._positions, sorted(bad))
         other.left_out = {**self.left_out, **{error.where: error.reason for error in bad.values()}}
         return other
 
     def labels(self) -> np.ndarray | None:
-        """All labels, int64 [N]; None where the store does not know them unread."""
+        """Returns all labels, int64 [N]; None if that would need reading all images."""
         label_N = self.store.labels()
         return None if label_N is None else label_N[self._positions]
 
     def fingerprint(self) -> str:
-        """Of the store, the choice of examples, and all that decides scoring views.
+        """Returns a hash of the store, the choice of examples, and the settings that scoring uses.
 
-        What only training sees, `augment` and `color_jitter`, is not in it.
+        Settings of training only, `augment` and `color_jitter`, are not part of it.
         """
         views = dataclasses.asdict(self.views)
         names = ("image_size", "resize_size", "interpolation", "rotate")

@@ -1,5 +1,6 @@
-"""Where encoded images and their labels come from: Parquet, TensorFlow Datasets; folders are in
-`easy_jax.data.image_folders`.
+"""Stores of encoded images and labels: Parquet and TensorFlow Datasets.
+
+Folders of images are in `easy_jax.data.image_folders`.
 
 A store gives bytes; decoding is `easy_jax.data.images`' work. An image's position is the same in
 every process and every run: files in order of class and name, rows in order of file.
@@ -33,16 +34,16 @@ class ImageStore(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
-        """The file contents and labels at these positions; raises DataError."""
+        """Returns the encoded images and labels at these positions; raises DataError."""
 
     def labels(self) -> np.ndarray | None:
-        """All labels, int64 [N]; None where they could only be had by reading all images."""
+        """Returns all labels, int64 [N]; None if this would need reading all images."""
 
     def where(self, position: int) -> str:
-        """What errors call the image: its path, or its row."""
+        """Returns the name of an image in errors: its path, or its row."""
 
     def fingerprint(self) -> str:
-        """Identifies images and labels without reading all images."""
+        """Returns a hash that identifies images and labels, without reading all images."""
 
 
 class ParquetImages:
@@ -114,7 +115,7 @@ class ParquetImages:
 
     @classmethod
     def files_of(cls, folder: Path, split: str) -> list[Path]:
-        """The files of a split; none if it is not there."""
+        """Returns the files of a split; empty if there are none."""
         return sorted(path for pattern in cls._patterns(split) for path in folder.glob(pattern))
 
     @staticmethod
@@ -139,7 +140,7 @@ class ParquetImages:
         return f"{self.files[file]}, row {row}"
 
     def fingerprint(self) -> str:
-        """Hash of all labels and image sizes; other content of equal length is not noticed."""
+        """Returns a hash of labels and image sizes; it misses changes that keep the sizes."""
         sizes = [pc.binary_length(image).to_numpy() for image in self._images]
         return fingerprints.of_arrays({"label": self._label, "bytes": np.concatenate(sizes)})
 
@@ -151,7 +152,7 @@ class ParquetImages:
 def _columns(
     path: Path, image_field: str, label_field: str
 ) -> tuple[pa.LargeBinaryArray, np.ndarray]:
-    """The images and the labels of a Parquet file."""
+    """Returns the images and the labels of a Parquet file."""
     try:
         with pq.ParquetFile(path) as parquet:
             names = parquet.schema_arrow.names
@@ -179,7 +180,7 @@ def _columns(
 
 
 def _class_names(path: Path, label_field: str, num_classes: int) -> list[str]:
-    """The names of the labels in the metadata that `datasets` writes; without them, numbers."""
+    """Returns the label names in the metadata that `datasets` writes; numbers without it."""
     written = (pq.read_schema(path).metadata or {}).get(b"huggingface", b"{}")
     try:
         names = json.loads(written)["info"]["features"][label_field]["names"]
@@ -196,7 +197,7 @@ def _class_names(path: Path, label_field: str, num_classes: int) -> list[str]:
 
 
 class TfdsImages:
-    """A split that TFDS has prepared as ArrayRecord, its images still encoded; no TensorFlow.
+    """A split that TFDS has prepared as ArrayRecord, read without TensorFlow and not yet decoded.
 
     Args:
       name, split, data_dir: as in `TfdsSource`.
@@ -244,7 +245,7 @@ class TfdsImages:
         return len(self._data)
 
     def labels(self) -> None:
-        """Not known: a record is read whole."""
+        """Returns None: a label cannot be read without its image."""
 
     def read(self, positions: Sequence[int]) -> list[tuple[bytes, int]]:
         image, label = self._fields
@@ -255,5 +256,5 @@ class TfdsImages:
         return f"example {position} of {self._where}"
 
     def fingerprint(self) -> str:
-        """Hash of name, version, split and sizes."""
+        """Returns a hash of name, version, split and sizes."""
         return fingerprints.of_json(self._identity)

@@ -317,7 +317,7 @@ class _Reader:
 
 
 def read_records(source: Source, positions: list[int]) -> Batch:
-    """The records at these positions, stacked."""
+    """Returns the records at these positions, stacked."""
     if hasattr(source, "batch"):
         return dict(source.batch(positions))
     if hasattr(source, "__getitems__"):

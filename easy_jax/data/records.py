@@ -1,4 +1,4 @@
-"""Records of text from files: every field that is asked for as a list, in the records' order.
+"""Reads records of text from files; each requested field is a list in the records' order.
 
 A record's position is its example's id, whatever is wrong with others: in a JSON-lines file it is
 the number of its line, from 0.
@@ -79,7 +79,7 @@ def read_records(
     bad: BadExamples | None = None,
     where: Callable[[int], str] = "record {}".format,
 ) -> Columns:
-    """Reads string fields of records that have been read whole.
+    """Reads string fields of records that are in memory.
 
     Args:
       records: in order; in place of one that cannot be read, why, and more of it.
@@ -128,7 +128,7 @@ def _json_row(line: bytes) -> Mapping[str, Any] | _Bad:
 def _without(
     rows: Iterable[Mapping[str, Any] | _Bad], read: set[str], others: Counter[str]
 ) -> _Rows:
-    """The rows, with those counted that have something in other fields than these."""
+    """Yields the rows, and counts those that have values in other fields than these."""
     for row in rows:
         if isinstance(row, Mapping):
             others.update(
@@ -306,7 +306,7 @@ def _settle(columns: Columns, bad: BadExamples, own: bool) -> int:
 
 
 def not_text(value: Any) -> _Bad | None:
-    """What keeps a value from being text, and more of it; or None.
+    """Returns why a value is not text, with a detail; None if it is text.
 
     Example:
       >>> not_text(3), not_text("3")

@@ -17,16 +17,16 @@ PREPARE_TFDS = (
 
 
 class DataError(ValueError):
-    """A record or a data set cannot be used; the message names it and the fix."""
+    """A record or a data set cannot be used; the message names it and says how to fix it."""
 
 
 class DataWarning(UserWarning):
-    """Something in the data is not used, or not as it may be meant; the message says what."""
+    """Something in the data is not used, or possibly not as intended; the message says what."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What a data set must offer: a length, and a record for every position below it.
+    """Protocol of data sets: a length, and a record for every position below it.
 
     A record is a mapping of arrays, with the same fields and shapes for every position.
     A field `weight` (a scalar), if there is one, is multiplied into the training weight.
@@ -58,7 +58,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Sources of one task; `train` and `validation` are None where nothing needs them.
+    """The sources of one task; `train` and `validation` are None if nothing needs them.
 
     `classes` are the names of the labels.
     """
@@ -141,11 +141,11 @@ class ArraySource:
         return {name: array[position] for name, array in self.fields.items()}
 
     def batch(self, positions: list[int]) -> Record:
-        """The records at these positions, each field stacked."""
+        """Returns the records at these positions, each field stacked."""
         return {name: array[positions] for name, array in self.fields.items()}
 
     def fingerprint(self) -> str:
-        """Hash of every field's name, dtype, shape and content."""
+        """Returns a hash of every field's name, dtype, shape and content."""
         return fingerprints.of_arrays(self.fields)
 
 
@@ -197,7 +197,7 @@ class TfdsSource:
         return {ours: np.asarray(record[theirs]) for theirs, ours in self._fields.items()}
 
     def fingerprint(self) -> str:
-        """Hash of name, version, split and sizes: TFDS versions its content."""
+        """Returns a hash of name, version, split and sizes; TFDS versions its content."""
         return fingerprints.of_json(self._identity)
 
 
@@ -210,7 +210,7 @@ def open_tfds(
     decoders: Any = None,
     fix: str = PREPARE_TFDS,
 ) -> tuple[Any, Any]:
-    """The builder and the data source of a prepared split that has these fields.
+    """Returns the builder and the data source of a prepared split that has these fields.
 
     Raises:
       DataError: the data set is not prepared there (the message ends with `fix`), has no such
@@ -239,7 +239,7 @@ def open_tfds(
 
 
 def tfds_identity(builder: Any, split: str) -> dict[str, Any]:
-    """What a split is known by: TFDS versions its content."""
+    """Returns what identifies a split; TFDS changes the version with the content."""
     return {
         "name": builder.info.full_name,
         "split": split,
@@ -250,7 +250,7 @@ def tfds_identity(builder: Any, split: str) -> dict[str, Any]:
 
 
 def fingerprint(source: Any) -> str:
-    """The source's own fingerprint or, if it has none, a hash of every record.
+    """Returns the source's own fingerprint or, if it has none, a hash of every record.
 
     Raises:
       DataError: a record that is no mapping, or that holds Python objects.

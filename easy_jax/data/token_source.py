@@ -15,7 +15,7 @@ BORDERS = {
 
 
 class TokenSource:
-    """Token sequences in memory; of each, the tokens from `target_start` on are targets.
+    """Token sequences in memory; the tokens of a sequence from `target_start` on are targets.
 
     A record is `{"tokens": int32 [length], "target_start": int32}`; lengths differ.
 
@@ -98,26 +98,26 @@ class TokenSource:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [N]: tokens of each example."""
+        """The number of tokens of each example, int64 [N]."""
         return np.diff(self.offsets)
 
     @property
     def num_targets(self) -> np.ndarray:
-        """int64 [N]: targets of each example."""
+        """The number of target tokens of each example, int64 [N]."""
         return self.lengths - self.target_start
 
     @property
     def identity(self) -> dict[str, np.ndarray]:
-        """What the fingerprint is of: all that training depends on."""
+        """The arrays that training depends on, of which `fingerprint` is a hash."""
         names = ["tokens", "offsets", "target_start", *["weight"] * (self.weight is not None)]
         return {name: getattr(self, name) for name in names}
 
     def fingerprint(self) -> str:
-        """Hash of the tokens, of where examples start and their targets do, and of weights."""
+        """Returns a hash of the tokens, the starts of examples and targets, and the weights."""
         return fingerprints.of_arrays(self.identity)
 
     def describe(self) -> str:
-        """One line: examples, tokens, targets; what was cut, left out, or merges; weights."""
+        """Returns one line: numbers of examples, tokens and targets; what was cut or dropped."""
         dropped = len(self.dropped_ids)
         parts = [
             f"{len(self) - dropped:,} examples, {len(self.tokens):,} tokens, "

@@ -1,4 +1,4 @@
-"""Tokenizers: read from their files, and asked what they add to a text."""
+"""Reads tokenizers from their files, and finds the tokens that they add to a text."""
 
 import itertools
 import os
@@ -13,10 +13,11 @@ from easy_jax.io import files
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer from its `tokenizer.json` (or the folder with it), without cuts and pads.
+    """Reads a tokenizer from its `tokenizer.json` (or the folder with it), without truncation or
+    padding.
 
-    Where a `tokenizer_config.json` beside it has `add_bos_token`, the tokenizer begins a text with
-    its BOS, if it does not so anyway.
+    If a `tokenizer_config.json` beside it sets `add_bos_token`, the tokenizer puts its BOS token
+    before each text, unless it does so already.
 
     Raises:
       DataError: the file is missing or broken.
@@ -49,14 +50,20 @@ def _add_bos(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
     bos_id = tokenizer.token_to_id(bos) if isinstance(bos, str) else None
     if settings.get("add_bos_token") is not True or bos_id is None:
         return
-    if bos_id not in tokenizer.encode("").ids:  # which are those that it adds itself
+    if (
+        bos_id not in tokenizer.encode("").ids
+    ):  # an empty text has only the tokens that the tokenizer adds
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, bos_id)]
         )
 
 
 def own_start(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids that a tokenizer itself puts before a text, such as this one, which it can read."""
+    """Returns the ids that a tokenizer puts before a text.
+
+    Args:
+      text: any text that the tokenizer can encode.
+    """
     encoding = tokenizer.encode(text)
     pairs = zip(encoding.ids, encoding.sequence_ids, strict=True)
     return [token for token, _ in itertools.takewhile(lambda pair: pair[1] is None, pairs)]
