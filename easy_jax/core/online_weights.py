@@ -1,4 +1,4 @@
-"""FLOW's weights made anew in every step, by the frozen model, where training sees random views."""
+"""FLOW's weights of transformed images, computed by the frozen model in every step."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,19 +17,19 @@ from easy_jax.parallel import sharding
 
 
 class OnlineWeights:
-    """FLOW's weights of a batch as it is, from the frozen model: the way of the authors' code.
+    """FLOW's weights of the images that a step trains on, as in the authors' code.
 
-    Where training sees random views, each view gets a weight of its own. It costs a forward pass in
-    every step, which the weights of a loss table do not.
+    Where training transforms images at random, each result gets its own weight. That costs a
+    forward pass in every step, which the weights of a loss table do not.
 
     Args:
       model: frozen, in eval mode whatever mode it is in.
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`.
       tau: the temperature, in nats.
       mesh: where the batches are.
 
     Raises:
-      ValueError: tau is not positive and finite, or is so for no device.
+      ValueError: tau is not positive and finite, or devices would round it to 0 or infinity.
       ContractError: a model that is not NNX's; a loss function that returns anything else.
     """
 

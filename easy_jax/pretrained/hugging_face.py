@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of the transformer, in and out. Safetensors only, never pickle.
+"""Loads and exports Hugging Face checkpoints of the transformer, from safetensors only.
 
 Reading goes tensor by tensor: one tensor is in host memory, its shares go to the devices, and
 a jitted, donating update writes them into the stacked parameter. Writing is the reverse.
@@ -65,7 +65,7 @@ def load(
     remat: Remat = "none",
     mesh: Mesh | None = None,
 ) -> Transformer:
-    """A pre-trained transformer, its parameters born in their shards.
+    """Loads a pre-trained transformer; each device receives only its shards.
 
     Args:
       folder: with `config.json` and safetensors (one file, or shards with an index), or
@@ -183,7 +183,7 @@ def _write_beside(
     weight_map: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> None:
-    """What is beside the tensors: their index, the configuration and the tokenizer."""
+    """Writes the files beside the tensors: their index, the configuration and the tokenizer."""
     if num_shards > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         files.write_json(folder / weight_files.INDEX, index)
@@ -193,7 +193,7 @@ def _write_beside(
 
 
 def _write_eos(folder: Path, eos_token_id: int) -> None:
-    """Makes generation stop at this token, in the files that say where it does."""
+    """Sets the token at which generation stops, in the files that configure generation."""
     for path in (folder / "config.json", folder / "generation_config.json"):
         if not path.exists():  # without the second, the first decides
             continue
@@ -221,7 +221,7 @@ def read_config(folder: Path) -> TransformerConfig:
 
 
 def _places(model: Transformer) -> dict[str, _Place]:
-    """Every tensor of a checkpoint of this model, by its name there."""
+    """Returns the place of every tensor of a checkpoint, by its name there."""
     places = {
         "model.embed_tokens.weight": _Place(("embedding",)),
         "model.norm.weight": _Place(("final_norm", "scale")),
@@ -243,7 +243,7 @@ def _places(model: Transformer) -> dict[str, _Place]:
 
 
 def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
-    """By path: functions that give a stack of kernels with its adapters merged in."""
+    """Returns, by path, functions that return a stack of kernels with its adapters merged in."""
     return {
         ("blocks", index, name, "kernel"): functools.partial(merged_kernel, part)
         for index, block in enumerate(model.blocks)
@@ -256,7 +256,7 @@ def _kernels(model: Transformer) -> dict[tuple[Any, ...], Any]:
 
 
 def _check_sizes(config: TransformerConfig, files: Mapping[str, Path]) -> None:
-    """Compares sizes with shapes in the files before anything of such a size is made."""
+    """Compares the configured sizes with the shapes in the files, before anything is allocated."""
     tensors = config.features.tensors
     layer = "model.layers.0."
     rows = {
@@ -299,7 +299,7 @@ def _write(
     target: NamedSharding,
     what: str,
 ) -> jax.Array:
-    """The parameter with this tensor in its place; each device gets its own share only."""
+    """Returns the parameter with this tensor in its place; each device gets only its shard."""
     expected = _checkpoint_shape(variable, place)
     _check_shape(what, tensor.shape, expected)
     shape = variable.shape if place.group is None else variable.shape[1:]
@@ -350,7 +350,7 @@ def _read_out(value: jax.Array, place: _Place, shape: tuple[int, ...]) -> np.nda
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Names in order, cut into files of at most `limit` bytes each."""
+    """Splits the sorted names into files of at most `limit` bytes each."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

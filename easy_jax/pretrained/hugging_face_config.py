@@ -1,4 +1,4 @@
-"""Read a Hugging Face `config.json`: every field is used, known to have no effect, or refused."""
+"""Reads a Hugging Face `config.json`; each field is used, known to have no effect, or refused."""
 
 import math
 from collections.abc import Mapping
@@ -150,7 +150,7 @@ def parse_config(content: Mapping[str, Any]) -> TransformerConfig:
 
 
 def _check_fields(content: Mapping[str, Any]) -> None:
-    """Refuses fields that are unknown and have an effect, and missing ones."""
+    """Raises an error for missing fields, and for unknown ones that may have an effect."""
     unknown = sorted(name for name in content.keys() - _USED if not _without_effect(name, content))
     if unknown:
         raise ConfigError(
@@ -163,14 +163,14 @@ def _check_fields(content: Mapping[str, Any]) -> None:
 
 
 def _without_effect(name: str, content: Mapping[str, Any]) -> bool:
-    """Whether a field leaves the model as it is: by its name, or because it switches a part off."""
+    """Whether a field does not change the model, by its name or because it switches a part off."""
     value = content[name]
     noted = name in _IGNORED or name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDS)
     return noted or value is None or ((name in _OFF or "dropout" in name) and not value)
 
 
 def _check_types(content: Mapping[str, Any]) -> None:
-    """Sizes that a model can have, and the types of all that is not a number."""
+    """Checks that sizes are possible, and the types of all other fields."""
     for name in _SIZES:
         value, largest = content.get(name), _LARGEST.get(name, 2**31 - 1)
         if value is None and name not in _REQUIRED:
@@ -198,7 +198,7 @@ def _positive(name: str, value: Any) -> Any:
 
 
 def _check_parts(content: Mapping[str, Any], family: Family) -> None:
-    """Refuses an activation that is not the family's, and parts that no family has."""
+    """Raises an error for an activation that the family does not have, and for unknown parts."""
     allowed = _ACTIVATIONS[family.activation]
     activation = content.get("hidden_activation", content.get("hidden_act"))
     _honour("hidden_act", allowed[0] if activation is None else activation, *allowed)
@@ -252,7 +252,7 @@ def _cap(name: str, content: Mapping[str, Any], default: float | None) -> float 
 def _windows(
     content: Mapping[str, Any], family: str, default: tuple[int | None, ...]
 ) -> tuple[int | None, ...]:
-    """The sliding windows of the layers (None: full attention), as their shortest period."""
+    """Returns the shortest period of the layers' sliding windows (None: full attention)."""
     sizes = [size for size in default if size is not None]
     if not sizes:
         if set(content.get("layer_types") or ["full_attention"]) != {"full_attention"}:
@@ -278,7 +278,7 @@ def _windows(
 
 
 def _rope(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings, in the form of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`)."""
+    """Returns the rotary settings of transformers 4 (`rope_scaling`) or 5 (`rope_parameters`)."""
     rope = {"rope_theta": content.get("rope_theta", 10_000.0)}
     rope |= content.get("rope_scaling") or {}
     rope |= content.get("rope_parameters") or {}

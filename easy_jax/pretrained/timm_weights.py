@@ -1,4 +1,4 @@
-"""Residual networks of timm and torchvision, in and out. Safetensors only, never pickle.
+"""Loads and exports residual networks of timm and torchvision, from safetensors only.
 
 The two name tensors alike. PyTorch's kernels are [out, in, height, width] and [out, in].
 """
@@ -62,7 +62,7 @@ _Path = tuple[Any, ...]  # of a variable in the network's state
 def load(
     path: str | os.PathLike[str], config: ResNetConfig | None = None, *, mesh: Mesh | None = None
 ) -> ResNet:
-    """A pre-trained residual network, with the head that it has in the file.
+    """Loads a pre-trained residual network, with the head that is in the file.
 
     Args:
       path: a folder with safetensors and, if it is timm's, `config.json`; or
@@ -110,7 +110,7 @@ def load(
 
 
 def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
-    """What network a checkpoint is of: by `config.json` or, without one, by its tensors' names.
+    """Returns the network of a checkpoint: by `config.json` or, without one, by its tensors' names.
 
     Args:
       path: see `load`.
@@ -126,7 +126,7 @@ def read_config(path: str | os.PathLike[str]) -> ResNetConfig:
 
 
 def read_info(path: str | os.PathLike[str]) -> ClassifierInfo:
-    """The classes and images that a network was made for, as far as `config.json` tells.
+    """Returns the classes and the normalisation of a network, as far as `config.json` has them.
 
     Args:
       path: see `load`.
@@ -218,7 +218,7 @@ def export(
 
 @dataclasses.dataclass(frozen=True)
 class _Checkpoint:
-    """A checkpoint before its tensors are read: the file of each, and what `config.json` says."""
+    """A checkpoint whose tensors are not read yet: the file of each tensor, and `config.json`."""
 
     folder: Path
     files: dict[str, Path]
@@ -237,7 +237,7 @@ class _Checkpoint:
         return self._axis("fc.weight", 0)
 
     def architecture(self) -> str | None:
-        """What timm's `config.json` says, if the network is then built as the one here is.
+        """Returns the network of timm's `config.json`, if it is one that this package builds.
 
         Others have tensors of the same names: resnetblur50, for one, or a resnet50 with dilation.
         """
@@ -260,7 +260,7 @@ class _Checkpoint:
         return str(name)
 
     def images(self) -> dict[str, Any]:
-        """What `config.json` says of the images, to be said of a fine-tuned network as well."""
+        """Returns the image settings of `config.json`, which a fine-tuned network keeps."""
         told = self._object("pretrained_cfg")
         for key in ("mean", "std"):
             if not _is_colour(told.get(key, [1.0]), positive=key == "std"):
@@ -271,7 +271,7 @@ class _Checkpoint:
         return {key: told[key] for key in _IMAGES if key in told}
 
     def info(self) -> ClassifierInfo:
-        """What `config.json` tells of classes and images."""
+        """Returns the classes and the normalisation in `config.json`."""
         names = self.content.get("label_names") or self._object("pretrained_cfg").get("label_names")
         count = self.num_classes()
         if isinstance(names, dict):  # by number, as timm allows it as well
@@ -290,7 +290,7 @@ class _Checkpoint:
         return ClassifierInfo(tuple(names or ()), *colours)
 
     def check(self, config: ResNetConfig, paths: Mapping[str, _Path]) -> None:
-        """Raises unless this is the network configured, by all that can be told unread."""
+        """Raises unless this is the configured network, as far as names and shapes show."""
         wanted = config.name() or str(config)
         architecture, guess = self.architecture(), _guess(self.files)
         if architecture not in (None, wanted):
@@ -309,7 +309,7 @@ class _Checkpoint:
             )
 
     def _axis(self, name: str, axis: int) -> int:
-        """A size in a tensor's shape; 1 if it is not there, which `check` and `load` tell."""
+        """Returns a size of a tensor's shape; 1 if missing, which `check` and `load` report."""
         shape = weight_files.tensor_shape(self.files[name], name) if name in self.files else ()
         return shape[axis] if axis < len(shape) else 1
 
@@ -339,7 +339,7 @@ def _find(path: str | os.PathLike[str]) -> _Checkpoint:
 
 
 def _guess(names: Collection[str]) -> str | None:
-    """Which of `RESNETS` has tensors of these names, if one has."""
+    """Returns the name in `RESNETS` whose network has tensors of these names; None if none has."""
     blocks = {tuple(name.split(".")[:2]) for name in names if name.startswith("layer")}
     stages = collections.Counter(block[0] for block in blocks)
     depths = tuple(stages[stage] for stage in sorted(stages))
@@ -351,7 +351,7 @@ def _guess(names: Collection[str]) -> str | None:
 
 
 def _abstract(config: ResNetConfig, num_classes: int) -> ResNet:
-    """A network of `ShapeDtypeStruct`s: its structure, and no memory."""
+    """Returns a network of `ShapeDtypeStruct`s, which takes no memory."""
     model: ResNet = nnx.eval_shape(lambda: ResNet(config, num_classes, rngs=nnx.Rngs(0)))
     return model
 
@@ -361,7 +361,7 @@ def _shapes(variables: Mapping[_Path, Any]) -> dict[_Path, tuple[int, ...]]:
 
 
 def _paths(config: ResNetConfig, variables: Iterable[_Path]) -> dict[str, _Path]:
-    """The path of every variable of a network, by its name in PyTorch."""
+    """Returns the path of every variable of a network, by its name in PyTorch."""
     starts = list(itertools.accumulate(config.depths, initial=0))
     paths = {}
     for path in variables:

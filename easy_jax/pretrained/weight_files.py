@@ -1,6 +1,6 @@
-"""Folders of pre-trained weights, for every family: found, read and written.
+"""Finds, reads and writes folders of pre-trained weights.
 
-Files from outside are not trusted: safetensors only, never pickle; files stay in their folder.
+Files are not trusted: only safetensors are read, never pickle, and only from their own folder.
 """
 
 import os
@@ -24,7 +24,7 @@ _PICKLES = (".bin", ".pt", ".pth")
 
 
 class WeightsError(ValueError):
-    """Pre-trained weights are missing, damaged or of another model; the message says which."""
+    """Pre-trained weights are missing, damaged or of another model; the message names them."""
 
 
 def resolve(location: str | os.PathLike[str]) -> Path:
@@ -80,13 +80,13 @@ def hub_name(location: str | os.PathLike[str]) -> str | None:
 
 
 def _hub_advice(path: Path) -> str:
-    """What to write, if a path that does not exist looks like a model's name."""
+    """Returns advice if a path that does not exist looks like a model's name."""
     is_name = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] != ".."
     return f"; for that model of the Hugging Face Hub write {HUB}{path}" if is_name else ""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The content of a folder's `config.json`.
+    """Returns the content of a folder's `config.json`.
 
     Raises:
       WeightsError: there is none, or it is not a JSON object.
@@ -99,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def tensor_files(folder: Path, *, convert: str) -> dict[str, Path]:
-    """The file of every tensor in a folder, by the tensor's name.
+    """Returns the file of every tensor in a folder, by the tensor's name.
 
     Args:
       folder: with `model.safetensors`, or with shards and their index.
@@ -140,7 +140,7 @@ def _is_text(name: object) -> bool:
 
 
 def tensor_dtype(path: Path, name: str) -> np.dtype:
-    """What a tensor's numbers are, in its file."""
+    """Returns the dtype that a tensor has in its file."""
     known = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     found = _describe(path, name).get_dtype()
     if found not in known:
@@ -149,14 +149,14 @@ def tensor_dtype(path: Path, name: str) -> np.dtype:
 
 
 def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
-    """A tensor's shape, in its file."""
+    """Returns the shape that a tensor has in its file."""
     return tuple(_describe(path, name).get_shape())
 
 
 def read_tensors(
     files: Mapping[str, Path], names: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors named, one after the other, file by file.
+    """Yields the named tensors one after the other, file by file.
 
     Raises:
       WeightsError: a damaged file, a tensor that is not where the index says, of a dtype that
@@ -179,9 +179,9 @@ def read_tensors(
 
 
 def _check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
-    """Raises WeightsError for NaN and infinity: a float whose exponent has all bits set.
+    """Raises WeightsError for NaN and infinity: floats whose exponent has all bits set.
 
-    A pass over the bits: several times as fast as `isfinite` of types that NumPy does not have.
+    Testing the bits is several times as fast as `isfinite` for types that NumPy does not have.
     """
     if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.size == 0:
         return
@@ -199,7 +199,7 @@ def _check_finite(path: Path, name: str, tensor: np.ndarray) -> None:
 
 
 def check_float(path: Path, name: str, tensor: np.ndarray) -> None:
-    """Raises WeightsError for a tensor of integers."""
+    """Raises WeightsError unless a tensor holds floats."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise WeightsError(f"{path}: {name} has dtype {tensor.dtype}, not a float's")
 

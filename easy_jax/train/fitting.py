@@ -111,7 +111,7 @@ def fit(
       source: the training data.
       directory: of this stage's checkpoints.
       stage: epochs, batches, reduction and optimiser.
-      loss_fn: `(model, batch) -> (nll_sum_B, count_B)`.
+      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`.
       weight_N: by example id; default: 1. NaN leaves an example out.
       token_weight: by example id, of the target tokens of a packed source; default: 1.
       weighting: gives further weights (`easy_jax.weightings`), once from `table`, or in every step
