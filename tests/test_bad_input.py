@@ -237,7 +237,7 @@ def test_batch_that_does_not_divide_into_micro_batches():
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 3, 1), (4, 1, 1), (4, 4, 1), (16, 1, 1)])
 def test_mesh_that_does_not_fit(sizes):
     assert jax.device_count() == 8
-    with pytest.raises(ConfigError, match="do not multiply to the 8 devices"):
+    with pytest.raises(ConfigError, match="do not multiply to the 8 available devices"):
         sharding.make_mesh(MeshConfig(*sizes))
 
 

@@ -263,5 +263,5 @@ def test_one_process_of_several_reports_a_row(monkeypatch):
 
 
 def test_mesh_config_that_does_not_fit():
-    with pytest.raises(ConfigError, match="do not multiply to the 8 devices"):
+    with pytest.raises(ConfigError, match="do not multiply to the 8 available devices"):
         sharding.make_mesh(MeshConfig(data=3))
