@@ -11,6 +11,7 @@ from test_lm_head import _assert_close, _case, _numpy
 from test_vocabulary_parallel import _on
 
 from easy_jax.config import MeshConfig
+from easy_jax.core.losses import logit_stats
 from easy_jax.kernels import token_stats
 from easy_jax.kernels.linear_cross_entropy import (
     NO_TARGET,
@@ -152,7 +153,9 @@ def test_whole_logits():
     targets = np.abs(targets)
     logits = np.einsum("nd,vd->nv", hidden, head)
     _assert_stats(
-        token_stats.from_logits(logits, targets), reference(hidden, head, targets), targets
+        logit_stats(jnp.asarray(logits), jnp.asarray(targets)),
+        reference(hidden, head, targets),
+        targets,
     )
 
 

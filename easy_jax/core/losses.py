@@ -220,10 +220,24 @@ def classification_stats(
       model, batch: as in `classification_loss`; the batch may have `weight` and `frozen_nll`.
       more: whether anything but `nll` is wanted.
     """
-    logits_BK, label_B = image_logits(model, batch), batch["label"]
     seen_B = batch["mask"] & (batch["weight"] != 0) if "weight" in batch else batch["mask"]
-    if more:
-        stats = token_stats.from_logits(logits_BK, label_B)
-    else:
-        stats = TokenStats(softmax_cross_entropy(logits_BK, label_B)[0])
+    stats = logit_stats(image_logits(model, batch), batch["label"], more)
     return dataclasses.replace(stats, mask=seen_B, frozen_nll=batch.get("frozen_nll"))
+
+
+def logit_stats(
+    logits_BK: Float[Array, "B K"], label_B: Int[Array, " B"], more: bool = True
+) -> TokenStats:
+    """Statistics of whole logits: the loss, and with `more` those of the distribution.
+
+    Args:
+      logits_BK, label_B: as in `softmax_cross_entropy`.
+
+    Example:
+      >>> stats = logit_stats(jnp.zeros((1, 4)), jnp.array([2]))
+      >>> [round(float(x[0]), 4) for x in (stats.nll, stats.entropy, stats.collision)]
+      [1.3863, 1.3863, 0.25]
+    """
+    nll_B, _ = softmax_cross_entropy(logits_BK, label_B)
+    fields = token_stats.of_logits(logits_BK, label_B) if more else {}
+    return TokenStats(nll_B, **fields, mask=jnp.ones(label_B.shape, bool))

@@ -168,21 +168,8 @@ def weighted_linear_cross_entropy(
       >>> round(float(total), 4)  # log(4) / 2
       0.6931
     """
-    chex.assert_equal_shape([targets_N, weight_N])
-    weight_N = jax.lax.stop_gradient(weight_N)
-    # Not 0 times its loss, which may be infinite: a token of weight 0 is no target.
-    targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
-    mesh = sharding.current_mesh()
-    if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
-        # Logits and their gradients are in memory at once.
-        half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
-        return vocabulary_parallel.weighted_sum(
-            hidden_ND, head_VD, targets_N, weight_N, soft_cap, half
-        )
-    nll_N = linear_cross_entropy(
-        hidden_ND, head_VD, targets_N, soft_cap=soft_cap, token_chunk=token_chunk
-    )
-    return jnp.sum(jnp.where(weight_N != 0, weight_N * nll_N, 0.0))
+    arguments = (hidden_ND, head_VD, targets_N, weight_N)
+    return _weighted_sum(*arguments, None, {}, soft_cap, False, token_chunk)[0]
 
 
 def rule_linear_cross_entropy(
@@ -223,17 +210,39 @@ def rule_linear_cross_entropy(
       >>> round(float(total), 4), round(float(w[0]), 4)  # log(4) / 4
       (0.3466, 0.25)
     """
+    arguments = (hidden_ND, head_VD, targets_N, weight_N)
+    total, rule_N = _weighted_sum(*arguments, rule, given, soft_cap, more, token_chunk)
+    assert rule_N is not None
+    return total, rule_N
+
+
+def _weighted_sum(
+    hidden_ND: jax.Array,
+    head_VD: jax.Array,
+    targets_N: jax.Array,
+    weight_N: jax.Array,
+    rule: Rule | None,
+    given: Mapping[str, jax.Array],
+    soft_cap: float | None,
+    more: bool,
+    token_chunk: int | None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the sum of `weight * rule(stats) * nll` and the rule's weights, if there is one."""
     chex.assert_equal_shape([targets_N, weight_N, *given.values()])
     weight_N, given = jax.lax.stop_gradient((weight_N, dict(given)))
+    # Not 0 times its loss, which may be infinite: a token of weight 0 is no target.
     targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
+        # Logits and their gradients are in memory at once.
         half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
-        return vocabulary_parallel.rule_sum(
+        return vocabulary_parallel.weighted_sum(
             hidden_ND, head_VD, targets_N, weight_N, given, soft_cap, half, rule, more
         )
     nll_N, fields = _losses(hidden_ND, head_VD, targets_N, soft_cap, None, token_chunk, more)
-    stats = TokenStats(nll_N, **fields, **given, mask=targets_N != NO_TARGET)
-    rule_N = jax.lax.stop_gradient(token_stats.weights(rule, jax.lax.stop_gradient(stats)))
-    factor_N = weight_N * rule_N
+    rule_N, factor_N = None, weight_N
+    if rule is not None:
+        stats = TokenStats(nll_N, **fields, **given, mask=targets_N != NO_TARGET)
+        rule_N = jax.lax.stop_gradient(token_stats.weights(rule, jax.lax.stop_gradient(stats)))
+        factor_N = weight_N * rule_N
     return jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0)), rule_N

@@ -60,51 +60,47 @@ class TokenStats:
 OF_DISTRIBUTION = ("entropy", "collision", "max_prob", "lse", "is_argmax")
 
 
-def from_logits(logits_BK: Float[Array, "B K"], target_B: Int[Array, " B"]) -> TokenStats:
-    """Returns all statistics of whole logits, as image classifiers have them.
-
-    Args:
-      logits_BK: unnormalised log-probabilities; computed in float32.
-      target_B: the class, in [0, K); any other value gives a NaN `nll`.
+def of_logits(
+    logits_BK: Float[Array, "B K"], target_B: Int[Array, " B"]
+) -> dict[str, Float[Array, " B"] | Bool[Array, " B"]]:
+    """Returns the fields of `OF_DISTRIBUTION` for whole logits, as image classifiers have them.
 
     Example:
-      >>> stats = from_logits(jnp.zeros((1, 4)), jnp.array([2]))
-      >>> [round(float(x[0]), 4) for x in (stats.nll, stats.entropy, stats.collision)]
-      [1.3863, 1.3863, 0.25]
+      >>> fields = of_logits(jnp.zeros((1, 4)), jnp.array([2]))
+      >>> [round(float(fields[name][0]), 4) for name in ("entropy", "collision")]
+      [1.3863, 0.25]
     """
-    logits_BK = logits_BK.astype(jnp.float32)
+    logits_BK = jax.lax.stop_gradient(logits_BK.astype(jnp.float32))
     is_target_BK = jnp.arange(logits_BK.shape[1])[None, :] == target_B[:, None]
     chosen_B = jnp.sum(jnp.where(is_target_BK, logits_BK, 0.0), axis=1)
-    chosen_B = jnp.where(jnp.any(is_target_BK, axis=1), chosen_B, jnp.nan)
-    max_B = jnp.max(jax.lax.stop_gradient(logits_BK), axis=1)
-    parts = sums(logits_BK, max_B, jnp.ones_like(is_target_BK))
-    nll_B = (max_B - chosen_B) + jnp.log(parts[0])
-    nll_B = jnp.where(nll_B < 0, 0.0, nll_B)
-    frozen = jax.lax.stop_gradient((max_B, chosen_B, *parts))
-    return TokenStats(nll_B, **derived(*frozen), mask=jnp.ones(target_B.shape, bool))
+    max_B = jnp.max(logits_BK, axis=1)
+    below_BK = logits_BK - max_B[:, None]
+    share_BK = jnp.exp(below_BK)
+    return derived(max_B, chosen_B, jnp.sum(share_BK, axis=1), *more_sums(share_BK, below_BK))
 
 
 def update(
     carry: Sequence[jax.Array],
     max_N: jax.Array,
     new_max_N: jax.Array,
-    sum_N: jax.Array,
     logits_NU: jax.Array,
     valid_NU: Bool[Array, "*N U"],
 ) -> tuple[jax.Array, ...]:
-    """Adds a block's logits to S2 and E.
+    """Adds a block's logits to S1, S2 and E.
 
     Args:
-      carry: S2 and E so far, relative to `max_N`.
+      carry: the sums so far, relative to `max_N`.
       max_N, new_max_N: the largest logit before and after this block; -inf before the first.
-      sum_N: S1 before this block.
       logits_NU, valid_NU: the block, and which of its logits belong to the vocabulary.
     """
-    square_N, energy_N = carry
+    sum_N, square_N, energy_N = carry
     shift_N = jnp.where(jnp.isneginf(max_N), 0.0, max_N - new_max_N)  # before the first: sums are 0
     scale_N = jnp.exp(shift_N)
-    _, more_square_N, more_energy_N = sums(logits_NU, new_max_N, valid_NU)
+    below_NU = jnp.where(valid_NU, logits_NU - new_max_N[..., None], 0.0)  # -inf * 0 would be NaN
+    share_NU = jnp.where(valid_NU, jnp.exp(below_NU), 0.0)
+    more_square_N, more_energy_N = more_sums(share_NU, below_NU)
     return (
+        scale_N * sum_N + jnp.sum(share_NU, axis=-1),
         scale_N * scale_N * square_N + more_square_N,
         scale_N * (energy_N + shift_N * sum_N) + more_energy_N,
     )
@@ -129,12 +125,9 @@ def derived(
     }
 
 
-def sums(logits_NU: jax.Array, max_N: jax.Array, valid_NU: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns a block's share of S1, S2 and E."""
-    below_NU = jnp.where(valid_NU, logits_NU - max_N[..., None], 0.0)  # -inf * 0 would be NaN
-    share_NU = jnp.where(valid_NU, jnp.exp(below_NU), 0.0)
-    parts = (share_NU, share_NU * share_NU, below_NU * share_NU)
-    return tuple(jnp.sum(part, axis=-1) for part in parts)
+def more_sums(share_NU: jax.Array, below_NU: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns a block's S2 and E, for its e^(z - m) and its z - m; both 0 for what is no logit."""
+    return jnp.sum(share_NU * share_NU, axis=-1), jnp.sum(below_NU * share_NU, axis=-1)
 
 
 def weights(rule: Callable[[TokenStats], jax.Array], stats: TokenStats) -> jax.Array:
@@ -149,6 +142,7 @@ def weights(rule: Callable[[TokenStats], jax.Array], stats: TokenStats) -> jax.A
             f"the weighting {getattr(rule, '__qualname__', rule)} returned an array of shape "
             f"{weight_N.shape}; it must return one weight for every token, here {stats.nll.shape}"
         )
+    weight_N = jnp.broadcast_to(weight_N, stats.nll.shape)
     return weight_N if stats.mask is None else jnp.where(stats.mask, weight_N, 0.0)
 
 

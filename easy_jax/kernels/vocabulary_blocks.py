@@ -88,22 +88,20 @@ def _forward(
         ids_U = jnp.arange(block) * num_blocks + k
 
         def one_chunk(c: jax.Array, carry: Any) -> Any:
-            max_BC, sum_BC, chosen_BC, *sums_BC = (_slice(x, c, chunk) for x in carry)
+            max_BC, chosen_BC, *before_BC = (_slice(x, c, chunk) for x in carry)
             hidden_BCD = _slice(hidden_BTD, c, chunk)
             logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
             is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
             new_max_BC = jnp.maximum(max_BC, jnp.max(logits_BCU, axis=2))
-            new = [
-                new_max_BC,
-                sum_BC * jnp.exp(max_BC - new_max_BC)
-                + jnp.sum(jnp.exp(logits_BCU - new_max_BC[:, :, None]), axis=2),
-                chosen_BC + jnp.sum(jnp.where(is_target_BCU, logits_BCU, 0.0), axis=2),
-            ]
             if more:
                 valid_BCU = jnp.broadcast_to(ids_U < vocab, logits_BCU.shape)
-                new += token_stats.update(
-                    sums_BC, max_BC, new_max_BC, sum_BC, logits_BCU, valid_BCU
-                )
+                sums_BC = token_stats.update(before_BC, max_BC, new_max_BC, logits_BCU, valid_BCU)
+            else:
+                scaled_BC = before_BC[0] * jnp.exp(max_BC - new_max_BC)
+                more_BC = jnp.sum(jnp.exp(logits_BCU - new_max_BC[:, :, None]), axis=2)
+                sums_BC = (scaled_BC + more_BC,)
+            chosen_BC += jnp.sum(jnp.where(is_target_BCU, logits_BCU, 0.0), axis=2)
+            new = (new_max_BC, chosen_BC, *sums_BC)
             return tuple(_update(x, y, c, chunk) for x, y in zip(carry, new, strict=True))
 
         return jax.lax.fori_loop(0, num_chunks, one_chunk, carry), None
@@ -111,7 +109,7 @@ def _forward(
     zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
     start = (zero_BT - jnp.inf, zero_BT, zero_BT, *[zero_BT] * (2 * more))
     found, _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
-    max_BT, sum_BT, chosen_BT, *sums_BT = found
+    max_BT, chosen_BT, sum_BT, *sums_BT = found
     has_target_BT = target_BT != NO_TARGET
     fields = {}
     if more:

@@ -83,17 +83,30 @@ def _losses_backward(
 losses.defvjp(_losses_forward, _losses_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def weighted_sum(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
     weight_BT: jax.Array,
+    given: dict[str, jax.Array],
     cap: float | None,
     chunk: int,
-) -> jax.Array:
-    """The sum of `weight * losses(...)`, as `weighted_linear_cross_entropy`."""
-    return _total(losses(hidden_BTD, head_VD, target_BT, cap, chunk)[0], weight_BT)
+    rule: Rule | None = None,
+    more: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The sum of `weight * rule(stats) * losses(...)` and the rule's weights [B, T].
+
+    Args:
+      given: further fields of the rule's `TokenStats`, as in `rule_linear_cross_entropy`.
+      rule: None for 1.
+      more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
+    """
+    nll_BT, fields = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
+    if rule is None:
+        return _total(nll_BT, weight_BT), None
+    rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
+    return _total(nll_BT, weight_BT * rule_BT), rule_BT
 
 
 def _sum_forward(
@@ -101,71 +114,29 @@ def _sum_forward(
     head_VD: jax.Array,
     target_BT: jax.Array,
     weight_BT: jax.Array,
-    cap: float | None,
-    chunk: int,
-) -> tuple[jax.Array, Any]:
-    given = {"weight": weight_BT}
-    found, gradients = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk)
-    return _total(found["nll"], weight_BT), gradients
-
-
-def _sum_backward(
-    cap: float | None, chunk: int, gradients: Any, cotangent: jax.Array
-) -> tuple[jax.Array, jax.Array, None, None]:
-    del cap, chunk
-    hidden_bar_BTD, head_bar_VD = (cotangent.astype(g.dtype) * g for g in gradients)
-    return hidden_bar_BTD, head_bar_VD, None, None
-
-
-weighted_sum.defvjp(_sum_forward, _sum_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def rule_sum(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    target_BT: jax.Array,
-    weight_BT: jax.Array,
     given: dict[str, jax.Array],
     cap: float | None,
     chunk: int,
-    rule: Rule,
+    rule: Rule | None,
     more: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of `weight * rule(stats) * losses(...)` and the rule's weights [B, T].
-
-    As `rule_linear_cross_entropy`: `given` has further fields of the rule's `TokenStats`.
-    """
-    nll_BT, fields = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
-    rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
-    return _total(nll_BT, weight_BT * rule_BT), rule_BT
-
-
-def _rule_forward(
-    hidden_BTD: jax.Array,
-    head_VD: jax.Array,
-    target_BT: jax.Array,
-    weight_BT: jax.Array,
-    given: dict[str, jax.Array],
-    cap: float | None,
-    chunk: int,
-    rule: Rule,
-    more: bool,
-) -> tuple[tuple[jax.Array, jax.Array], Any]:
+) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
     given = {**given, "weight": weight_BT}
     options: Any = {"more": more, "rule": rule}
     found, gradients = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk, **options)
-    return (_total(found["nll"], weight_BT * found["rule"]), found["rule"]), gradients
+    rule_BT = found.get("rule")
+    factor_BT = weight_BT if rule_BT is None else weight_BT * rule_BT
+    return (_total(found["nll"], factor_BT), rule_BT), gradients
 
 
-def _rule_backward(
-    cap: float | None, chunk: int, rule: Rule, more: bool, gradients: Any, cotangents: Any
+def _sum_backward(
+    cap: float | None, chunk: int, rule: Rule | None, more: bool, gradients: Any, cotangents: Any
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
-    del rule, more
-    return *_sum_backward(cap, chunk, gradients, cotangents[0]), None
+    del cap, chunk, rule, more
+    hidden_bar_BTD, head_bar_VD = (cotangents[0].astype(g.dtype) * g for g in gradients)
+    return hidden_bar_BTD, head_bar_VD, None, None, None
 
 
-rule_sum.defvjp(_rule_forward, _rule_backward)
+weighted_sum.defvjp(_sum_forward, _sum_backward)
 
 
 def _total(nll_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
@@ -310,8 +281,10 @@ def _losses(
         max_N = jax.lax.pmax(max_N, _VOCAB)
     share_NU = jnp.where(valid_1U, jnp.exp(logits_NU - max_N[:, None]), 0.0)
     chosen_N = jnp.sum(jnp.where(is_target_NU, logits_NU, 0.0), axis=1)
-    more_N = token_stats.sums(logits_NU, max_N, valid_1U)[1:] if more else ()
-    parts = (jnp.sum(share_NU, axis=1), chosen_N, *more_N)
+    parts = [jnp.sum(share_NU, axis=1), chosen_N]
+    if more:
+        below_NU = jnp.where(valid_1U, logits_NU - max_N[:, None], 0.0)
+        parts += token_stats.more_sums(share_NU, below_NU)
     sum_N, chosen_N, *more_N = jax.lax.psum(parts, _VOCAB)
     in_range_N = (target_N >= 0) & (target_N < vocab)
     # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
