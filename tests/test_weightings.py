@@ -278,11 +278,52 @@ def test_products_multiply():
         (lambda: weightings.get("eaft")(ej.TokenStats(jnp.ones(2))), "needs.* entropy.*None"),
         (lambda: weightings.get("stm")(ej.TokenStats(jnp.ones(2))), "needs.* frozen_nll.*None"),
         (lambda: weightings.register(abs, needs=("tokens",)), "needs is 'tokens'"),
+        (lambda: weightings.register(dict), "dict must be a subclass of Weighting"),
+        (lambda: weightings.get("flow_online", floor=0.1), "option floor is 0.1; .*flow_online"),
+        (lambda: weightings.get("mean_one", of="flow_online"), "no control of FlowOnline"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+class _Table:
+    """A loss table in memory; the second of its examples was dropped while scoring."""
+
+    def loss_N(self):
+        return np.float32([1.0, np.nan, 3.0, 2.0])
+
+    def token_losses(self):
+        return ej.Ragged(np.float32([1.0, 3.0, 2.0]), np.array([0, 1, 1, 2, 3]))
+
+    def flow_weights(self, tau=None):
+        return np.exp(-self.loss_N() / (tau or 2.0))
+
+    def flow_token_weights(self, tau=None):
+        losses = self.token_losses()
+        return dataclasses.replace(losses, values=np.exp(-losses.values / (tau or 2.0)))
+
+
+@pytest.mark.parametrize("name", ["uniform", "shuffled", "mean_one", "easiest", "hardest"])
+def test_dropped_examples_stay_left_out(name):
+    weight_N, token_weight = weightings.get(name).of_table(_Table(), seed=1)
+    np.testing.assert_array_equal(np.isnan(weight_N), [False, True, False, False])
+    assert token_weight is None
+    if name not in ("easiest", "hardest"):
+        flow = np.delete(_Table().flow_weights(), 1)
+        expected = {"uniform": flow.mean(), "shuffled": flow, "mean_one": flow / flow.mean()}[name]
+        actual = np.sort(np.delete(weight_N, 1))
+        np.testing.assert_allclose(actual, np.sort(np.broadcast_to(expected, 3)), rtol=1e-6)
+
+
+def test_a_rule_of_frozen_losses_that_is_not_finite_names_the_examples():
+    @weightings.register(level="example")
+    def mine_root(stats):
+        return jnp.sqrt(2.5 - stats.frozen_nll)
+
+    with pytest.raises(ConfigError, match=r"mine_root.*not finite, example ids \[2\]"):
+        weightings.get("mine_root").of_table(_Table())
 
 
 def test_an_own_function_is_a_weighting():
@@ -300,6 +341,18 @@ def test_an_own_function_is_a_weighting():
         weightings.get("mine_of_both", exponent=1.0)
     with pytest.raises(ValueError, match="already a weighting 'dft'"):
         weightings.register(lambda stats: stats.nll, name="dft")
+
+
+def test_an_own_function_may_call_other_weightings():
+    @weightings.register
+    def mine_both(stats):
+        return weightings.Eaft()(stats) * weightings.FlowToken(2.0)(stats)
+
+    weighting = weightings.get("mine_both")
+    assert weighting.needs == {"current", "entropy", "frozen"}
+    stats = _float32(_random(8))
+    expected = weightings.Eaft()(stats) * weightings.FlowToken(2.0)(stats)
+    np.testing.assert_array_equal(weighting(stats), expected)
 
 
 def test_an_own_class_is_a_weighting():

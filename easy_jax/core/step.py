@@ -93,6 +93,8 @@ def make_train_step(
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"unknown reduction {reduction!r}")
+    if weighting is not None and weighting.level == "none":
+        weighting = None
     if weighting is not None:
         model_weights.check(weighting, loss_fn)
     first = weighting if weighting is not None and weighting.needs_pass() else None

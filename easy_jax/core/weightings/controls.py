@@ -10,6 +10,7 @@ import numpy as np
 
 from easy_jax.core.weightings import reductions
 from easy_jax.core.weightings.rule import WEIGHTINGS, Level, Scored, Weighting, Weights, get
+from easy_jax.io.checks import ConfigError
 from easy_jax.kernels.token_stats import TokenStats
 
 Kind = Literal["uniform", "shuffled", "mean_one"]
@@ -27,7 +28,7 @@ class Control(Weighting):
     Attributes:
       kind: which control.
       of: the weighting.
-      seed: of the permutations.
+      seed: of the permutations; for a data set it is added to that of the experiment.
 
     Example:
       >>> stats = TokenStats(-jnp.log(jnp.array([0.25, 0.75])))
@@ -40,6 +41,11 @@ class Control(Weighting):
     kind: Kind
     of: Weighting
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "frozen_model" in self.of.needs:
+            raise ConfigError(f"there is no control of {self.of}, whose weights no table has")
 
     @property
     def level(self) -> Level:  # type: ignore[override]
@@ -72,11 +78,14 @@ class Control(Weighting):
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
         """See `Weighting.of_table`."""
         weight_N, token_weight = self.of.of_table(table, seed)
+        seed += self.seed
         if token_weight is not None:
             values = control_weights(token_weight.values, self.kind, seed)
             return Weights(weight_N, dataclasses.replace(token_weight, values=values))
         assert weight_N is not None
-        return Weights(control_weights(weight_N, self.kind, seed))
+        scored_N = ~np.isnan(weight_N)  # dropped examples stay left out
+        weight_N[scored_N] = control_weights(weight_N[scored_N], self.kind, seed)
+        return Weights(weight_N)
 
 
 def _shuffled(weight: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:

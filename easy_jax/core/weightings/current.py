@@ -28,6 +28,7 @@ def _check_positive(name: str, value: float) -> None:
     require(ok, f"the option {name}", value, "positive and finite")
 
 
+@WEIGHTINGS.register("dft")
 @dataclasses.dataclass(frozen=True)
 class Dft(Weighting):
     """Dynamic fine-tuning: w = p.
@@ -46,6 +47,7 @@ class Dft(Weighting):
         return jnp.exp(-stats.nll)
 
 
+@WEIGHTINGS.register("power")
 @dataclasses.dataclass(frozen=True)
 class Power(Weighting):
     """A power of the probability: w = p^exponent.
@@ -74,6 +76,7 @@ class Power(Weighting):
         return jnp.exp(-self.exponent * stats.nll)
 
 
+@WEIGHTINGS.register("talr")
 @dataclasses.dataclass(frozen=True)
 class Talr(Weighting):
     """Token-adaptive loss reweighting: w = max(p^(1 / tau), floor), with a floor of 0.01.
@@ -115,6 +118,7 @@ class Talr(Weighting):
         return jnp.exp(-stats.nll / tau)
 
 
+@WEIGHTINGS.register("deft")
 @dataclasses.dataclass(frozen=True)
 class Deft(Weighting):
     """Dynamic entropy fine-tuning: w = p^C, C the collision probability of the distribution.
@@ -137,6 +141,7 @@ class Deft(Weighting):
         return jnp.exp(-stats.collision * stats.nll)
 
 
+@WEIGHTINGS.register("eaft")
 @dataclasses.dataclass(frozen=True)
 class Eaft(Weighting):
     """Entropy-adaptive fine-tuning: w = min(1, H / ln 20).
@@ -161,6 +166,7 @@ class Eaft(Weighting):
         return jnp.minimum(stats.entropy / math.log(20.0), 1.0)
 
 
+@WEIGHTINGS.register("profit")
 @dataclasses.dataclass(frozen=True)
 class ProFit(Weighting):
     """Trains on probable tokens only: w = [p >= threshold].
@@ -187,6 +193,7 @@ class ProFit(Weighting):
         return (jnp.exp(-stats.nll) >= self.threshold).astype(jnp.float32)
 
 
+@WEIGHTINGS.register("iw")
 @dataclasses.dataclass(frozen=True)
 class Iw(Weighting):
     """Importance-weighted fine-tuning by sequence: w_i = clip(exp(scale * mean(log p/p0)), 0, limit).
@@ -220,6 +227,7 @@ class Iw(Weighting):
         return jnp.exp(jnp.minimum(ratio, math.log(self.limit)))
 
 
+@WEIGHTINGS.register("iw_token")
 @dataclasses.dataclass(frozen=True)
 class IwToken(Weighting):
     """Importance-weighted fine-tuning by token: w = clip(p / p0, low, high).
@@ -250,6 +258,7 @@ class IwToken(Weighting):
         return jnp.clip(jnp.exp(ratio), self.low, self.high)
 
 
+@WEIGHTINGS.register("excess")
 @dataclasses.dataclass(frozen=True)
 class Excess(Weighting):
     """Rho-1's selective language modelling: w = 1 for the largest excess losses of the batch.
@@ -284,6 +293,7 @@ class Excess(Weighting):
         return (rank < chosen).astype(jnp.float32).reshape(stats.nll.shape)
 
 
+@WEIGHTINGS.register("psft")
 @dataclasses.dataclass(frozen=True)
 class Psft(Weighting):
     """Proximal fine-tuning: w = r [r <= limit], r = p / p_old, p_old the model of some steps ago.
@@ -313,15 +323,3 @@ class Psft(Weighting):
         ratio = stats.old_nll - stats.nll
         below = ratio <= math.log(self.limit)
         return jnp.where(below, jnp.exp(jnp.where(below, ratio, 0.0)), 0.0)
-
-
-WEIGHTINGS.register("dft")(Dft)
-WEIGHTINGS.register("power")(Power)
-WEIGHTINGS.register("talr")(Talr)
-WEIGHTINGS.register("deft")(Deft)
-WEIGHTINGS.register("eaft")(Eaft)
-WEIGHTINGS.register("profit")(ProFit)
-WEIGHTINGS.register("iw")(Iw)
-WEIGHTINGS.register("iw_token")(IwToken)
-WEIGHTINGS.register("excess")(Excess)
-WEIGHTINGS.register("psft")(Psft)

@@ -31,6 +31,7 @@ def check_share(share: float) -> None:
     require(0.0 < share <= 1.0, "the option share", share, "above 0 and at most 1")
 
 
+@WEIGHTINGS.register("flow")
 @dataclasses.dataclass(frozen=True)
 class Flow(Weighting):
     """FLOW by example: w_i = exp(-f_i / tau).
@@ -75,6 +76,7 @@ class Flow(Weighting):
         return Weights(np.maximum(table.flow_weights(self.temperature), np.float32(self.floor)))
 
 
+@WEIGHTINGS.register("flow_token")
 @dataclasses.dataclass(frozen=True)
 class FlowToken(Flow):
     """FLOW by token: w_t = exp(-f_t / tau).
@@ -107,6 +109,7 @@ class FlowToken(Flow):
         return Weights(all_but_dropped(table), weights)
 
 
+@WEIGHTINGS.register("flow_online")
 @dataclasses.dataclass(frozen=True)
 class FlowOnline(Flow):
     """FLOW on each training batch: w_i = exp(-f(x_i) / tau), x_i the transformed image.
@@ -124,11 +127,16 @@ class FlowOnline(Flow):
 
     needs = frozenset({"frozen", "frozen_model"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.floor == 0.0, "the option floor", self.floor, "0 for flow_online")
+
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
         """Returns 1 for every example: the frozen model's weights come on top, in each step."""
         return Weights(all_but_dropped(table))
 
 
+@WEIGHTINGS.register("stm")
 @dataclasses.dataclass(frozen=True)
 class Stm(Weighting):
     """Selective token masking: w_t = [p0_t >= threshold], p0 the frozen model's probability.
@@ -162,6 +170,7 @@ def require_probability(threshold: float) -> None:
     require(0.0 <= threshold <= 1.0, "the option threshold", threshold, "a probability")
 
 
+@WEIGHTINGS.register("easiest")
 @dataclasses.dataclass(frozen=True)
 class Easiest(Weighting):
     """Trains on the share of examples that the frozen model finds easiest: w_i = [f_i <= q].
@@ -221,6 +230,7 @@ class Easiest(Weighting):
         return loss <= limit
 
 
+@WEIGHTINGS.register("hardest")
 @dataclasses.dataclass(frozen=True)
 class Hardest(Easiest):
     """Trains on the share of examples that the frozen model finds hardest: w_i = [f_i >= q].
@@ -242,11 +252,3 @@ class Hardest(Easiest):
     @staticmethod
     def _chosen(loss: jax.Array, limit: jax.Array) -> jax.Array:
         return loss >= limit
-
-
-WEIGHTINGS.register("flow")(Flow)
-WEIGHTINGS.register("flow_token")(FlowToken)
-WEIGHTINGS.register("flow_online")(FlowOnline)
-WEIGHTINGS.register("stm")(Stm)
-WEIGHTINGS.register("easiest")(Easiest)
-WEIGHTINGS.register("hardest")(Hardest)

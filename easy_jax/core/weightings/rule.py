@@ -130,6 +130,10 @@ class Weighting:
         if self.level == "example":
             loss_N = table.loss_N()
             weight_N = np.asarray(fitted(_frozen(np.nan_to_num(loss_N))))
+            bad = np.flatnonzero(~np.isfinite(weight_N))  # NaN would leave an example out
+            if bad.size:
+                ids = f"{bad[:10].tolist()}{' ...' if bad.size > 10 else ''}"
+                raise ConfigError(f"{self} gives weights that are not finite, example ids {ids}")
             return Weights(np.where(np.isnan(loss_N), np.nan, weight_N).astype(np.float32))
         losses = table.token_losses()
         values = np.asarray(fitted(_frozen(losses.values)))
@@ -196,6 +200,11 @@ class Product(Weighting):
         return dataclasses.replace(self, first=self.first.fit(table), second=self.second.fit(table))
 
 
+WEIGHTINGS: Registry[Callable[..., Weighting]] = Registry("weighting")
+Entry = TypeVar("Entry", bound=Callable[..., Any])
+
+
+@WEIGHTINGS.register("none")
 @dataclasses.dataclass(frozen=True)
 class Unweighted(Weighting):
     """Plain fine-tuning: w = 1 for every example."""
@@ -210,11 +219,6 @@ class Unweighted(Weighting):
     def of_table(self, table: Scored | None = None, seed: int = 0) -> Weights:
         """Returns no weights: all are 1."""
         return Weights()
-
-
-WEIGHTINGS: Registry[Callable[..., Weighting]] = Registry("weighting")
-WEIGHTINGS.register("none")(Unweighted)
-Entry = TypeVar("Entry", bound=Callable[..., Any])
 
 
 def names() -> tuple[str, ...]:
@@ -267,7 +271,7 @@ def register(
     entry: Entry | None = None,
     *,
     name: str | None = None,
-    level: Level = "token",
+    level: Level | None = None,
     needs: tuple[str, ...] | None = None,
 ) -> Any:
     """Registers an own weighting: a function of `TokenStats`, or a subclass of `Weighting`.
@@ -278,7 +282,7 @@ def register(
     Args:
       entry: what is registered.
       name: default: the function's name, or the class's in snake_case.
-      level: of a function, `token` or `example`.
+      level: of a function, `token` (the default) or `example`.
       needs: of a function; default: found by calling it once with recorded statistics. A function
         that reduces over the batch must say so: `needs=("current", "batch")`.
 
@@ -287,7 +291,8 @@ def register(
 
     Raises:
       ValueError: a name that easy_jax itself uses; an own one is replaced.
-      ConfigError: an unknown entry of `needs`.
+      ConfigError: an unknown entry of `needs`; a class that is no `Weighting`, or whose level and
+        needs are given here and not as its attributes.
 
     Example:
       >>> @register
@@ -304,9 +309,16 @@ def register(
         require(need in NEEDS, "needs", need, f"one of {', '.join(NEEDS)}")
     function: Any = entry
     made: Callable[..., Weighting] = entry
-    if not inspect.isclass(entry):
+    if inspect.isclass(entry):
+        if not issubclass(entry, Weighting) or level is not None or needs is not None:
+            raise ConfigError(
+                f"{entry.__name__} must be a subclass of Weighting, with level and needs as its "
+                "attributes; or register a function"
+            )
+    else:
         name = name or function.__name__
-        made = _constructor(function, name, level, None if needs is None else frozenset(needs))
+        read = None if needs is None else frozenset(needs)
+        made = _constructor(function, name, level or "token", read)
     name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", function.__name__).lower()
     WEIGHTINGS.register(name, replaceable=True)(made)
     return entry
@@ -354,18 +366,26 @@ def _constructor(
     return make
 
 
-class _Recorder:
-    """Stands for `TokenStats`, and notes which fields are read."""
+class _Recorder(TokenStats):
+    """Statistics that note which of their fields are read."""
 
     def __init__(self) -> None:
-        self.read: set[str] = set()
+        object.__setattr__(self, "read", set())
 
-    def __getattr__(self, name: str) -> jax.Array:
-        if name not in {field.name for field in dataclasses.fields(TokenStats)}:
-            raise AttributeError(f"TokenStats has no field {name!r}")
+    def __getattribute__(self, name: str) -> Any:
+        if name not in _FIELDS:
+            return object.__getattribute__(self, name)
         self.read.add(name)
         dtype = {"mask": bool, "is_argmax": bool, "segment_ids": int}.get(name, jnp.float32)
         return jnp.ones((1, 1), dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"TokenStats has no field {name!r}")
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(TokenStats))
+# A leaf could not pass through the weightings that an own rule may call.
+jax.tree_util.register_pytree_node(_Recorder, lambda each: ((), each), lambda each, _: each)
 
 
 def _read_by(function: Callable[..., Any], options: Mapping[str, Any]) -> frozenset[str]:
