@@ -15,6 +15,7 @@ from easy_jax.data import ArraySource
 from easy_jax.train.checkpoint import CheckpointError
 from easy_jax.train.identity import of_stage
 from easy_jax.train.loss_table import LossTableError
+from easy_jax.train.weights import StageWeights
 
 X = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
 Y = X @ np.ones((3, 1), np.float32)
@@ -212,8 +213,7 @@ def test_the_identity_of_a_stage_is_that_of_version_0_1():
         ArraySource(fields),
         stage=StageConfig(optimizer=OptimizerConfig(anchor="l2_sp", anchor_strength=0.1)),
         loss_fn=ej.classification_loss,
-        weight_N=np.array([0.5, 1.0, np.nan, 0.0]),
-        token_weight=None,
+        weights=StageWeights(np.array([0.5, 1.0, np.nan, 0.0])),
         online=None,
         trainable=nnx.Param,
         anchored=None,

@@ -17,7 +17,7 @@ from easy_jax.core import weightings
 from easy_jax.core.causal_lm import causal_lm_loss
 from easy_jax.core.losses import ContractError, squared_error
 from easy_jax.core.step import init_train_state, make_train_step
-from easy_jax.data import ArraySource, Ragged, training_loader
+from easy_jax.data import ArraySource, DataError, Ragged, training_loader
 from easy_jax.io.checks import ConfigError
 from easy_jax.parallel import sharding
 from easy_jax.parallel.processes import Stopped
@@ -25,6 +25,7 @@ from easy_jax.train.checkpoint import CheckpointError
 from easy_jax.train.config import StageConfig
 from easy_jax.train.fitting import fit
 from easy_jax.train.hooks import TrainingError
+from easy_jax.train.loss_table import LossTableError
 from easy_jax.train.weights import identity_of
 
 pytestmark = pytest.mark.slow
@@ -319,6 +320,49 @@ def test_bad_weights_stop_training_with_the_step_and_its_examples(tmp_path):
                 weighting=weightings.get("mine_bad"),
                 progress=False,
             )
+
+
+def test_none_is_plain_training():
+    batch = _batch()
+    found, plain = (_stepped(batch, weighting) for weighting in (weightings.get("none"), None))
+    chex.assert_trees_all_equal(found, plain)
+
+
+def test_what_does_not_belong_to_the_training_data_is_refused(tmp_path):
+    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def run(**options):
+        return fit(model, source, tmp_path / "fit", stage=STAGE, loss_fn=_squares, **options)
+
+    table = ej.score(model, source, tmp_path / "table", loss_fn=_squares, batch_size=8)
+    fields = dict(source.fields, y=-source.fields["y"])
+    other = ej.score(model, ArraySource(fields), tmp_path / "other", loss_fn=_squares, batch_size=8)
+    fewer = ej.score(model, _source(8), tmp_path / "fewer", loss_fn=_squares, batch_size=8)
+    with pytest.raises(LossTableError, match="other is of something else: data is"):
+        run(weighting=weightings.Flow(), table=other)
+    with pytest.raises(ConfigError, match="is of 8 examples, and the training data have 32"):
+        run(weighting=weightings.Dft(), table=fewer)
+    with pytest.raises(ConfigError, match=r"FlowOnline.*give online="):
+        run(weighting=weightings.FlowOnline(), table=table)
+    with pytest.raises(DataError, match=r"weight_N has shape \(3,\), and the loss table \(32,\)"):
+        run(weighting=weightings.Flow(), table=table, weight_N=np.ones(3))
+
+
+def test_token_weights_of_other_lengths_than_the_table_s_are_refused(tmp_path):
+    table = packed.score_rows(packed.source(), tmp_path)
+    offsets = np.cumsum([0, *packed.examples().num_targets])
+    moved = np.array([0, *(offsets[1:-1] + 1), offsets[-1]])
+    with pytest.raises(DataError, match="another number of tokens than the loss table"):
+        fit(
+            packed.model(),
+            packed.source(),
+            tmp_path / "fit",
+            stage=STAGE,
+            loss_fn=causal_lm_loss,
+            token_weight=Ragged(np.ones(offsets[-1], np.float32), moved),
+            weighting=weightings.FlowToken(),
+            table=table,
+        )
 
 
 def test_a_weighting_of_frozen_losses_needs_a_table(tmp_path):

@@ -30,7 +30,6 @@ from easy_jax.io.throughput import Throughput
 from easy_jax.models.modes import eval_mode
 from easy_jax.parallel import lock, processes, sharding
 from easy_jax.train import checkpoint, checks, forward, identity
-from easy_jax.train import weights as stage_weights
 from easy_jax.train.checkpoint import Checkpointer
 from easy_jax.train.config import StageConfig
 from easy_jax.train.hooks import (
@@ -44,7 +43,7 @@ from easy_jax.train.hooks import (
 )
 from easy_jax.train.identity import ANCHORED
 from easy_jax.train.loss_table import LossTable
-from easy_jax.train.weights import StageWeights
+from easy_jax.train.weights import StageWeights, resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +115,8 @@ def fit(
       token_weight: by example id, of the target tokens of a packed source; default: 1.
       weighting: gives further weights (`easy_jax.weightings`), once from `table`, or in every step
         from the current model.
-      table: the frozen model's losses, where the weighting reads them.
+      table: of this source, where the weighting reads the frozen model's losses; examples that
+        scoring dropped are left out.
       online: weighs every batch anew, on top of these.
       trainable: NNX filter of the parameters to train.
       anchored: NNX filter of those that the anchor pulls back.
@@ -170,11 +170,15 @@ def fit(
     """
     checks.check_call("fit", model, source)
     mesh = sharding.make_mesh() if mesh is None else mesh
-    weights = stage_weights.resolve(weighting, table, source, weight_N, token_weight, seed)
+    given = StageWeights(weight_N, token_weight)
+    is_online = online is not None
+    weights = resolve(weighting, table, source, given, online=is_online, seed=seed)
     loader = _loader(source, stage, weights, seed, mesh, name)
     checks.check_match(model, source, loss_fn, weights.used_N())
     optional = {"trainable": trainable, "anchored": anchored, "sfa_beta": sfa_beta, "seed": seed}
-    run = _identity(model, source, stage, loss_fn, weights, online, **optional)
+    run = identity.of_stage(model, source, stage, loss_fn, weights, online, **optional)
+    if table is not None:
+        table.check(data=run["the training data"])
     if overwrite:
         processes.broadcast(f"the start of {name}", lambda: checkpoint.clear(directory))
     rule = weights.weighting
@@ -253,28 +257,6 @@ def _loader(
         frozen_nll=weights.frozen_nll,
         rows=sharding.process_rows(stage.batch_size, mesh),
     )
-
-
-def _identity(
-    model: nnx.Module,
-    source: data.AnySource,
-    stage: StageConfig,
-    loss_fn: LossFn,
-    weights: StageWeights,
-    online: OnlineWeights | None,
-    **arguments: Any,
-) -> dict[str, Any]:
-    run = identity.of_stage(
-        model,
-        source,
-        stage=stage,
-        loss_fn=loss_fn,
-        weight_N=weights.weight_N,
-        token_weight=weights.token_weight,
-        online=None if online is None else online.fingerprint(),
-        **arguments,
-    )
-    return run | weights.identity()
 
 
 def _start(

@@ -10,9 +10,11 @@ from flax import nnx
 from easy_jax import data
 from easy_jax.core.anchors import stored_name
 from easy_jax.core.losses import LossFn
+from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.io import code_fingerprint
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.train.config import StageConfig
+from easy_jax.train.weights import StageWeights
 
 ANCHORED = "the anchored parameters"
 Filter = Callable[[Any, Any], bool]
@@ -21,12 +23,11 @@ Filter = Callable[[Any, Any], bool]
 def of_stage(
     model: nnx.Module,
     source: data.AnySource,
-    *,
     stage: StageConfig,
     loss_fn: LossFn,
-    weight_N: np.ndarray | None,
-    token_weight: data.Ragged | None,
-    online: str | None,
+    weights: StageWeights,
+    online: OnlineWeights | None,
+    *,
     trainable: Any,
     anchored: Filter | None,
     sfa_beta: float | None,
@@ -38,15 +39,16 @@ def of_stage(
     its own is read once, from the first record to the last.
 
     Args:
-      online: the fingerprint of the weights made in every step; the others as in `fit`.
+      weights: given, or of a weighting.
+      online: makes weights of every batch; the others as in `fit`.
 
     Example:
       >>> source = data.ArraySource({"x": np.zeros((2, 1), "f")})
       >>> model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
       >>> loss = lambda model, batch: model(batch["x"])[:, 0] ** 2
       >>> found = of_stage(
-      ...     model, source, stage=StageConfig(), loss_fn=loss, weight_N=None, token_weight=None,
-      ...     online=None, trainable=nnx.Param, anchored=None, sfa_beta=None, seed=0)
+      ...     model, source, StageConfig(), loss, StageWeights(), None,
+      ...     trainable=nnx.Param, anchored=None, sfa_beta=None, seed=0)
       >>> found["the weights"], found["the trainable parameters"].split(", ")[0]
       ('none', '2 of 2')
     """
@@ -66,12 +68,13 @@ def of_stage(
         "the loss function": code_fingerprint.of_function(loss_fn),
         "the trainable parameters": _some_of(trained, state),
         ANCHORED: anchors,
-        "the weights": weights_fingerprint(weight_N, token_weight),
-        "the weights of every batch": online,
+        "the weights": weights_fingerprint(weights.weight_N, weights.token_weight),
+        "the weights of every batch": None if online is None else online.fingerprint(),
         "stage": _stored(stage),
         "seed": seed,
         "sfa_beta": sfa_beta,
         **_arrangement(source),
+        **weights.identity(),
     }
 
 

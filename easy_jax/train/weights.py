@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from easy_jax import data
-from easy_jax.core.weightings.rule import Weighting, all_but_dropped
+from easy_jax.core.weightings.rule import Weighting, Weights, all_but_dropped
 from easy_jax.io import code_fingerprint
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.io.checks import ConfigError
@@ -89,49 +89,69 @@ def resolve(
     weighting: Weighting | None,
     table: LossTable | None,
     source: data.AnySource,
-    weight_N: np.ndarray | None,
-    token_weight: data.Ragged | None,
+    given: StageWeights,
+    *,
+    online: bool,
     seed: int,
 ) -> StageWeights:
     """Evaluates a weighting of the frozen model's losses, or prepares one of the current model.
 
     Args:
-      weighting, table, source, weight_N, token_weight, seed: as in `easy_jax.fit`.
+      weighting, table, source, seed: as in `easy_jax.fit`.
+      given: the weights that its caller gave, which are multiplied in.
+      online: whether the frozen model computes weights in every step.
 
     Raises:
-      ConfigError: a weighting that needs a loss table, and there is none.
+      ConfigError: a weighting that needs a loss table, or the frozen model in every step, and
+        there is none; a table of another number of examples.
+      DataError: weights for another number of examples or tokens than the table has.
       LossTableError: a weighting of tokens, and a table without token losses.
     """
-    given = StageWeights(weight_N, token_weight)
-    if weighting is None or weighting.level == "none":
-        return given
-    if "frozen" in weighting.needs and table is None:
+    if table is not None and table.num_examples != len(source):
         raise ConfigError(
-            f"{weighting} reads the frozen model's losses: give table=, what easy_jax.score returns"
+            f"the loss table in {table.directory} is of {table.num_examples} examples, and the "
+            f"training data have {len(source)}"
         )
+    needs = frozenset() if weighting is None else weighting.needs
+    for need, there, cure in (
+        ("frozen", table is not None, "table=, what easy_jax.score returns"),
+        ("frozen_model", online, "online=, an easy_jax.core.online_weights.OnlineWeights"),
+    ):
+        if need in needs and not there:
+            raise ConfigError(f"{weighting} reads the frozen model's losses: give {cure}")
+    found = Weights() if table is None else Weights(all_but_dropped(table))
+    if weighting is None or weighting.level == "none":
+        return _product(given, found)
     if not weighting.reads_model():
-        assert table is not None
-        found = weighting.of_table(table, seed)
-        weights = (_product(weight_N, found.weight_N), _ragged(token_weight, found.token_weight))
-        return StageWeights(*weights)
-    if table is None:
-        return dataclasses.replace(given, weighting=weighting)
-    present = _product(weight_N, all_but_dropped(table))
-    given = dataclasses.replace(given, weight_N=present, weighting=weighting.fit(table))
-    if "frozen" not in weighting.needs:
-        return given
-    of_tokens = isinstance(source, data.PackedSource)
-    losses = table.token_losses() if of_tokens else np.nan_to_num(table.loss_N())
-    return dataclasses.replace(given, frozen_nll=losses)
+        assert table is not None  # what reads no model reads the table
+        return _product(given, weighting.of_table(table, seed))
+    fitted = weighting if table is None else weighting.fit(table)
+    frozen_nll = None
+    if "frozen" in needs and table is not None:
+        is_text = isinstance(source, data.PackedSource)
+        frozen_nll = table.token_losses() if is_text else np.nan_to_num(table.loss_N())
+    weights = _product(given, found)
+    return dataclasses.replace(weights, weighting=fitted, frozen_nll=frozen_nll)
 
 
-def _product(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return np.asarray(a) * b
-
-
-def _ragged(a: data.Ragged | None, b: data.Ragged | None) -> data.Ragged | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return data.Ragged(a.values * b.values, a.offsets)
+def _product(given: StageWeights, found: Weights) -> StageWeights:
+    weight_N, token_weight = given.weight_N, given.token_weight
+    if weight_N is None or found.weight_N is None:
+        weight_N = found.weight_N if weight_N is None else weight_N
+    elif np.shape(weight_N) != found.weight_N.shape:
+        raise data.DataError(
+            f"weight_N has shape {np.shape(weight_N)}, and the loss table {found.weight_N.shape}"
+        )
+    else:
+        weight_N = np.asarray(weight_N) * found.weight_N
+    if token_weight is None or found.token_weight is None:
+        token_weight = found.token_weight if token_weight is None else token_weight
+    elif not np.array_equal(token_weight.offsets, found.token_weight.offsets):
+        raise data.DataError(
+            "token_weight has another number of tokens than the loss table for some examples; "
+            "give none for those that scoring dropped"
+        )
+    else:
+        values = token_weight.values * found.token_weight.values
+        token_weight = data.Ragged(values, token_weight.offsets)
+    return StageWeights(weight_N, token_weight)
