@@ -295,6 +295,21 @@ def test_method_with_a_weighted_head_but_no_weights(config):
     [
         ("images", {"weighting": "flwo"}, r"\.weighting is 'flwo'; did you mean 'flow'\?"),
         ("images", {"weighting": "flow_token"}, r"\.weighting is 'flow_token'.*no tokens"),
+        (
+            "images",
+            {"weighting": "power", "weighting_options": {"exponnt": 2.0}},
+            r"\.weighting_options: weighting 'power' has no option 'exponnt'.*'exponent'",
+        ),
+        (
+            "language",
+            {"weighting": "power", "weighting_options": {"exponent": [0.5]}},
+            r"\.weighting_options\[exponent\] is \[0.5\]; .*a number or a plain word",
+        ),
+        (
+            "images",
+            {"weighting": "psft"},
+            r"\.weighting is 'psft'.*model of earlier steps",
+        ),
         ("images", {"anchor": "l3_sp"}, r"\.anchor is 'l3_sp'; did you mean 'l2_sp'\?|l1_sp"),
         ("images", {"averaging": "wiseft"}, r"\.averaging is 'wiseft'; did you mean 'wise_ft'\?"),
         ("images", {"trainable": "lora"}, r"\.trainable is 'lora'.*bn_head"),

@@ -25,13 +25,9 @@ from easy_jax.core import causal_lm, optim
 from easy_jax.core.step import make_train_step
 from easy_jax.core.weightings import Weighting
 from easy_jax.experiments.config import MethodConfig
-from easy_jax.experiments.language import (
-    add_adapters,
-    stage_of,
-    trainable_filter,
-    weighting_of,
-)
+from easy_jax.experiments.language import add_adapters, stage_of, trainable_filter
 from easy_jax.experiments.language_config import LanguageConfig
+from easy_jax.experiments.plan import weighting_of
 from easy_jax.models.modes import eval_mode
 from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import KNOWN, TransformerConfig

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal
 
 from easy_jax.core.config import current_anchor
@@ -102,6 +103,10 @@ class MethodConfig:
         ANCHORS.find(self.anchor, f"{path}.anchor")
         AVERAGINGS.find(self.averaging, f"{path}.averaging")
         WEIGHTINGS.find(self.weighting, f"{path}.weighting")
+        for name, value in self.weighting_options:  # which are a part of a folder's name
+            ok = isinstance(value, int | float) or bool(re.fullmatch(r"[\w.-]+", str(value)))
+            wanted = "a number or a plain word"
+            require(ok, f"{path}.weighting_options[{name}]", value, wanted)
         try:
             weighting = get(self.weighting, **dict(self.weighting_options))
         except ConfigError as error:

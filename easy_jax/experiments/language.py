@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tokenizers import Tokenizer
 
-from easy_jax.core import causal_lm, weightings
+from easy_jax.core import causal_lm
 from easy_jax.core.merge import AVERAGINGS
 from easy_jax.data import instructions, text
 from easy_jax.data.bad_examples import BadExamples
@@ -22,7 +22,7 @@ from easy_jax.data.packing import PackedSource
 from easy_jax.experiments.config import MethodConfig
 from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.experiments.measurements import Measurements
-from easy_jax.experiments.plan import path_of, sfa_beta
+from easy_jax.experiments.plan import path_of, sfa_beta, weighting_of
 from easy_jax.io import files, metrics_log, sealed
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.io.checks import ConfigError
@@ -254,11 +254,6 @@ class LanguageExperiment:
             )
             values |= {f"{name}_{key}": value for key, value in measured.items()}
         return values
-
-
-def weighting_of(method: MethodConfig) -> weightings.Weighting:
-    """The weighting of a method, with its options."""
-    return weightings.get(method.weighting, **dict(method.weighting_options))
 
 
 def is_head(path: Any, variable: Any) -> bool:

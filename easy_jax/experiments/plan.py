@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from easy_jax.core import weightings
 from easy_jax.core.anchors import stored_name
 from easy_jax.core.merge import AVERAGINGS
+from easy_jax.core.weightings import Weighting
 from easy_jax.experiments.config import ExperimentConfig, MethodConfig, Trainable
 from easy_jax.train.config import StageConfig
 
@@ -169,6 +171,11 @@ def run_stages(config: ExperimentConfig, run: Run) -> list[Stage]:
         frozen_norm="head" in config.frozen_stages(),
     )
     return [finetune, head]
+
+
+def weighting_of(method: MethodConfig | Stage) -> Weighting:
+    """Returns the weighting of a method or a stage, with its options."""
+    return weightings.get(method.weighting, **dict(method.weighting_options))
 
 
 def path_of(method: MethodConfig) -> str:

@@ -15,7 +15,6 @@ from easy_jax.core.losses import classification_loss
 from easy_jax.core.merge import AVERAGINGS
 from easy_jax.core.online_weights import OnlineWeights
 from easy_jax.core.weightings import FlowOnline
-from easy_jax.core.weightings import get as get_weighting
 from easy_jax.data import Splits, Tasks, fingerprint
 from easy_jax.data.config import GlyphDataConfig, TransferDataConfig
 from easy_jax.experiments.config import ExperimentConfig
@@ -33,6 +32,7 @@ from easy_jax.experiments.plan import (
     row_key,
     run_stages,
     runs,
+    weighting_of,
 )
 from easy_jax.experiments.results import row_of, select
 from easy_jax.experiments.tasks import load_tasks
@@ -290,7 +290,7 @@ class ImageExperiment:
 
     def _weights(self, stage: Stage) -> dict[str, Any]:
         """Returns the arguments of `fit` that weight the examples of a stage."""
-        weighting = get_weighting(stage.weighting, **dict(stage.weighting_options))
+        weighting = weighting_of(stage)
         if "frozen" not in weighting.needs:
             return {"weighting": weighting}
         assert stage.label_noise is not None
