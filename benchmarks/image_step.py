@@ -60,12 +60,8 @@ def authors_step(network: torch.nn.Module, batch: dict[str, np.ndarray]) -> Call
     return step
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    network = timm.create_model("resnet18", num_classes=NUM_CLASSES)
-    with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(network, folder, safe_serialization=True)
-        model = ej.timm_weights.load(folder)
+def make_batch(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Returns random images and labels, with the frozen losses and FLOW's weights."""
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.normal(size=(BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32),
@@ -75,6 +71,16 @@ def main() -> None:
     loss_B, _ = jax.jit(lambda batch: ej.classification_loss(ej.eval_mode(model), batch))(batch)
     batch["frozen_loss"] = np.asarray(loss_B)
     batch["weight"] = np.exp(-batch["frozen_loss"] / np.median(batch["frozen_loss"]))
+    return batch
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("resnet18", num_classes=NUM_CLASSES)
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(network, folder, safe_serialization=True)
+        model = ej.timm_weights.load(folder)
+    batch = make_batch(model)
     mesh = ej.make_mesh()
     placed = ej.shard_batch(batch, mesh)
     first_loss: dict[str, float] = {}

@@ -51,44 +51,36 @@ def ours(remat: str) -> Any:
     return language_programs.train_program(config, MethodConfig(), mesh, ROWS).lowered
 
 
-def tunix() -> Any:
-    """The step of tunix's trainer with its loss, model and rematerialised decoder, in bfloat16."""
+def _placed(leaf: Any, spec: Any, mesh: Any) -> Any:
+    """Returns the abstract array in bfloat16, sharded along the axes that its shape divides by."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    axes = tuple(spec) if isinstance(spec, PartitionSpec) else ()
+    axes += (None,) * (len(leaf.shape) - len(axes))
+    fits = [
+        a if a and size % mesh.shape[a] == 0 else None
+        for a, size in zip(axes, leaf.shape, strict=True)
+    ]
+    sharding = NamedSharding(mesh, PartitionSpec(*fits))
+    dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+
+def _sharded(model: Any, mesh: Any) -> tuple[Any, Any]:
+    """Returns the abstract model and its optimiser with shardings on the mesh."""
+    import jax
     import optax
     from flax import nnx
     from jax.sharding import NamedSharding, PartitionSpec
-    from tunix.models.gemma import model as gemma
-    from tunix.sft import peft_trainer, utils
-
-    mesh = jax.sharding.Mesh(np.array(command.devices(TOPOLOGY)).reshape(-1, 1), ("fsdp", "tp"))
-    # Tunix shards activations on TPUs only, and takes the platform of this process for it.
-    gemma.shard = lambda x, spec: jax.lax.with_sharding_constraint(
-        x, NamedSharding(mesh, PartitionSpec(*spec))
-    )
-    sizes = dataclasses.replace(
-        gemma.ModelConfig.gemma2_2b(), remat_config=gemma.RematConfig.DECODER
-    )
-    model = nnx.eval_shape(lambda: gemma.Gemma(sizes, rngs=nnx.Rngs(0)))
-
-    def place(leaf: Any, spec: Any) -> Any:
-        axes = tuple(spec) if isinstance(spec, PartitionSpec) else ()
-        axes += (None,) * (len(leaf.shape) - len(axes))
-        fits = [
-            a if a and size % mesh.shape[a] == 0 else None
-            for a, size in zip(axes, leaf.shape, strict=True)
-        ]
-        sharding = NamedSharding(mesh, PartitionSpec(*fits))
-        dtype = jnp.bfloat16 if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
     graphdef, state = nnx.split(model)
     specs = {
         path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.get_partition_spec(state))
     }
     placed = {
-        path: leaf.replace(place(leaf.get_value(), specs[path]))
+        path: leaf.replace(_placed(leaf.get_value(), specs[path], mesh))
         for path, leaf in nnx.to_flat_state(state)
     }
     model = nnx.merge(graphdef, nnx.from_flat_state(list(placed.items())))
@@ -107,6 +99,30 @@ def tunix() -> Any:
             (path, leaf.replace(jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)))
         )
     optimizer = nnx.merge(optimizer_def, nnx.from_flat_state(moments))
+    return model, optimizer
+
+
+def tunix() -> Any:
+    """The step of tunix's trainer with its loss, model and rematerialised decoder, in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+    from jax.sharding import NamedSharding, PartitionSpec
+    from tunix.models.gemma import model as gemma
+    from tunix.sft import peft_trainer, utils
+
+    mesh = jax.sharding.Mesh(np.array(command.devices(TOPOLOGY)).reshape(-1, 1), ("fsdp", "tp"))
+    # Tunix shards activations on TPUs only, and takes the platform of this process for it.
+    gemma.shard = lambda x, spec: jax.lax.with_sharding_constraint(
+        x, NamedSharding(mesh, PartitionSpec(*spec))
+    )
+    sizes = dataclasses.replace(
+        gemma.ModelConfig.gemma2_2b(), remat_config=gemma.RematConfig.DECODER
+    )
+    model = nnx.eval_shape(lambda: gemma.Gemma(sizes, rngs=nnx.Rngs(0)))
+
+    model, optimizer = _sharded(model, mesh)
 
     def inputs_of(batch: Any) -> dict[str, Any]:
         mask = batch["input_mask"]

@@ -1,4 +1,4 @@
-"""The attacks of `tests/faults/` in short: what comes out is right, or is told in one line."""
+"""The attacks of `tests/faults/` in short: a right result, or an error of one line."""
 
 import attacks
 import checkpoints
@@ -14,13 +14,13 @@ pytestmark = pytest.mark.slow
 
 def test_numbers_at_the_edges(tmp_path):
     judged = [(case.name, *numerics.judge(case)) for case in numerics.cases(tmp_path)]
-    wrong = [each for each in judged if each[1] not in ("right", "told")]
+    wrong = [each for each in judged if each[1] not in ("right", "reported")]
     assert not wrong
     assert len(judged) == 94
 
 
 def test_damaged_checkpoints(tmp_path):
-    tally = attacks.Tally("same", "told")
+    tally = attacks.Tally("same", "reported")
     checkpoints.attack(len(checkpoints.KINDS), 1, tmp_path, tally, with_command_line=False)
     assert not tally.wrong
     assert tally.counts.total() == len(checkpoints.KINDS)
@@ -28,11 +28,11 @@ def test_damaged_checkpoints(tmp_path):
 
 
 def test_flipped_bytes(tmp_path):
-    tally = attacks.Tally("same", "told")
+    tally = attacks.Tally("same", "reported")
     flips.attack(30, 1, tmp_path, tally, by_command_line=1)
     assert not tally.wrong
     assert tally.counts.total() == 31
-    assert tally.counts["told"]
+    assert tally.counts["reported"]
 
 
 @pytest.mark.parametrize("name", ["deep", "many", "imposter"])

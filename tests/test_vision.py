@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import signal
 
 import jax
@@ -10,17 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from forks import Forked
-from helpers import devices_mesh
-from image_data import write_folder
 
-from easy_jax import data
 from easy_jax import pipeline as train
 from easy_jax.config import (
-    RESNETS,
     ConfigError,
     ExperimentConfig,
     GlyphDataConfig,
-    ImageDataConfig,
     MethodConfig,
     OptimizerConfig,
     ResNetConfig,
@@ -28,16 +22,10 @@ from easy_jax.config import (
     TransferDataConfig,
     replace,
 )
-from easy_jax.core import losses
-from easy_jax.core.online_weights import OnlineWeights
-from easy_jax.data.images import training_view, uniforms
 from easy_jax.experiments import results as results_lib
 from easy_jax.experiments.plan import StageKey, plan, probe_key
 from easy_jax.experiments.tasks import load_tasks
-from easy_jax.io.sealed import ArtefactError
-from easy_jax.models import resnet
 from easy_jax.models.modes import eval_mode
-from easy_jax.pretrained import timm_weights
 from easy_jax.report import images as report
 from easy_jax.train import evaluate
 from easy_jax.train.loss_table import LossTable
@@ -198,121 +186,6 @@ def test_online_weights_are_the_tables_where_views_are_fixed(experiment):
     assert max(np.abs(a - b).max() for a, b in zip(static, tuned, strict=True)) > 1e-2
 
 
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """Two folders of JPEGs."""
-    folder = tmp_path_factory.mktemp("photos")
-    for task, classes in (("pretrain", ("a", "b", "c", "d")), ("target", ("cat", "dog"))):
-        for split in ("train", "test"):
-            write_folder(folder / task / split, classes=classes, per_class=10)
-    return TransferDataConfig(
-        *(
-            ImageDataConfig("other", "folder", str(folder / task), image_size=32, threads=2)
-            for task in ("pretrain", "target")
-        )
-    )
-
-
-@pytest.mark.slow
-def test_online_weights_are_of_the_view_trained_on(photos):
-    source = data.load_images(photos.target, "train")
-    model = eval_mode(resnet.ResNet(ResNetConfig(in_channels=3, width=4), 2, rngs=nnx.Rngs(0)))
-    loader = data.training_loader(source, 8, epochs=2, seed=3)
-    batch = list(loader)[-1]  # of the second epoch, with padding
-    assert not batch["mask"].all()
-    weigh = OnlineWeights(model, loss_fn=losses.classification_loss, tau=0.7, mesh=devices_mesh(1))
-    ids = batch.pop("example_id")
-    batch["weight"] = np.linspace(0.5, 1.0, 8, dtype=np.float32)
-    weight_B = np.asarray(weigh(jax.device_put(batch))["weight"])
-    views = []
-    for example_id in ids[batch["mask"]].tolist():
-        encoded, _ = source.store.read([source._positions[example_id]])[0]
-        image = data.images.decode(encoded, "", source.views.resize_size)
-        view = training_view(image, source.views, uniforms(3, 1, example_id))
-        views.append((np.asarray(view) / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225))
-    logits_BK = np.float64(nnx.jit(model)(np.float32(views)))
-    label_B = batch["label"][batch["mask"]]
-    chosen_B = np.take_along_axis(logits_BK, label_B[:, None], axis=1)[:, 0]
-    loss_B = np.log(np.exp(logits_BK).sum(axis=1)) - chosen_B
-    expected = batch["weight"][batch["mask"]] * np.exp(-loss_B / 0.7)
-    np.testing.assert_allclose(weight_B[batch["mask"]], expected, rtol=1e-4)
-    assert (weight_B[~batch["mask"]] == 0).all()
-
-
-@pytest.mark.slow
-def test_from_given_weights_and_folders_of_jpegs(photos, tmp_path, capsys, monkeypatch):
-    """No training data of the pre-training task are needed, nor its validation."""
-    monkeypatch.setitem(RESNETS, "small", ("basic", (1,)))  # compiles faster than resnet18
-    model_config = ResNetConfig.named("small")
-    network = resnet.ResNet(model_config, 4, rngs=nnx.Rngs(0))
-    timm_weights.export(network, model_config, tmp_path / "network")
-    (tmp_path / "pretrain").mkdir()
-    (tmp_path / "pretrain" / "test").symlink_to(f"{photos.pretrain.path}/test")
-    pretrain = dataclasses.replace(photos.pretrain, path=str(tmp_path / "pretrain"))
-    config = ExperimentConfig(
-        model=dataclasses.replace(model_config, path=str(tmp_path / "network")),
-        data=TransferDataConfig(pretrain, photos.target),
-        probe=stage(2, 0.01),
-        finetune=stage(2, 0.01),
-        head=stage(),
-        learning_rates=(0.01,),
-        seeds=(0, 1),
-        eval_batch_size=64,
-        methods=(
-            MethodConfig("linear_probe", trainable="head"),
-            MethodConfig("flow", start="probe", weighting="flow"),
-        ),
-    )
-    config = replace(config, {"scoring.batch_size": 64})
-    results = train.run(config, tmp_path / "run")
-    printed = capsys.readouterr().out
-    assert f"pretrained: from {tmp_path / 'network'}" in printed
-    assert results["tasks"] == ["pretrain", "target"] and "results_by_mean" not in results
-    before = {row["pretrain_before"] for row in results["results"]}
-    assert len(before) == 1 and len(results["results"]) == 4
-    source = data.load_images(pretrain, "test")
-    assert before == {evaluate.classification(network, source, batch_size=64)["accuracy"]}
-    for found in results["results"]:
-        assert found["pretrain_validation"] is None
-        if found["method"] == "linear_probe":
-            assert found["pretrain_after"] == found["pretrain_before"]
-    assert (tmp_path / "run" / "report.html").read_text().count("<figure>") == 6
-    train.run(config, tmp_path / "run")
-    assert "all is done: 4 results" in capsys.readouterr().out
-
-    content = json.loads((tmp_path / "network" / "config.json").read_text())
-    content["pretrained_cfg"] |= {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    (tmp_path / "network" / "config.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ConfigError, match=r"pretrain: .* wants images of mean \(0\.5.*with \(0\.485"
-    ):
-        train.run(config, tmp_path / "grey")
-    del content["pretrained_cfg"]["mean"], content["pretrained_cfg"]["std"]
-    (tmp_path / "network" / "config.json").write_text(json.dumps(content))
-
-    # Results of other images, or another network, are not put beside new ones.
-    picture = next((tmp_path / "pretrain" / "test").glob("*/*.jpg")).resolve()
-    content = picture.read_bytes()
-    picture.write_bytes(content + b"0")
-    with pytest.raises(
-        ArtefactError, match=r"results, of linear_probe, .*: pretrain/test is \w+ there"
-    ):
-        train.run(config, tmp_path / "run")
-    picture.write_bytes(content)
-    train.run(config, tmp_path / "run")
-    other = resnet.ResNet(model_config, 4, rngs=nnx.Rngs(1))
-    shutil.rmtree(tmp_path / "network")
-    timm_weights.export(other, model_config, tmp_path / "network")
-    with pytest.raises(
-        ArtefactError, match=r"from other inputs than .*: base weights is \w+ there"
-    ):
-        train.run(config, tmp_path / "run")
-
-    wrong = dataclasses.replace(config, data=TransferDataConfig(photos.target, photos.target))
-    with pytest.raises(ConfigError, match=r"has 4 classes; target, the pre-training task, has 2"):
-        train.run(wrong, tmp_path / "wrong")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -351,7 +224,7 @@ def test_configurations_that_cannot_be(changes, message):
         letters(**{"methods": (MethodConfig(),), **changes}).validate()
 
 
-# The `easy-jax` command, that tells which cells it evaluates, and is killed after some of them.
+# The `easy-jax` command; it prints which runs it evaluates, and is killed after some of them.
 PROGRAM = """
 import os, signal, sys
 from easy_jax.cli import main
@@ -360,7 +233,7 @@ from easy_jax.io import metrics_log
 
 evaluate, append, left = ImageExperiment.evaluate, metrics_log.append_line, [int(sys.argv.pop(1))]
 
-def tell(self, run):
+def announce(self, run):
     print("evaluates", run.method.name, flush=True)
     return evaluate(self, run)
 
@@ -371,13 +244,13 @@ def append_and_die(path, line):
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-ImageExperiment.evaluate, metrics_log.append_line = tell, append_and_die
+ImageExperiment.evaluate, metrics_log.append_line = announce, append_and_die
 main.cli()
 """
 
 
 @pytest.mark.slow
-def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
+def test_a_comparison_that_is_killed_repeats_no_run(root, tmp_path):
     names = ("standard", "l2", "wise_ft", "flow", "flow_wise_ft")
 
     (tmp_path / "program.py").write_text(PROGRAM)
@@ -388,8 +261,8 @@ def test_a_comparison_that_is_killed_repeats_no_cell(root, tmp_path):
         f"--config.only={','.join(names)}",
     ]
 
-    def compare(cells_until_killed):
-        program = [tmp_path / "program.py", cells_until_killed]
+    def compare(runs_until_killed):
+        program = [tmp_path / "program.py", runs_until_killed]
         process = Forked(arguments, root, program=program)
         out, err = process.communicate()
         lines = [line.split() for line in out.splitlines()]

@@ -69,8 +69,8 @@ class Tally:
     def finish(self):
         """Prints the counts; the exit code: 1 if an outcome was wrong."""
         for kind, counts in self._by_kind.items():
-            told = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-            print(f"{kind}: {told}")
+            summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+            print(f"{kind}: {summary}")
         counts = ", ".join(f"{count} {outcome}" for outcome, count in self.counts.most_common())
         print(f"{self.counts.total()} in all: {counts}; {len(self.wrong)} wrong", flush=True)
         return int(bool(self.wrong))
@@ -93,15 +93,15 @@ def silence():
 
 
 def call(function):
-    """Calls it; `("value", result)`, `("told", message)` of an error of one line that a user can
-    mend, or else `("traceback", message)`."""
+    """Calls a function: `("value", result)`, `("reported", message)` for an error of one line that
+    a user can act on, otherwise `("traceback", message)`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return "value", function()
         except errors.USER_ERRORS as error:
             message = str(error)
-            return ("traceback" if "\n" in message.strip() else "told"), message
+            return ("traceback" if "\n" in message.strip() else "reported"), message
         except Exception as error:  # whatever else a user would see as a traceback
             return "traceback", f"{type(error).__name__}: {str(error)[:300]}"
 

@@ -111,7 +111,7 @@ class Workdir:
         """The same through the command line."""
         ended = attacks.Run(self.arguments).wait()
         if ended.outcome != "finished":
-            return {"refused": "told"}.get(ended.outcome, ended.outcome), ended.err
+            return {"refused": "reported"}.get(ended.outcome, ended.outcome), ended.err
         calm = {name: value for name, value in self._all.items() if name != "returned"}
         return _compared(attacks.result(self.path, with_seconds=True), calm)
 
@@ -194,7 +194,7 @@ def _name(flip):
 
 def main(argv=None):
     args = attacks.arguments(__doc__, count=0, argv=argv)
-    tally = attacks.Tally("same", "told", quiet=True)
+    tally = attacks.Tally("same", "reported", quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         attack(args.count, args.seed, Path(folder), tally)
     return tally.finish()

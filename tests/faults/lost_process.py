@@ -106,9 +106,9 @@ def measure(by, count, fault, lost, exchanges, timeout):
         seconds, codes = time.monotonic() - begin, _codes(others)
         for process in others.values():
             process.kill()
-        told = [process.communicate()[1] for process in others.values()]
-    found = list(filter(None, (_naming(text, lost) for text in told)))
-    return seconds, codes, len(found), found[0] if found else told[0].strip().split("\n")[0]
+        errors = [process.communicate()[1] for process in others.values()]
+    found = list(filter(None, (_naming(text, lost) for text in errors)))
+    return seconds, codes, len(found), found[0] if found else errors[0].strip().split("\n")[0]
 
 
 def _naming(text, lost):

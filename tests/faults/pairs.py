@@ -60,7 +60,7 @@ class Pair:
             return "different", f"{detail}: {', '.join(different[:5])}"
         refusals = [ended.last for ended in (first, second) if ended.outcome == "refused"]
         if any(str(self.workdir) not in line for line in refusals):
-            return "badly told", refusals[0]
+            return "unclear", refusals[0]
         if ends == ["refused", "refused"]:
             return "both refused", detail
         if not refusals and overlapped and not self.kills and self._worked_twice():
