@@ -32,9 +32,45 @@ def centred(problem):
 
 
 @jax.jit
+def iterates(problem, beta, covariance, q):
+    """Name -> closed form of an iterate and its counterpart by powers of matrices."""
+    power, eye = jnp.linalg.matrix_power, jnp.eye(problem.e.shape[0])
+    e, sigma = problem.e, problem.sigma
+    tau = theory.temperature_from_beta(beta, problem.rho, problem.e_norm)
+    values, vectors = jnp.linalg.eigh(q)
+    sides = {}
+    for steps in STEPS:
+        vanilla, flow = eye - 2 * RATE * sigma, eye - 2 * RATE * covariance
+        start = problem.theta_ft
+        sides |= {
+            f"vanilla {steps}": (
+                theory.vanilla_iterate(problem, steps, RATE),
+                start + power(vanilla, steps) @ e,
+            ),
+            f"vanilla 1/2 {steps}": (
+                theory.vanilla_iterate(problem, steps),
+                start + power(eye - sigma, steps) @ e,
+            ),
+            f"flow {steps}": (
+                theory.flow_iterate(problem, beta, steps),
+                start + power(q, steps) @ e,
+            ),
+            f"flow gd {steps}": (
+                theory.flow_iterate_gd(problem, tau, steps, RATE),
+                start + power(flow, steps) @ e,
+            ),
+            # The part of e along the first eigenvector alone.
+            f"stalled {steps}": (
+                theory.stalled_iterate(problem, beta, steps),
+                start + values[-1] ** steps * vectors[:, -1] * (vectors[:, -1] @ e),
+            ),
+        }
+    return sides
+
+
 def both_sides(problem, beta):
     """Name -> closed form and its counterpart, by linear algebra from the definitions."""
-    power, eye = jnp.linalg.matrix_power, jnp.eye(problem.e.shape[0])
+    eye = jnp.eye(problem.e.shape[0])
     e, sigma = problem.e, problem.sigma
     tau = theory.temperature_from_beta(beta, problem.rho, problem.e_norm)
     # exp(-<e, x>^2 / tau) N(x; 0, Sigma) is a Gaussian of this precision, times this mass.
@@ -72,33 +108,7 @@ def both_sides(problem, beta):
         ),
         "err_tot(theta_ft)": (theory.total_error(problem, problem.theta_ft), e @ s_pre @ e),
     }
-    for steps in STEPS:
-        vanilla, flow = eye - 2 * RATE * sigma, eye - 2 * RATE * covariance
-        start = problem.theta_ft
-        sides |= {
-            f"vanilla {steps}": (
-                theory.vanilla_iterate(problem, steps, RATE),
-                start + power(vanilla, steps) @ e,
-            ),
-            f"vanilla 1/2 {steps}": (
-                theory.vanilla_iterate(problem, steps),
-                start + power(eye - sigma, steps) @ e,
-            ),
-            f"flow {steps}": (
-                theory.flow_iterate(problem, beta, steps),
-                start + power(q, steps) @ e,
-            ),
-            f"flow gd {steps}": (
-                theory.flow_iterate_gd(problem, tau, steps, RATE),
-                start + power(flow, steps) @ e,
-            ),
-            # The part of e along the first eigenvector alone.
-            f"stalled {steps}": (
-                theory.stalled_iterate(problem, beta, steps),
-                start + values[-1] ** steps * vectors[:, -1] * (vectors[:, -1] @ e),
-            ),
-        }
-    return sides
+    return sides | iterates(problem, beta, covariance, q)
 
 
 def rounding_scale(name, rho):
