@@ -28,43 +28,56 @@ ON_CPU = ej.TransformerConfig(
 
 
 def steps(on_cpu: bool, rounds: int) -> dict[str, Any]:
-    """The time and the temporary memory of each weighting's step over the unweighted step's."""
+    """The time and the temporary memory of each step over those of the plain step.
+
+    Weightings, and the anchor `kl`, over the unweighted step; `kl, adapters` over the unweighted
+    step of low-rank adapters.
+    """
     config, rows, length = (ON_CPU, 4, 256) if on_cpu else (SMOLLM2, 8, 2048)
-    mesh = ej.make_mesh()
-    model = language_model(config)
+    model, adapted = language_model(config), language_model(config)
+    ej.lora.add_adapters(adapted, rank=16, alpha=16.0, rngs=nnx.Rngs(0))
     batch = packed_batch(config.vocab, rows, length, min(length, 512))
     rng = np.random.default_rng(1)
     batch["frozen_nll"] = rng.gamma(2.0, size=batch["targets"].shape).astype(np.float32)
-    optimizer = optax.adamw(1e-5, weight_decay=0.0)
-    programs, calls = {}, {}
-    for name in ("none", *RULES):
-        own = dict(batch)
-        weighting = None if name in ("none", "flow") else ej.weightings.get(name)
-        if weighting is None or "frozen" not in weighting.needs:
-            own.pop("frozen_nll")
-        if name == "none":
-            own["weight"] = np.ones_like(own["weight"])
-        step = ej.make_train_step(
-            nnx.graphdef(model),
-            ej.causal_lm_loss,
-            optimizer,
-            reduction="token_mean",
-            weighting=weighting,
-            mesh=mesh,
-        )
-        placed = ej.shard_batch(own, mesh)
-        state = ej.init_train_state(model, optimizer, mesh=mesh)
-        programs[name] = step.lower(state, placed).compile()
-        calls[name] = several(programs[name], state, placed)
-    seconds = interleave(calls, rounds)
+    cases = {name: _compiled(model, name, batch) for name in ("none", *RULES, "kl")}
+    cases |= {f"{name}, adapters": _compiled(adapted, name, batch) for name in ("none", "kl")}
+    programs = {name: case[0] for name, case in cases.items()}
+    seconds = interleave({name: several(*case) for name, case in cases.items()}, rounds)
     kind = "cpu" if on_cpu else "wall"
-    plain = programs["none"].memory_analysis().temp_size_in_bytes
     found: dict[str, Any] = {}
-    for name in RULES:
-        ratio = median_ratio(getattr(seconds[name], kind), getattr(seconds["none"], kind))
-        memory = programs[name].memory_analysis().temp_size_in_bytes / plain
-        found[name] = {"time": ratio, "temporary": round(memory, 4)}
+    for name in cases:
+        plain = "none, adapters" if "adapters" in name else "none"
+        if name != plain:
+            ratio = median_ratio(getattr(seconds[name], kind), getattr(seconds[plain], kind))
+            sizes = [programs[n].memory_analysis().temp_size_in_bytes for n in (name, plain)]
+            found[name] = {"time": ratio, "temporary": round(sizes[0] / sizes[1], 4)}
     return found
+
+
+def _compiled(model: nnx.Module, name: str, batch: dict[str, np.ndarray]) -> tuple[Any, Any, Any]:
+    """The compiled step of a weighting or of the anchor `kl`, its state, and its batch."""
+    mesh, batch = ej.make_mesh(), dict(batch)
+    adapters = nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))
+    optimizer = optax.adamw(1e-5, weight_decay=0.0)
+    if name == "kl":
+        optimizer = optax.chain(ej.anchor("kl", 0.05), optimizer)
+    weighting = None if name in ("none", "flow", "kl") else ej.weightings.get(name)
+    if weighting is None or "frozen" not in weighting.needs:
+        batch.pop("frozen_nll")
+    if name in ("none", "kl"):
+        batch["weight"] = np.ones_like(batch["weight"])
+    step = ej.make_train_step(
+        nnx.graphdef(model),
+        ej.causal_lm_loss,
+        optimizer,
+        reduction="token_mean",
+        weighting=weighting,
+        mesh=mesh,
+    )
+    placed = ej.shard_batch(batch, mesh)
+    trainable = nnx.LoRAParam if adapters else nnx.Param
+    state = ej.init_train_state(model, optimizer, trainable=trainable, mesh=mesh)
+    return step.lower(state, placed).compile(), state, placed
 
 
 def numbers(cap: float | None) -> dict[str, Any]:

@@ -28,6 +28,7 @@ with epy.lazy_api_imports(globals()):
         StageConfig,
     )
     from easy_jax.core import weightings
+    from easy_jax.core.anchors import anchor
     from easy_jax.core.causal_lm import causal_lm_loss, causal_lm_token_losses
     from easy_jax.core.losses import (
         classification_loss,
@@ -63,6 +64,7 @@ with epy.lazy_api_imports(globals()):
     )
     from easy_jax.kernels.linear_cross_entropy import (
         linear_cross_entropy,
+        linear_cross_entropy_and_kl,
         linear_cross_entropy_stats,
     )
     from easy_jax.kernels.token_stats import TokenStats
@@ -124,6 +126,7 @@ __all__ = [
     "TrainState",
     "Transformer",
     "TransformerConfig",
+    "anchor",
     "causal_lm_loss",
     "causal_lm_token_losses",
     "classification",
@@ -139,6 +142,7 @@ __all__ = [
     "interpolate",
     "kl_dro_weights",
     "linear_cross_entropy",
+    "linear_cross_entropy_and_kl",
     "linear_cross_entropy_stats",
     "load_images",
     "lora",

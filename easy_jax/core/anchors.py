@@ -1,8 +1,10 @@
-"""Anchors: distances to the weights at the start, whose gradient pulls the parameters back.
+"""Anchors: distances to the model at the start, whose gradient pulls the parameters back.
 
-An anchor is one function of the difference to the start, `value(difference) -> scalar`; the
-distance is its sum over the arrays of parameters. A new one is such a function, registered here
-or in a file of its own that is imported here.
+An anchor in the space of weights is one function of the difference to the start,
+`value(difference) -> scalar`; the distance is its sum over the arrays of parameters. A new one is
+such a function, registered here or in a file of its own that is imported here. The anchor `kl` is
+a distance of distributions: the optimizer's state holds the parameters at the start, and the
+training step computes the divergence in the head (`easy_jax.kernels.divergence`).
 """
 
 from collections.abc import Callable
@@ -18,7 +20,13 @@ from easy_jax.core.config import FORMER_ANCHORS
 from easy_jax.io.registry import Registry
 
 Distance = Callable[[jax.Array], jax.Array]
-ANCHORS: Registry[Distance] = Registry("anchor")
+
+
+class Divergence:
+    """An anchor to the distribution of the model at the start, not to its weights."""
+
+
+ANCHORS: Registry[Distance | Divergence] = Registry("anchor")
 # Directories and checkpoints have the names of version 0.1.
 _STORED = {now: former for former, now in FORMER_ANCHORS.items()}
 
@@ -51,6 +59,9 @@ def l2_distance(difference: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(difference))
 
 
+ANCHORS.register("kl")(Divergence())
+
+
 def stored_name(name: str) -> str:
     """Returns the name of an anchor in paths and identities, which stay when names change.
 
@@ -67,6 +78,13 @@ class AnchorState(NamedTuple):
     reference: Any
 
 
+class FrozenState(NamedTuple):
+    """The parameters at the start and the factor of the divergence from their distribution."""
+
+    reference: Any
+    strength: jax.Array
+
+
 def anchor(
     name: str,
     strength: float,
@@ -74,23 +92,29 @@ def anchor(
     per_parameter: bool = False,
     anchored: Callable[[Any, Any], bool] | None = None,
 ) -> optax.GradientTransformation:
-    """Adds the gradient of `strength * distance` to the weights at `init`, the pre-trained ones.
+    """Adds the gradient of `strength * distance` to the model at `init`, the pre-trained one.
 
-    It is a term of the loss, so it stands before momentum or Adam in a chain
+    It is a term of the loss, so it must come before momentum or Adam in a chain
     (arXiv:2502.02797).
 
+    With `kl` the term is `strength * KL(p0 || p)`, averaged as the reduction averages losses, where
+    p0 is the distribution of the parameters at `init`. A step of `make_train_step` with
+    `causal_lm_loss` adds it; with low-rank adapters p0 is that of the adapters at `init`, which
+    change nothing. With DFT's weights this is ASFT (arXiv:2509.23753).
+
     Args:
-      name: of a registered anchor, such as `l2_sp`.
+      name: the name of a registered anchor, such as `l2_sp`.
       strength: lambda, at least 0.
-      per_parameter: divide lambda by the number of parameters given to `init`.
-      anchored: NNX filter `(path, variable) -> bool`; default: all parameters.
+      per_parameter: divide lambda by the number of parameters given to `init`; not for `kl`.
+      anchored: NNX filter `(path, variable) -> bool`; default: all parameters; not for `kl`.
 
     Returns:
       A gradient transformation; its `update` needs the parameters.
 
     Raises:
       ConfigError: there is no such anchor.
-      ValueError: `update` called without parameters.
+      ValueError: `update` called without parameters, or with `kl` by another step than that of
+        `make_train_step`, which would not add the divergence.
 
     Example:
       >>> pull = anchor("l2_sp", 0.5)
@@ -99,7 +123,10 @@ def anchor(
       >>> float(updates["w"][0])
       1.0
     """
-    slope = jax.grad(ANCHORS.find(name))
+    distance = ANCHORS.find(name)
+    if isinstance(distance, Divergence):
+        return _divergence(name, strength)
+    slope = jax.grad(distance)
 
     def init(params: chex.ArrayTree) -> AnchorState:
         return AnchorState(jax.tree.map(jnp.copy, params))
@@ -121,6 +148,40 @@ def anchor(
         return updates, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _divergence(name: str, strength: float) -> optax.GradientTransformationExtraArgs:
+    """Holds the parameters at `init`, and refuses steps that do not look for them."""
+
+    def init(params: chex.ArrayTree) -> FrozenState:
+        return FrozenState(jax.tree.map(jnp.copy, params), jnp.asarray(strength, jnp.float32))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, has_divergence: bool = False, **others: Any
+    ) -> tuple[Any, Any]:
+        del params, others
+        if not has_divergence:
+            raise ValueError(
+                f"the anchor {name!r} is computed in the step of make_train_step; this step does "
+                "not, so that the anchor would do nothing"
+            )
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def frozen_of(opt_state: Any) -> FrozenState | None:
+    """Returns the frozen parameters in an optimizer's state; None without an anchor `kl`.
+
+    Example:
+      >>> state = optax.chain(anchor("kl", 0.5), optax.sgd(0.1)).init({"w": jnp.ones(1)})
+      >>> found = frozen_of(state)
+      >>> float(found.strength), frozen_of(optax.sgd(0.1).init({"w": jnp.ones(1)}))
+      (0.5, None)
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, FrozenState))
+    found = [leaf for leaf in leaves if isinstance(leaf, FrozenState)]
+    return found[0] if found else None
 
 
 def _nnx_path(path: Any) -> tuple[Any, ...]:

@@ -5,18 +5,19 @@ Shape suffixes: R rows, T positions of a row, S examples of a row.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from easy_jax.core.losses import ContractError, PerExampleLoss
+from easy_jax.kernels.divergence import Frozen
 from easy_jax.kernels.linear_cross_entropy import (
     NO_TARGET,
     linear_cross_entropy,
     linear_cross_entropy_stats,
-    rule_linear_cross_entropy,
     weighted_linear_cross_entropy,
+    weighted_sum,
 )
 from easy_jax.kernels.token_stats import TokenStats
 
@@ -81,38 +82,57 @@ class CausalLMLoss:
         )
         return total, size
 
-    def ruled_sum(
+    def sums(
         self,
         model: Any,
         batch: Mapping[str, jax.Array],
         coefficients: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-        rule: Callable[[TokenStats], jax.Array],
-        more: bool,
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """The weighted sum whose tokens are also weighted by a rule of the current model.
+        *,
+        rule: Callable[[TokenStats], jax.Array] | None = None,
+        more: bool = False,
+        frozen: Any = None,
+        kl_coefficients: Callable[[jax.Array], jax.Array] | None = None,
+        kl_strength: jax.Array | float = 0.0,
+    ) -> "TokenSums":
+        """The weighted sum with a rule of the current model, or a divergence from a frozen one.
 
         Args:
           model, batch, coefficients: as in `weighted_sum`; the batch may have `frozen_nll`.
           rule: `TokenStats -> w`, of each token by itself; hashable.
           more: whether it reads any of `token_stats.OF_DISTRIBUTION`.
-
-        Returns:
-          `(total, size, rule_RT, seen_RT)`: the last two are the rule's weights, and which tokens
-          have one.
+          frozen: the frozen model; None for no divergence.
+          kl_coefficients: from the number of target tokens of every example, [R, S], to the factor
+            of the divergence at each of them; `kl_strength` is a further factor in the total.
         """
-        coefficient_RS, size = coefficients(_count(batch))
+        count_RS = _count(batch)
+        coefficient_RS, denominator = coefficients(count_RS)
         factor_RT = _token_factors(batch, coefficient_RS)
-        total, rule_RT = rule_linear_cross_entropy(
+        options: dict[str, Any] = {}
+        if rule is not None:
+            given = {name: batch[name] for name in ("frozen_nll",) if name in batch}
+            options = {"rule": rule, "given": given, "more": more}
+        kl_factor_RT = None
+        if frozen is not None:
+            assert kl_coefficients is not None
+            kl_factor_RT = _example_factors(batch, kl_coefficients(count_RS))
+            pair = Frozen(_hidden_states(frozen, batch), frozen.head_VD())
+            options |= {
+                "frozen": jax.lax.stop_gradient(pair),
+                "kl_weight_N": kl_strength * kl_factor_RT,
+            }
+        found = weighted_sum(
             _hidden_states(model, batch),
             model.head_VD(),
             batch["targets"],
             factor_RT,
-            rule,
-            {name: batch[name] for name in ("frozen_nll",) if name in batch},
             soft_cap=model.config.final_cap,
-            more=more,
+            **options,
         )
-        return total, size, rule_RT, (factor_RT != 0) & (batch["targets"] != NO_TARGET)
+        seen_RT = (factor_RT != 0) & (batch["targets"] != NO_TARGET)
+        kl = None
+        if found.kl_N is not None and kl_factor_RT is not None:
+            kl = jnp.sum(jnp.where(kl_factor_RT != 0, kl_factor_RT * found.kl_N, 0.0))
+        return TokenSums(found.total, denominator, found.rule_N, seen_RT, kl)
 
     def token_stats(
         self, model: Any, batch: Mapping[str, jax.Array], more: bool = True
@@ -128,6 +148,24 @@ class CausalLMLoss:
             return dataclasses.replace(stats, **given)
         nll_RT = linear_cross_entropy(*arguments, soft_cap=cap)
         return TokenStats(nll_RT, mask=target_RT != NO_TARGET, **given)
+
+
+class TokenSums(NamedTuple):
+    """What `CausalLMLoss.sums` returns.
+
+    Attributes:
+      total: sum of weighted losses and divergences, scalar.
+      denominator: what the reduction divides it by.
+      rule_RT: the rule's weights; None without a rule.
+      seen_RT: which tokens have a weight.
+      kl: sum of the divergences times their coefficients; None without a frozen model.
+    """
+
+    total: jax.Array
+    denominator: jax.Array
+    rule_RT: jax.Array | None
+    seen_RT: jax.Array
+    kl: jax.Array | None
 
 
 causal_lm_loss = CausalLMLoss()
@@ -195,10 +233,15 @@ def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 def _token_factors(batch: Mapping[str, jax.Array], coefficient_RS: jax.Array) -> jax.Array:
     """Each token's example's coefficient times `token_weight`; 0 for the padding, [R, T]."""
+    factor_RT = _example_factors(batch, coefficient_RS)
+    return factor_RT * batch["token_weight"] if "token_weight" in batch else factor_RT
+
+
+def _example_factors(batch: Mapping[str, jax.Array], coefficient_RS: jax.Array) -> jax.Array:
+    """Each token's example's coefficient; 0 for the padding, [R, T]."""
     none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
     coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
-    factor_RT = jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
-    return factor_RT * batch["token_weight"] if "token_weight" in batch else factor_RT
+    return jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
 
 
 def _count(batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -32,10 +32,11 @@ class OptimizerConfig:
 
     Attributes:
       weight_decay: added to the gradient for SGD, decoupled for AdamW.
-      anchor: a distance to the starting weights (`easy_jax.core.anchors`), `none`, `l1_sp` or
-        `l2_sp`; `anchor_strength` is its factor lambda in the loss (arXiv:2502.02797).
+      anchor: a distance to the model at the start (`easy_jax.core.anchors`): `none`, `l1_sp` or
+        `l2_sp` to its weights, `kl` to its distribution; `anchor_strength` is its factor lambda in
+        the loss (arXiv:2502.02797).
       anchor_per_parameter: divide lambda by the number of trainable parameters, as the paper does
-        for language models.
+        for language models; not for `kl`, which is a mean over tokens.
       clip_norm: largest global norm of the gradient; 0: no clipping.
 
     Example:

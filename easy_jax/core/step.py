@@ -24,11 +24,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easy_jax.core import contract, model_weights
+from easy_jax.core.anchors import FrozenState, frozen_of
 from easy_jax.core.causal_lm import CausalLMLoss
 from easy_jax.core.config import Reduction
-from easy_jax.core.losses import LossFn, WeightedSumLoss
+from easy_jax.core.losses import ContractError, LossFn, WeightedSumLoss
 from easy_jax.core.train_state import TrainState, init_train_state
 from easy_jax.core.weightings.rule import Weighting
+from easy_jax.io.code_fingerprint import name_of
 from easy_jax.parallel import sharding
 
 __all__ = ["Metrics", "StepFn", "TrainState", "init_train_state", "make_train_step"]
@@ -54,7 +56,9 @@ def make_train_step(
       loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, unreduced; or `loss_sum_B` alone, with
         counts of 1. For packed text both are [rows, segments], as are `weight` and `mask`.
         It gets a batch in which examples of weight 0 are masked like padding.
-      optimizer: the one given to `init_train_state`.
+      optimizer: the one given to `init_train_state`. If it holds `anchor("kl", strength)`, the step
+        adds `strength * KL(p0 || p)` to the loss, at the target tokens of examples of a weight
+        above 0, averaged by the reduction as losses of weight 1 (by `weight_mean`: as losses).
       reduction: see the module's docstring. If all weights or counts of a batch are 0, so are
         the loss and its gradient.
       weighting: computes further weights from the current model (`easy_jax.weightings`), which are
@@ -67,9 +71,9 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the fields that the loss reads and
-      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one,
-      `grad_norm`, of its gradient before the optimizer, and with a weighting those of
-      `model_weights.metrics`.
+      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one
+      without anchors; `grad_norm`, of the gradient before the optimizer; with the anchor `kl` the
+      mean divergence `kl`, in nats; and with a weighting those of `model_weights.metrics`.
 
     Raises:
       ValueError: an unknown reduction; while tracing, a batch that does not divide into
@@ -101,37 +105,53 @@ def make_train_step(
     rule = weighting if first is None else None
     gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction, rule), has_aux=True)
     before = None if first is None else _first_pass(graphdef, loss_fn, first, micro_batches)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     def step(  # by this name `io.terminal` knows the compilation
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
+        _check_anchor(loss_fn, state.opt_state)
         return _step(before, gradient, optimizer, micro_batches, mesh, state, batch)
 
     return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
 
 
+def _check_anchor(loss_fn: LossFn, opt_state: Any) -> None:
+    if frozen_of(opt_state) is not None and not isinstance(loss_fn, CausalLMLoss):
+        raise ContractError(
+            "the anchor 'kl' compares distributions over a vocabulary, and "
+            f"{name_of(loss_fn)} gives losses only: take causal_lm_loss, or the anchor 'l2_sp'"
+        )
+
+
 def _step(
     before: Callable[..., Any] | None,
     gradient: Callable[..., Any],
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     micro_batches: int,
     mesh: Mesh | None,
     state: TrainState,
     batch: Mapping[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
+    frozen = frozen_of(state.opt_state)
     with sharding.tracing_on(mesh):
-        sums: Any = {}
+        sums: model_weights.Sums = {}
         if before is not None:
             batch, sums = before(state, batch)
         total, denominator, non_trainable, more, grads = _accumulate(
-            gradient, state, batch, micro_batches
+            gradient, state, frozen, batch, micro_batches
         )
+    sums = {**more, **sums}
     denominator = jnp.where(denominator > 0, denominator, 1.0)
     grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    has_divergence = {} if frozen is None else {"has_divergence": True}
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **has_divergence)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
-    metrics |= model_weights.metrics(sums or more)
+    if frozen is not None:
+        metrics["kl"] = sums.pop("kl") / denominator
+        metrics["loss"] -= frozen.strength * metrics["kl"]
+    metrics |= model_weights.metrics(sums)
     state = TrainState(state.step + 1, params, non_trainable, opt_state)
     if mesh is not None:
         # Else XLA may change the layout of small parameters, and the next step compiles again.
@@ -142,6 +162,7 @@ def _step(
 def _accumulate(
     gradient: Callable[..., Any],
     state: TrainState,
+    frozen: FrozenState | None,
     batch: Mapping[str, jax.Array],
     micro_batches: int,
 ) -> tuple[jax.Array, jax.Array, nnx.State, model_weights.Sums, nnx.State]:
@@ -153,14 +174,14 @@ def _accumulate(
     """
     if micro_batches == 1:
         (total, (denominator, non_trainable, sums)), grads = gradient(
-            state.params, state.non_trainable, batch
+            state.params, state.non_trainable, batch, frozen
         )
         return total, denominator, non_trainable, sums, grads
 
     def add(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, model_weights.Sums]:
         total, denominator, non_trainable, grads = carry
         (more, (more_denominator, non_trainable, sums)), more_grads = gradient(
-            state.params, non_trainable, micro_batch
+            state.params, non_trainable, micro_batch, frozen
         )
         grads = jax.tree.map(jnp.add, grads, more_grads)
         return (total + more, denominator + more_denominator, non_trainable, grads), sums
@@ -223,8 +244,12 @@ def _weighted_sum(
         forward = jax.jit(forward)  # called twice, traced once
 
     def weighted_sum(
-        params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
+        params: nnx.State,
+        non_trainable: nnx.State,
+        batch: Mapping[str, jax.Array],
+        frozen: FrozenState | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
+        assert frozen is None
         seen = _without_removed(batch)
         loss_sum_B, count_B, stats, updated = forward(params, non_trainable, seen)
         if reduction == "token_mean":
@@ -242,20 +267,32 @@ def _weighted_sum(
         return total, (denominator, updated, sums)
 
     def fused(
-        params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
+        params: nnx.State,
+        non_trainable: nnx.State,
+        batch: Mapping[str, jax.Array],
+        frozen: FrozenState | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
         model = nnx.merge(graphdef, params, non_trainable, copy=True)
         of_batch = functools.partial(_coefficients, reduction, batch)
-        sums = {}
-        if weighting is None:
+        sums: model_weights.Sums = {}
+        if weighting is None and frozen is None:
             assert isinstance(loss_fn, WeightedSumLoss)
             total, denominator = loss_fn.weighted_sum(model, batch, of_batch)
-        else:
-            assert isinstance(loss_fn, CausalLMLoss)
-            arguments = (weighting, weighting.reads_distribution())
-            total, denominator, *weights = loss_fn.ruled_sum(model, batch, of_batch, *arguments)
-            sums = model_weights.measured(*weights)
-        return total, (denominator, _like(non_trainable, nnx.state(model)), sums)
+            return total, (denominator, _like(non_trainable, nnx.state(model)), sums)
+        assert isinstance(loss_fn, CausalLMLoss)
+        options: dict[str, Any] = {}
+        if weighting is not None:
+            options |= {"rule": weighting, "more": weighting.reads_distribution()}
+        if frozen is not None:
+            options["frozen"] = nnx.merge(graphdef, frozen.reference, non_trainable, copy=True)
+            options["kl_strength"] = frozen.strength
+            options["kl_coefficients"] = functools.partial(_kl_coefficients, reduction, batch)
+        found = loss_fn.sums(model, batch, of_batch, **options)
+        if found.rule_RT is not None:
+            sums = model_weights.measured(found.rule_RT, found.seen_RT)
+        if found.kl is not None:
+            sums["kl"] = jax.lax.stop_gradient(found.kl)
+        return found.total, (found.denominator, _like(non_trainable, nnx.state(model)), sums)
 
     is_fused = WeightedSumLoss if weighting is None else CausalLMLoss
     return fused if isinstance(loss_fn, is_fused) else weighted_sum
@@ -274,6 +311,15 @@ def _coefficients(
     if reduction == "example_mean":
         return weight_B / jnp.where(count_B > 0, count_B, 1.0), jnp.sum(mask_B, dtype=jnp.float32)
     return weight_B, jnp.sum(weight_B * count_B)
+
+
+def _kl_coefficients(
+    reduction: Reduction, batch: Mapping[str, jax.Array], count_B: jax.Array
+) -> jax.Array:
+    """Returns what a reduction multiplies each example's sum of divergences by."""
+    if reduction != "weight_mean":
+        batch = {**batch, "weight": (batch["weight"] != 0).astype(jnp.float32)}
+    return _coefficients(reduction, batch, count_B)[0]
 
 
 def _without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

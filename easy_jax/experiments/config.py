@@ -34,8 +34,9 @@ class MethodConfig:
         (`names()`), and its options, such as `{"exponent": 0.5}`; `flow_online` is for images.
       trainable: which parameters move: all, the head, BatchNorm and head (images), or low-rank
         adapters (language).
-      anchor, anchor_strength: distance to the starting weights (heads left out, of images), by its
-        name in `easy_jax.core.anchors`: `none`, `l1_sp`, `l2_sp`; and its factor in the loss.
+      anchor, anchor_strength: distance to the model at the start, by its name in
+        `easy_jax.core.anchors`: `none`; `l1_sp` and `l2_sp` to its weights (heads left out, of
+        images); `kl`, of language, to its distribution; and its factor in the loss.
       averaging, alpha: by its name in `easy_jax.core.merge`: WiSE-FT after training (`wise_ft`),
         or SFA during it (`sfa`); and the share of the fine-tuned weights (`wise_ft`) or of the
         starting weights (`sfa`).
@@ -101,6 +102,9 @@ class MethodConfig:
         from easy_jax.core.weightings import WEIGHTINGS, get
 
         ANCHORS.find(self.anchor, f"{path}.anchor")
+        ok = kind == "language" or self.anchor != "kl"
+        because = "a distance of weights, such as 'l2_sp', in an experiment with images"
+        require(ok, f"{path}.anchor", self.anchor, because)
         AVERAGINGS.find(self.averaging, f"{path}.averaging")
         WEIGHTINGS.find(self.weighting, f"{path}.weighting")
         for name, value in self.weighting_options:  # which are a part of a folder's name
@@ -126,10 +130,11 @@ class MethodConfig:
             value, default = getattr(self, name), getattr(MethodConfig(), name)
             ok = value == default
             require(ok, f"{path}.{name}", value, f"{default!r} in a language experiment")
-        if self.trainable == "lora" and (self.anchor != "none" or self.averaging != "none"):
+        of_weights = self.anchor not in ("none", "kl")
+        if self.trainable == "lora" and (of_weights or self.averaging != "none"):
             raise ConfigError(
-                f"{path}: adapters start at no change, so anchor and averaging must be 'none' "
-                "with trainable='lora'"
+                f"{path}: adapters start at no change, so anchor must be 'none' or 'kl' and "
+                "averaging 'none' with trainable='lora'"
             )
 
 

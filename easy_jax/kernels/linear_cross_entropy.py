@@ -9,6 +9,7 @@ Shape suffixes: B rows, T positions, N positions of any shape, D features, V voc
 """
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from easy_jax.kernels import token_stats, vocabulary_blocks, vocabulary_parallel
+from easy_jax.kernels.divergence import Frozen
 from easy_jax.kernels.token_stats import TokenStats
 from easy_jax.kernels.vocabulary_parallel import NO_TARGET, Rule
 from easy_jax.parallel import chip, sharding
@@ -63,7 +65,8 @@ def linear_cross_entropy(
       >>> [round(float(x), 4) for x in nll]  # log(4) twice, no target
       [1.3863, 1.3863, 0.0]
     """
-    return _losses(hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk, False)[0]
+    arguments = (hidden_ND, head_VD, targets_N, None, soft_cap, vocab_block, token_chunk)
+    return _losses(*arguments, False)[0]
 
 
 def linear_cross_entropy_stats(
@@ -93,22 +96,63 @@ def linear_cross_entropy_stats(
       >>> [round(float(x[0]), 4) for x in (stats.entropy, stats.collision, stats.max_prob)]
       [1.3863, 0.25, 0.25]
     """
-    arguments = (hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk)
-    nll_N, more = _losses(*arguments, True)
+    arguments = (hidden_ND, head_VD, targets_N, None, soft_cap, vocab_block, token_chunk)
+    nll_N, _, more = _losses(*arguments, True)
     more = jax.lax.stop_gradient(more)
     return TokenStats(nll_N, **more, mask=targets_N != NO_TARGET)
+
+
+def linear_cross_entropy_and_kl(
+    hidden_ND: Float[Array, "*N D"],
+    head_VD: Float[Array, "V D"],
+    targets_N: Int[Array, "*N"],
+    frozen_hidden_ND: Float[Array, "*N D"],
+    frozen_head_VD: Float[Array, "V D"],
+    *,
+    soft_cap: float | None = None,
+    vocab_block: int | None = None,
+    token_chunk: int | None = None,
+) -> tuple[Float[Array, "*N"], Float[Array, "*N"]]:
+    """Losses, and the forward KL divergence from a frozen distribution p0 to the current p.
+
+    One pass over the vocabulary for both, without either model's logits. Losses and divergences
+    are differentiable in `hidden` and `head`; the frozen pair is a constant. The gradient of
+    KL(p0 || p) = sum_v p0_v log(p0_v / p_v) for the logits is p - p0.
+
+    Args:
+      frozen_hidden_ND, frozen_head_VD: the frozen model's, in the shapes and dtypes of the current
+        model's; the soft cap is that of both.
+      hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk: as in
+        `linear_cross_entropy`.
+
+    Returns:
+      `(nll_N, kl_N)` in nats, float32; 0 where there is no target.
+
+    Example:
+      >>> head, hidden = jnp.eye(2), jnp.zeros((1, 2))
+      >>> frozen = jnp.array([[jnp.log(3.0), 0.0]])  # p0 = (3/4, 1/4), p = (1/2, 1/2)
+      >>> nll, kl = linear_cross_entropy_and_kl(hidden, head, jnp.array([0]), frozen, head)
+      >>> round(float(nll[0]), 4), round(float(kl[0]), 4)
+      (0.6931, 0.1308)
+    """
+    frozen = Frozen(frozen_hidden_ND, frozen_head_VD)
+    arguments = (hidden_ND, head_VD, targets_N, frozen, soft_cap, vocab_block, token_chunk)
+    nll_N, kl_N, _ = _losses(*arguments, False)
+    assert kl_N is not None
+    return nll_N, kl_N
 
 
 def _losses(
     hidden_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
+    frozen: Frozen | None,
     soft_cap: float | None,
     vocab_block: int | None,
     token_chunk: int | None,
     more: bool,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses and, with `more`, the fields of `token_stats.OF_DISTRIBUTION`."""
+) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    """Losses, divergences, and with `more` the fields of `token_stats.OF_DISTRIBUTION`."""
     chex.assert_rank(head_VD, 2)
     chex.assert_rank(targets_N, {1, 2})
     if hidden_ND.shape != (*targets_N.shape, head_VD.shape[1]):
@@ -116,14 +160,20 @@ def _losses(
             f"hidden has shape {hidden_ND.shape}, targets {targets_N.shape} and the head "
             f"{head_VD.shape}; they must be [*N, D], [*N] and [V, D]"
         )
+    if frozen is not None:
+        _check_frozen(hidden_ND, head_VD, frozen)
+        frozen = jax.lax.stop_gradient(frozen)
     if targets_N.ndim == 1:
-        arguments = (hidden_ND[None], head_VD, targets_N[None], soft_cap, vocab_block, token_chunk)
-        return jax.tree.map(lambda x_1N: x_1N[0], _losses(*arguments, more))
+        if frozen is not None:
+            frozen = frozen._replace(hidden_ND=frozen.hidden_ND[None])
+        pair = (hidden_ND[None], head_VD, targets_N[None], frozen)
+        found = _losses(*pair, soft_cap, vocab_block, token_chunk, more)
+        return jax.tree.map(lambda x_1N: x_1N[0], found)
     mesh = sharding.current_mesh()
     if vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
         shared_chunk = _TOKEN_CHUNK if token_chunk is None else token_chunk
         return vocabulary_parallel.losses(
-            hidden_ND, head_VD, targets_N, soft_cap, shared_chunk, more
+            hidden_ND, head_VD, targets_N, frozen, soft_cap, shared_chunk, more
         )
     large = _GPU_SIZE if chip.is_gpu() else None  # smaller products leave a GPU idle
     vocab_block = vocab_block or large or _VOCAB_BLOCK
@@ -133,18 +183,34 @@ def _losses(
     # Targets first in every row: chunks behind the last target of any row are not computed.
     order_BT = jnp.argsort(targets_N == NO_TARGET, axis=1, stable=True)
     padding = -length % chunk
-    hidden_BTD = jnp.take_along_axis(hidden_ND, order_BT[:, :, None], axis=1)
-    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
     target_BT = jnp.take_along_axis(targets_N, order_BT, axis=1)
     target_BT = jnp.pad(target_BT, ((0, 0), (0, padding)), constant_values=NO_TARGET)
-    # Chunks also hold positions without a target, in shorter rows: exp(logits) or a NaN there
-    # times a cotangent of 0 would be NaN in the head's gradient.
-    hidden_BTD = jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
+
+    def in_order(hidden_BTD: jax.Array) -> jax.Array:
+        hidden_BTD = jnp.take_along_axis(hidden_BTD, order_BT[:, :, None], axis=1)
+        hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+        # Chunks also hold positions without a target, in shorter rows: exp(logits) or a NaN there
+        # times a cotangent of 0 would be NaN in the head's gradient.
+        return jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
+
+    if frozen is not None:
+        frozen = frozen._replace(hidden_ND=in_order(frozen.hidden_ND))
     block = vocabulary_blocks.block_size(head_VD.shape[0], vocab_block)
-    found = vocabulary_blocks.losses(hidden_BTD, head_VD, target_BT, soft_cap, block, chunk, more)
+    found = vocabulary_blocks.losses(
+        in_order(hidden_ND), head_VD, target_BT, frozen, soft_cap, block, chunk, more
+    )
     found = jax.tree.map(lambda x_BT: x_BT[:, :length], found)
     back_BT = jnp.argsort(order_BT, axis=1)
     return jax.tree.map(lambda x_BT: jnp.take_along_axis(x_BT, back_BT, axis=1), found)
+
+
+def _check_frozen(hidden_ND: jax.Array, head_VD: jax.Array, frozen: Frozen) -> None:
+    ours, theirs = (hidden_ND.shape, head_VD.shape), (frozen[0].shape, frozen[1].shape)
+    if ours != theirs:
+        raise ValueError(
+            f"the frozen hidden states and head have shapes {theirs[0]} and {theirs[1]}; they must "
+            f"have those of the current ones, {ours[0]} and {ours[1]}"
+        )
 
 
 def weighted_linear_cross_entropy(
@@ -169,7 +235,7 @@ def weighted_linear_cross_entropy(
       0.6931
     """
     arguments = (hidden_ND, head_VD, targets_N, weight_N)
-    return _weighted_sum(*arguments, None, {}, soft_cap, False, token_chunk)[0]
+    return weighted_sum(*arguments, soft_cap=soft_cap, token_chunk=token_chunk).total
 
 
 def rule_linear_cross_entropy(
@@ -211,38 +277,79 @@ def rule_linear_cross_entropy(
       (0.3466, 0.25)
     """
     arguments = (hidden_ND, head_VD, targets_N, weight_N)
-    total, rule_N = _weighted_sum(*arguments, rule, given, soft_cap, more, token_chunk)
-    assert rule_N is not None
-    return total, rule_N
+    options: Any = {"soft_cap": soft_cap, "more": more, "token_chunk": token_chunk}
+    found = weighted_sum(*arguments, rule=rule, given=given, **options)
+    assert found.rule_N is not None
+    return found.total, found.rule_N
 
 
-def _weighted_sum(
+class WeightedSum(NamedTuple):
+    """A weighted sum of losses and divergences, and what it was made of.
+
+    Attributes:
+      total: scalar, float32; differentiable in hidden states and head.
+      rule_N: the rule's weights, 0 where there is no target; None without a rule.
+      kl_N: KL(p0 || p) in nats, 0 where there is no target; None without a frozen pair.
+    """
+
+    total: jax.Array
+    rule_N: jax.Array | None
+    kl_N: jax.Array | None
+
+
+def weighted_sum(
     hidden_ND: jax.Array,
     head_VD: jax.Array,
     targets_N: jax.Array,
     weight_N: jax.Array,
-    rule: Rule | None,
-    given: Mapping[str, jax.Array],
-    soft_cap: float | None,
-    more: bool,
-    token_chunk: int | None,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the sum of `weight * rule(stats) * nll` and the rule's weights, if there is one."""
+    *,
+    rule: Rule | None = None,
+    given: Mapping[str, jax.Array] | None = None,
+    more: bool = False,
+    frozen: Frozen | None = None,
+    kl_weight_N: jax.Array | None = None,
+    soft_cap: float | None = None,
+    token_chunk: int | None = None,
+) -> WeightedSum:
+    """Sums `weight * rule(stats) * nll + kl_weight * kl` over tokens.
+
+    Args:
+      frozen: the frozen model's hidden states and head; they have no gradient.
+      kl_weight_N: the factor of each token's KL(p0 || p); 0 for none.
+      hidden_ND, head_VD, targets_N, weight_N, rule, given, more, soft_cap, token_chunk: as in
+        `rule_linear_cross_entropy`; without a rule its weights are 1.
+    """
+    given = dict(given or {})
     chex.assert_equal_shape([targets_N, weight_N, *given.values()])
-    weight_N, given = jax.lax.stop_gradient((weight_N, dict(given)))
+    weight_N, given = jax.lax.stop_gradient((weight_N, given))
     # Not 0 times its loss, which may be infinite: a token of weight 0 is no target.
-    targets_N = jnp.where(weight_N != 0, targets_N, NO_TARGET)
+    counts_N = weight_N != 0
+    if kl_weight_N is not None:
+        chex.assert_equal_shape([targets_N, kl_weight_N])
+        kl_weight_N = jax.lax.stop_gradient(kl_weight_N)
+        counts_N |= kl_weight_N != 0
+    targets_N = jnp.where(counts_N, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
         # Logits and their gradients are in memory at once.
         half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
-        return vocabulary_parallel.weighted_sum(
-            hidden_ND, head_VD, targets_N, weight_N, given, soft_cap, half, rule, more
+        if frozen is not None:
+            _check_frozen(hidden_ND, head_VD, frozen)
+        if kl_weight_N is not None:
+            given["kl_weight"] = kl_weight_N
+        found = vocabulary_parallel.weighted_sum(
+            hidden_ND, head_VD, targets_N, weight_N, given, frozen, soft_cap, half, rule, more
         )
-    nll_N, fields = _losses(hidden_ND, head_VD, targets_N, soft_cap, None, token_chunk, more)
+        return WeightedSum(*found)
+    nll_N, kl_N, fields = _losses(
+        hidden_ND, head_VD, targets_N, frozen, soft_cap, None, token_chunk, more
+    )
     rule_N, factor_N = None, weight_N
     if rule is not None:
         stats = TokenStats(nll_N, **fields, **given, mask=targets_N != NO_TARGET)
         rule_N = jax.lax.stop_gradient(token_stats.weights(rule, jax.lax.stop_gradient(stats)))
         factor_N = weight_N * rule_N
-    return jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0)), rule_N
+    total = jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0))
+    if kl_N is not None and kl_weight_N is not None:
+        total += jnp.sum(jnp.where(kl_weight_N != 0, kl_weight_N * kl_N, 0.0))
+    return WeightedSum(total, rule_N, kl_N)

@@ -1,4 +1,4 @@
-"""Losses and statistics of a linear head, one block of the vocabulary at a time.
+"""Losses, statistics and divergences of a linear head, one block of the vocabulary at a time.
 
 The forward pass carries a running log-sum-exp over the blocks. The backward pass computes each
 block's logits again, and finishes the gradient of its rows of the head at once.
@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from easy_jax.kernels import token_stats
+from easy_jax.kernels import divergence, token_stats
+from easy_jax.kernels.divergence import Frozen
 from easy_jax.kernels.vocabulary_parallel import NO_TARGET
 
 
@@ -52,34 +53,40 @@ def _num_chunks(target_BT: jax.Array, chunk: int) -> jax.Array:
     return (used + chunk - 1) // chunk
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def losses(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
+    frozen: Frozen | None,
     cap: float | None,
     block: int,
     chunk: int,
     more: bool,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns losses [B, T] and, with `more`, the fields of `token_stats.OF_DISTRIBUTION`.
+) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    """Returns losses [B, T], KL(p0 || p) where there is a frozen pair, and further statistics.
+
+    The statistics are the fields of `token_stats.OF_DISTRIBUTION`, with `more`. Losses and
+    divergences are differentiable in hidden states and head.
 
     Targets come first in every row: chunks behind the last target of any row are not computed.
     """
-    return _forward(hidden_BTD, head_VD, target_BT, cap, block, chunk, more)[0]
+    return _forward(hidden_BTD, head_VD, target_BT, frozen, cap, block, chunk, more)[0]
 
 
 def _forward(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
+    frozen: Frozen | None,
     cap: float | None,
     block: int,
     chunk: int,
     more: bool,
-) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Any]:
+) -> tuple[tuple[jax.Array, jax.Array | None, dict[str, jax.Array]], Any]:
     vocab = head_VD.shape[0]
     head_UKD = _blocks(head_VD, block)
+    frozen_head_UKD = None if frozen is None else _blocks(frozen.head_VD, block)
     num_blocks = head_UKD.shape[1]
     num_chunks = _num_chunks(target_BT, chunk)
 
@@ -88,7 +95,8 @@ def _forward(
         ids_U = jnp.arange(block) * num_blocks + k
 
         def one_chunk(c: jax.Array, carry: Any) -> Any:
-            max_BC, chosen_BC, *before_BC = (_slice(x, c, chunk) for x in carry)
+            own, given = jax.tree.map(lambda x: _slice(x, c, chunk), carry)
+            max_BC, chosen_BC, *before_BC = own
             hidden_BCD = _slice(hidden_BTD, c, chunk)
             logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
             is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
@@ -101,22 +109,37 @@ def _forward(
                 more_BC = jnp.sum(jnp.exp(logits_BCU - new_max_BC[:, :, None]), axis=2)
                 sums_BC = (scaled_BC + more_BC,)
             chosen_BC += jnp.sum(jnp.where(is_target_BCU, logits_BCU, 0.0), axis=2)
-            new = (new_max_BC, chosen_BC, *sums_BC)
-            return tuple(_update(x, y, c, chunk) for x, y in zip(carry, new, strict=True))
+            if frozen is not None and frozen_head_UKD is not None:
+                frozen_BCD = _slice(frozen.hidden_ND, c, chunk)
+                frozen_BCU = _logits(
+                    frozen_BCD, frozen_head_UKD[:, k], ids_U[None, None, :], vocab, cap
+                )
+                largest_BC = jnp.maximum(given[0], jnp.max(frozen_BCU, axis=2))
+                given = divergence.update(
+                    given, largest_BC, frozen_BCU, logits_BCU, ids_U[None, None, :] < vocab
+                )
+            new = ((new_max_BC, chosen_BC, *sums_BC), given)
+            return jax.tree.map(lambda x, y: _update(x, y, c, chunk), carry, new)
 
         return jax.lax.fori_loop(0, num_chunks, one_chunk, carry), None
 
     zero_BT = jnp.zeros(target_BT.shape, jnp.float32)
-    start = (zero_BT - jnp.inf, zero_BT, zero_BT, *[zero_BT] * (2 * more))
-    found, _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
-    max_BT, chosen_BT, sum_BT, *sums_BT = found
+    start = (
+        (zero_BT - jnp.inf, zero_BT, zero_BT, *[zero_BT] * (2 * more)),
+        () if frozen is None else (zero_BT - jnp.inf, zero_BT, zero_BT),
+    )
+    (own, given), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
+    max_BT, chosen_BT, sum_BT, *sums_BT = own
     has_target_BT = target_BT != NO_TARGET
+    kl_BT, frozen_sums = None, None
+    if given:
+        kl_BT = jnp.where(has_target_BT, divergence.divergence(given, max_BT, sum_BT), 0.0)
+        frozen_sums = _masked_out(given[0], given[1], has_target_BT)
     fields = {}
     if more:
         fields = token_stats.derived(max_BT, chosen_BT, sum_BT, *sums_BT)
         fields = token_stats.masked(fields, has_target_BT)
-    max_BT = jnp.where(has_target_BT, max_BT, jnp.inf)  # going back: e^(x - inf) = 0
-    sum_BT = jnp.where(has_target_BT, sum_BT, 1.0)
+    max_BT, sum_BT = _masked_out(max_BT, sum_BT, has_target_BT)
     in_range_BT = (target_BT >= 0) & (target_BT < vocab)
     chosen_BT = jnp.where(in_range_BT, chosen_BT, jnp.nan)
     # Maximum and sum stay apart: their logarithm's rounding would be a bias of every gradient.
@@ -124,20 +147,31 @@ def _forward(
     # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
     nll_BT = jnp.where(nll_BT < 0, 0.0, nll_BT)
     nll_BT = jnp.where(has_target_BT, nll_BT, 0.0)
-    return (nll_BT, fields), (hidden_BTD, head_VD, target_BT, max_BT, sum_BT)
+    residuals = (hidden_BTD, head_VD, target_BT, frozen, (max_BT, sum_BT), frozen_sums)
+    return (nll_BT, kl_BT, fields), residuals
+
+
+def _masked_out(
+    max_BT: jax.Array, sum_BT: jax.Array, has_target_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Replaces maximum and sum where there is no target: going back, e^(x - inf) / 1 = 0."""
+    return jnp.where(has_target_BT, max_BT, jnp.inf), jnp.where(has_target_BT, sum_BT, 1.0)
 
 
 def _backward(
     cap: float | None, block: int, chunk: int, more: bool, residuals: Any, cotangents: Any
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, None, None]:
     del more
-    cotangent_BT, _ = cotangents  # of the losses alone: the statistics are constants
-    hidden_BTD, head_VD, target_BT, max_BT, sum_BT = residuals
+    nll_bar_BT, kl_bar_BT, _ = cotangents  # the statistics are constants
+    hidden_BTD, head_VD, target_BT, frozen, sums, frozen_sums = residuals
     vocab = head_VD.shape[0]
     head_UKD = _blocks(head_VD, block)
+    frozen_head_UKD = None if frozen is None else _blocks(frozen.head_VD, block)
     num_blocks = head_UKD.shape[1]
     num_chunks = _num_chunks(target_BT, chunk)
-    cotangent_BT = jnp.where(target_BT != NO_TARGET, cotangent_BT, 0.0)
+    nll_bar_BT = jnp.where(target_BT != NO_TARGET, nll_bar_BT, 0.0)
+    if frozen is not None:
+        kl_bar_BT = jnp.where(target_BT != NO_TARGET, kl_bar_BT, 0.0)
 
     def one_block(carry: Any, k: jax.Array) -> tuple[Any, None]:
         hidden_bar_BTD, head_bar_UKD = carry
@@ -149,9 +183,15 @@ def _backward(
             hidden_BCD = _slice(hidden_BTD, c, chunk)
             logits_BCU = _logits(hidden_BCD, head_UD, ids_U[None, None, :], vocab, cap)
             is_target_BCU = _slice(target_BT, c, chunk)[:, :, None] == ids_U[None, None, :]
-            share_BCU = jnp.exp(logits_BCU - _slice(max_BT, c, chunk)[:, :, None])
-            share_BCU = share_BCU / _slice(sum_BT, c, chunk)[:, :, None]
-            bar_BCU = (share_BCU - is_target_BCU) * _slice(cotangent_BT, c, chunk)[:, :, None]
+            share_BCU = _share(logits_BCU, sums, c, chunk)
+            bar_BCU = (share_BCU - is_target_BCU) * _slice(nll_bar_BT, c, chunk)[:, :, None]
+            if frozen is not None and frozen_head_UKD is not None:
+                frozen_BCD = _slice(frozen.hidden_ND, c, chunk)
+                frozen_BCU = _logits(
+                    frozen_BCD, frozen_head_UKD[:, k], ids_U[None, None, :], vocab, cap
+                )
+                apart_BCU = share_BCU - _share(frozen_BCU, frozen_sums, c, chunk)
+                bar_BCU += apart_BCU * _slice(kl_bar_BT, c, chunk)[:, :, None]
             if cap is not None:
                 capped_BCU = jnp.where(ids_U[None, None, :] < vocab, logits_BCU, 0.0)
                 bar_BCU = bar_BCU * (1.0 - jnp.square(capped_BCU / cap))
@@ -174,7 +214,15 @@ def _backward(
     start = (jnp.zeros(hidden_BTD.shape, jnp.float32), jnp.zeros_like(head_UKD))
     (hidden_bar_BTD, head_bar_UKD), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
     head_bar_VD = head_bar_UKD.reshape(-1, head_VD.shape[1])[:vocab]
-    return hidden_bar_BTD.astype(hidden_BTD.dtype), head_bar_VD, None
+    return hidden_bar_BTD.astype(hidden_BTD.dtype), head_bar_VD, None, None
+
+
+def _share(
+    logits_BCU: jax.Array, given: tuple[jax.Array, jax.Array], chunk: Any, size: int
+) -> jax.Array:
+    """Returns the probabilities of a block, from the maximum and sum [B, T] of all blocks."""
+    max_BC, sum_BC = (_slice(x_BT, chunk, size)[:, :, None] for x_BT in given)
+    return jnp.exp(logits_BCU - max_BC) / sum_BC
 
 
 losses.defvjp(_forward, _backward)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from easy_jax.kernels import token_stats
+from easy_jax.kernels import divergence, token_stats
+from easy_jax.kernels.divergence import Frozen
 from easy_jax.kernels.token_stats import TokenStats
 from easy_jax.parallel import sharding
 
@@ -29,6 +30,7 @@ _LARGEST_CAP = 40.0  # exp(-2 * cap) is still a normal float32
 _ROWS = PartitionSpec(sharding.BATCH, None)
 _ROWS_D = PartitionSpec(sharding.BATCH, None, None)
 _HEAD = PartitionSpec("tensor", "fsdp")  # as the parameter is kept
+_PAIR: tuple[Any, Any] = (_ROWS_D, _HEAD)
 
 
 def divides(mesh: AbstractMesh | None, rows: int, head_VD: jax.Array) -> bool:
@@ -40,73 +42,86 @@ def divides(mesh: AbstractMesh | None, rows: int, head_VD: jax.Array) -> bool:
     return spare == vocab % mesh.shape["tensor"] == features % mesh.shape["fsdp"] == 0
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def losses(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
+    frozen: Frozen | None,
     cap: float | None,
     chunk: int,
     more: bool = False,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Negative log-likelihoods [B, T], float32, as `linear_cross_entropy`.
+) -> tuple[jax.Array, jax.Array | None, dict[str, jax.Array]]:
+    """Negative log-likelihoods [B, T], KL(p0 || p) where there is a frozen pair, and statistics.
 
-    With `more`, the second output has the fields of `token_stats.OF_DISTRIBUTION`, which are
+    With `more`, the third output has the fields of `token_stats.OF_DISTRIBUTION`, which are
     constants to a gradient; else it is empty.
     """
-    fields, _ = _sharded(hidden_BTD, head_VD, target_BT, {}, cap, chunk, more=more)
-    return fields.pop("nll"), fields
+    fields, _ = _sharded(hidden_BTD, head_VD, target_BT, {}, frozen, cap, chunk, more=more)
+    return fields.pop("nll"), fields.pop("kl", None), fields
 
 
 def _losses_forward(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
+    frozen: Frozen | None,
     cap: float | None,
     chunk: int,
     more: bool,
 ) -> tuple[Any, Any]:
-    found = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
-    return found, (hidden_BTD, head_VD, target_BT)
+    found = losses(hidden_BTD, head_VD, target_BT, frozen, cap, chunk, more)
+    return found, (hidden_BTD, head_VD, target_BT, frozen)
 
 
 def _losses_backward(
     cap: float | None, chunk: int, more: bool, residuals: Any, cotangents: Any
-) -> tuple[jax.Array, jax.Array, None]:
+) -> tuple[jax.Array, jax.Array, None, None]:
     del more
-    hidden_BTD, head_VD, target_BT = residuals
+    hidden_BTD, head_VD, target_BT, frozen = residuals
     given = {"weight": cotangents[0]}
-    _, (hidden_bar_BTD, head_bar_VD) = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk)
-    return hidden_bar_BTD, head_bar_VD, None
+    if frozen is not None:
+        given["kl_weight"] = cotangents[1]
+    _, (hidden_bar_BTD, head_bar_VD) = _sharded(
+        hidden_BTD, head_VD, target_BT, given, frozen, cap, chunk
+    )
+    return hidden_bar_BTD, head_bar_VD, None, None
 
 
 losses.defvjp(_losses_forward, _losses_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
 def weighted_sum(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
     target_BT: jax.Array,
     weight_BT: jax.Array,
     given: dict[str, jax.Array],
+    frozen: Frozen | None,
     cap: float | None,
     chunk: int,
     rule: Rule | None = None,
     more: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The sum of `weight * rule(stats) * losses(...)` and the rule's weights [B, T].
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The sum of `weight * rule(stats) * nll + kl_weight * kl`, the rule's weights and the KL.
 
     Args:
-      given: further fields of the rule's `TokenStats`, as in `rule_linear_cross_entropy`.
+      given: further fields of the rule's `TokenStats`, as in `rule_linear_cross_entropy`; with a
+        frozen pair also `kl_weight`, [B, T].
       rule: None for 1.
       more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
     """
-    nll_BT, fields = losses(hidden_BTD, head_VD, target_BT, cap, chunk, more)
-    if rule is None:
-        return _total(nll_BT, weight_BT), None
-    rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
-    return _total(nll_BT, weight_BT * rule_BT), rule_BT
+    kl_weight_BT, given = _popped(given)
+    nll_BT, kl_BT, fields = losses(hidden_BTD, head_VD, target_BT, frozen, cap, chunk, more)
+    rule_BT = None
+    if rule is not None:
+        rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
+        weight_BT = weight_BT * rule_BT
+    total = _total(nll_BT, weight_BT)
+    if kl_BT is not None and kl_weight_BT is not None:
+        total += _total(kl_BT, kl_weight_BT)
+    return total, rule_BT, kl_BT
 
 
 def _sum_forward(
@@ -115,28 +130,38 @@ def _sum_forward(
     target_BT: jax.Array,
     weight_BT: jax.Array,
     given: dict[str, jax.Array],
+    frozen: Frozen | None,
     cap: float | None,
     chunk: int,
     rule: Rule | None,
     more: bool,
-) -> tuple[tuple[jax.Array, jax.Array | None], Any]:
+) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], Any]:
     given = {**given, "weight": weight_BT}
     options: Any = {"more": more, "rule": rule}
-    found, gradients = _sharded(hidden_BTD, head_VD, target_BT, given, cap, chunk, **options)
-    rule_BT = found.get("rule")
-    factor_BT = weight_BT if rule_BT is None else weight_BT * rule_BT
-    return (_total(found["nll"], factor_BT), rule_BT), gradients
+    found, gradients = _sharded(
+        hidden_BTD, head_VD, target_BT, given, frozen, cap, chunk, **options
+    )
+    rule_BT, kl_BT = found.get("rule"), found.get("kl")
+    total = _total(found["nll"], weight_BT if rule_BT is None else weight_BT * rule_BT)
+    if kl_BT is not None:
+        total += _total(kl_BT, given["kl_weight"])
+    return (total, rule_BT, kl_BT), gradients
 
 
 def _sum_backward(
     cap: float | None, chunk: int, rule: Rule | None, more: bool, gradients: Any, cotangents: Any
-) -> tuple[jax.Array, jax.Array, None, None, None]:
+) -> tuple[jax.Array, jax.Array, None, None, None, None]:
     del cap, chunk, rule, more
     hidden_bar_BTD, head_bar_VD = (cotangents[0].astype(g.dtype) * g for g in gradients)
-    return hidden_bar_BTD, head_bar_VD, None, None, None
+    return hidden_bar_BTD, head_bar_VD, None, None, None, None
 
 
 weighted_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _popped(given: dict[str, jax.Array]) -> tuple[jax.Array | None, dict[str, jax.Array]]:
+    """Returns the weight of the KL, and the fields that a rule reads."""
+    return given.get("kl_weight"), {k: v for k, v in given.items() if k != "kl_weight"}
 
 
 def _total(nll_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
@@ -148,6 +173,7 @@ def _sharded(
     head_VD: jax.Array,
     target_BT: jax.Array,
     given: dict[str, jax.Array],
+    frozen: Frozen | None,
     cap: float | None,
     chunk: int,
     *,
@@ -157,12 +183,12 @@ def _sharded(
     """Losses and what else is asked for, and gradients for hidden states and head.
 
     Args:
-      given: `weight`, [B, T], if gradients of the weighted sum are wanted; with it, what the rule
-        reads beside the statistics.
+      given: `weight`, [B, T], if gradients of the weighted sum are wanted; with it, `kl_weight`
+        if there is a frozen pair, and what the rule reads beside the statistics.
 
     Returns:
-      `(found, gradients)`: `nll`, with `more` the statistics, or with a rule its weights, `rule`;
-      no gradients without weights.
+      `(found, gradients)`: `nll`, with a frozen pair `kl`, with `more` the statistics, or with a
+      rule its weights, `rule`; no gradients without weights.
     """
     mesh = sharding.current_mesh()
     assert mesh is not None
@@ -170,23 +196,29 @@ def _sharded(
     rows = target_BT.shape[0] // sharding.num_shares(mesh)
     chunk = max(1, min(length, chunk // rows))
     padding = ((0, 0), (0, -length % chunk))
-    hidden_BTD = jnp.pad(hidden_BTD, (*padding, (0, 0)))
     target_BT = jnp.pad(target_BT, padding, constant_values=NO_TARGET)
-    # A NaN where there is no target would reach the head's gradient.
-    hidden_BTD = jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
+
+    def padded(hidden_BTD: jax.Array) -> jax.Array:
+        hidden_BTD = jnp.pad(hidden_BTD, (*padding, (0, 0)))
+        # A NaN where there is no target would reach the head's gradient.
+        return jnp.where((target_BT != NO_TARGET)[:, :, None], hidden_BTD, 0)
+
+    if frozen is not None:
+        frozen = frozen._replace(hidden_ND=padded(frozen.hidden_ND))
     given = {
         name: jnp.where(target_BT == NO_TARGET, 0.0, jnp.pad(array_BT, padding))
         for name, array_BT in given.items()
     }
+    frozen_specs: Any = None if frozen is None else Frozen(*_PAIR)
     run: Callable[..., Any] = functools.partial(
         _on_device, vocab=head_VD.shape[0], cap=cap, chunk=chunk, more=more, rule=rule
     )
     found, gradients = jax.shard_map(
         run,
-        in_specs=(_ROWS_D, _HEAD, _ROWS, _ROWS),
+        in_specs=(_ROWS_D, _HEAD, _ROWS, _ROWS, frozen_specs),
         check_vma=False,
-        out_specs=(_ROWS, (_ROWS_D, _HEAD) if given else ()),
-    )(hidden_BTD, head_VD, target_BT, given)
+        out_specs=(_ROWS, _PAIR if given else ()),
+    )(padded(hidden_BTD), head_VD, target_BT, given, frozen)
     found = {name: array_BT[:, :length] for name, array_BT in found.items()}
     if not given:
         return found, ()
@@ -199,6 +231,7 @@ def _on_device(
     head_VD: jax.Array,
     target_BT: jax.Array,
     given: dict[str, jax.Array],
+    frozen: Frozen | None,
     *,
     vocab: int,
     cap: float | None,
@@ -208,28 +241,38 @@ def _on_device(
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
     """One device's part: its rows of the batch; its features of the head, exchanged for rows."""
     rows = head_VD.shape[0]  # of all devices along fsdp together
-    head_VD = jnp.pad(head_VD, ((0, -rows % jax.lax.axis_size("fsdp")), (0, 0)))
-    head_UD = jax.lax.all_to_all(head_VD, "fsdp", split_axis=0, concat_axis=1, tiled=True)
+    head_UD = _rows_of(head_VD)
+    frozen_head_UD = None if frozen is None else _rows_of(frozen.head_VD)
+    frozen_hidden_BTD = None if frozen is None else frozen.hidden_ND
     place_U = head_UD.shape[0] * jax.lax.axis_index("fsdp") + jnp.arange(head_UD.shape[0])
     # A row of the padding has an id that is no target's.
     ids_U = jnp.where(place_U < rows, place_U + rows * jax.lax.axis_index("tensor"), vocab)
-    chunks = jax.tree.map(lambda x: _chunks(x, chunk), (hidden_BTD, target_BT, given))
+    arrays = (hidden_BTD, target_BT, given, frozen_hidden_BTD)
+    chunks = jax.tree.map(lambda x: _chunks(x, chunk), arrays)
 
     def one_chunk(head_bar_UD: jax.Array | None, chunk: Any) -> tuple[Any, Any]:
-        hidden_ND, target_N, given_N = jax.tree.map(_gathered, chunk)
-        logits_NU = jnp.einsum("nd,ud->nu", hidden_ND, head_UD, preferred_element_type=jnp.float32)
-        if cap is not None:
-            logits_NU = cap * jnp.tanh(logits_NU / cap)
+        hidden_ND, target_N, given_N, frozen_ND = jax.tree.map(_gathered, chunk)
+        logits_NU = _logits(hidden_ND, head_UD, cap)
         is_target_NU = ids_U[None, :] == target_N[:, None]
-        stats, share_NU, sum_N = _losses(logits_NU, is_target_NU, target_N, ids_U, vocab, cap, more)
-        weight_N = given_N.pop("weight", None)
+        stats, share_NU, (max_N, sum_N) = _losses(
+            logits_NU, is_target_NU, target_N, ids_U, vocab, cap, more
+        )
+        weight_N, (kl_weight_N, given_N) = given_N.pop("weight", None), _popped(given_N)
         if rule is not None:
             rule_N = _rule_weights(rule, stats, given_N, target_N)
             stats, weight_N = {"nll": stats["nll"], "rule": rule_N}, weight_N * rule_N
+        if frozen_head_UD is not None:
+            frozen_NU = _logits(frozen_ND, frozen_head_UD, cap)
+            valid_1U = (ids_U < vocab)[None, :]
+            kl_N, frozen_share_NU = _divergence(frozen_NU, logits_NU, valid_1U, max_N, sum_N)
+            stats["kl"] = jnp.where(target_N != NO_TARGET, kl_N, 0.0)
         found_BC = {name: _own(x.reshape(-1, *chunk[1].shape)) for name, x in stats.items()}
         if head_bar_UD is None:
             return None, (found_BC,)
-        bar_NU = (share_NU / sum_N[:, None] - is_target_NU) * weight_N[:, None]
+        share_NU = share_NU / sum_N[:, None]
+        bar_NU = (share_NU - is_target_NU) * weight_N[:, None]
+        if kl_weight_N is not None:
+            bar_NU += (share_NU - frozen_share_NU) * kl_weight_N[:, None]
         if cap is not None:
             bar_NU = bar_NU * (1.0 - jnp.square(logits_NU / cap))
         bar_NU = bar_NU.astype(hidden_ND.dtype)
@@ -251,6 +294,37 @@ def _on_device(
     return found, (hidden_bar_BTD[0], head_bar_VD[:rows])
 
 
+def _rows_of(head_VD: jax.Array) -> jax.Array:
+    """A device's rows of the head, from its features of all rows."""
+    rows = head_VD.shape[0]
+    head_VD = jnp.pad(head_VD, ((0, -rows % jax.lax.axis_size("fsdp")), (0, 0)))
+    return jax.lax.all_to_all(head_VD, "fsdp", split_axis=0, concat_axis=1, tiled=True)
+
+
+def _logits(hidden_ND: jax.Array, head_UD: jax.Array, cap: float | None) -> jax.Array:
+    logits_NU = jnp.einsum("nd,ud->nu", hidden_ND, head_UD, preferred_element_type=jnp.float32)
+    return logits_NU if cap is None else cap * jnp.tanh(logits_NU / cap)
+
+
+def _divergence(
+    frozen_NU: jax.Array,
+    logits_NU: jax.Array,
+    valid_1U: jax.Array,
+    max_N: jax.Array,
+    sum_N: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns KL(p0 || p), and p0 of this device's ids."""
+    frozen_max_N = jnp.max(jnp.where(valid_1U, frozen_NU, -jnp.inf), axis=1)
+    frozen_max_N = jax.lax.pmax(frozen_max_N, _VOCAB)
+    zero_N = jnp.zeros_like(frozen_max_N)
+    start = (frozen_max_N, zero_N, zero_N)
+    _, *parts = divergence.update(start, frozen_max_N, frozen_NU, logits_NU, valid_1U)
+    frozen_sum_N, gap_N = jax.lax.psum(parts, _VOCAB)
+    kl_N = divergence.divergence((frozen_max_N, frozen_sum_N, gap_N), max_N, sum_N)
+    share_NU = jnp.exp(frozen_NU - frozen_max_N[:, None]) / frozen_sum_N[:, None]
+    return kl_N, jnp.where(valid_1U, share_NU, 0.0)
+
+
 def _rule_weights(
     rule: Rule, fields: dict[str, jax.Array], given: dict[str, jax.Array], target_N: jax.Array
 ) -> jax.Array:
@@ -266,12 +340,12 @@ def _losses(
     vocab: int,
     cap: float | None,
     more: bool,
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+) -> tuple[dict[str, jax.Array], jax.Array, tuple[jax.Array, jax.Array]]:
     """Returns the losses of a chunk, and the softmax of this device's ids as shares of a sum.
 
     Returns:
-      `(fields, share_NU, sum_N)`: `nll`, with `more` the other statistics; the probabilities are
-      `share_NU / sum_N`.
+      `(fields, share_NU, (max_N, sum_N))`: `nll`, with `more` the other statistics; the
+      probabilities are `share_NU / sum_N`, and shares are relative to `max_N`.
     """
     valid_1U = (ids_U < vocab)[None, :]
     if cap is not None and cap <= _LARGEST_CAP and not more:
@@ -295,7 +369,7 @@ def _losses(
     if more:
         derived = token_stats.derived(max_N, chosen_N, sum_N, *more_N)
         fields |= token_stats.masked(derived, has_target_N)
-    return fields, share_NU, sum_N
+    return fields, share_NU, (max_N, sum_N)
 
 
 def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:

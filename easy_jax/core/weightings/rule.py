@@ -268,7 +268,7 @@ def get(name: str, /, **options: Any) -> Weighting:
 
 
 def register(
-    entry: Entry | None = None,
+    entry: Entry | str | None = None,
     *,
     name: str | None = None,
     level: Level | None = None,
@@ -280,7 +280,7 @@ def register(
     arguments, for example in a configuration's file.
 
     Args:
-      entry: what is registered.
+      entry: what is registered; or its name, as in `@register("confident")`.
       name: default: the function's name, or the class's in snake_case.
       level: of a function, `token` (the default) or `example`.
       needs: of a function; default: found by calling it once with recorded statistics. A function
@@ -303,6 +303,8 @@ def register(
       >>> get("confident").needs
       frozenset({'current'})
     """
+    if isinstance(entry, str):
+        entry, name = None, entry
     if entry is None:
         return lambda entry: register(entry, name=name, level=level, needs=needs)
     for need in needs or ():
