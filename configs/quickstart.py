@@ -7,9 +7,11 @@ handwritten digits, by ten methods and three controls (see `METHODS`).
   easy-jax run --config=configs/quickstart.py:clean    labels as they are
   easy-jax run --config=configs/quickstart.py:full     both, 3 seeds, learning rates 0.003-0.1
   easy-jax compare --config=configs/quickstart.py:compare   3 seeds, and WiSE-FT at every alpha
+  easy-jax run --config=configs/quickstart.py:weightings    all weightings and controls, as `full`
   easy-jax run --config=configs/quickstart.py:tiny     seconds; to see that everything works
 
-Hardware: 2 CPU cores. Time and results: README.md (default) and docs/results.md (`:full`).
+Hardware: 2 CPU cores. Time and results: README.md (default), docs/results.md (`:full`) and
+docs/weightings.md (`:weightings`).
 """
 
 import dataclasses
@@ -26,7 +28,7 @@ from easy_jax.config import (
     replace,
 )
 
-ARGUMENTS = ("noisy", "clean", "full", "compare", "tiny")
+ARGUMENTS = ("noisy", "clean", "full", "compare", "weightings", "tiny")
 METHODS = (
     MethodConfig("standard"),
     MethodConfig("probe_standard", start="probe"),
@@ -47,6 +49,24 @@ CONTROLS = (
     MethodConfig("control_mean_one", start="probe", weighting="mean_one"),
 )
 
+# Every weighting that an image experiment can have, with its default options, and with weights of
+# mean 1: the same choice of examples with steps as large as the unweighted ones.
+RULES = ("flow", "easiest", "hardest", "dft", "power", "talr", "deft", "eaft", "profit", "iw")
+WEIGHTINGS = (
+    MethodConfig("unweighted", start="probe"),
+    *(MethodConfig(rule, start="probe", weighting=rule) for rule in RULES),
+    *(
+        MethodConfig(
+            f"{rule}_mean_one",
+            start="probe",
+            weighting="mean_one",
+            weighting_options=(("of", rule),),
+        )
+        for rule in RULES
+    ),
+    *CONTROLS[:2],
+)
+
 # Curves through `wise_ft` and `flow_wise_ft`.
 ALPHAS = tuple(
     dataclasses.replace(method, name=f"{method.name}_{alpha:g}", alpha=alpha)
@@ -57,7 +77,7 @@ ALPHAS = tuple(
 
 
 def get_config(arg: str = "noisy") -> ExperimentConfig:
-    """The configuration of a setting: `noisy`, `clean`, `full`, `compare` or `tiny`."""
+    """The configuration of a setting, one of `ARGUMENTS`."""
     arg = arg or "noisy"
     if arg not in ARGUMENTS:
         raise ConfigError(f"quickstart.py:{arg} is unknown; use one of {', '.join(ARGUMENTS)}")
@@ -66,7 +86,7 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         optimizer = OptimizerConfig(learning_rate=learning_rate, weight_decay=5e-4)
         return StageConfig(epochs=epochs, batch_size=64, optimizer=optimizer)
 
-    noise = {"clean": (0.0,), "full": (0.3, 0.0)}.get(arg, (0.3,))
+    noise = {"clean": (0.0,), "full": (0.3, 0.0), "weightings": (0.3, 0.0)}.get(arg, (0.3,))
     config = ExperimentConfig(
         name="quickstart" if arg == "noisy" else f"quickstart-{arg}",
         seeds=(0,),
@@ -82,9 +102,10 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         methods=METHODS,
         eval_every_epochs=3,
     )
-    if arg == "full":
+    if arg in ("full", "weightings"):
         rates = (0.003, 0.01, 0.03, 0.1)
-        return replace(config, seeds=(0, 1, 2), learning_rates=rates, methods=METHODS + CONTROLS)
+        methods = METHODS + CONTROLS if arg == "full" else WEIGHTINGS
+        return replace(config, seeds=(0, 1, 2), learning_rates=rates, methods=methods)
     if arg == "compare":
         return replace(config, seeds=(0, 1, 2), methods=METHODS + ALPHAS)
     if arg == "tiny":
