@@ -57,3 +57,23 @@ def divergence(frozen_N: Sequence[jax.Array], max_N: jax.Array, sum_N: jax.Array
     frozen_max_N, frozen_sum_N, gap_N = frozen_N
     shift_N = jnp.log(sum_N / frozen_sum_N)
     return gap_N / frozen_sum_N + (max_N - frozen_max_N) + shift_N
+
+
+def over_devices(
+    frozen_NU: jax.Array,
+    logits_NU: jax.Array,
+    valid_1U: jax.Array,
+    max_N: jax.Array,
+    sum_N: jax.Array,
+    axes: tuple[str, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Returns KL(p0 || p), and p0 of this device's ids; the vocabulary is split over mesh axes."""
+    frozen_max_N = jnp.max(jnp.where(valid_1U, frozen_NU, -jnp.inf), axis=1)
+    frozen_max_N = jax.lax.pmax(frozen_max_N, axes)
+    zero_N = jnp.zeros_like(frozen_max_N)
+    start = (frozen_max_N, zero_N, zero_N)
+    _, *parts = update(start, frozen_max_N, frozen_NU, logits_NU, valid_1U)
+    frozen_sum_N, gap_N = jax.lax.psum(parts, axes)
+    kl_N = divergence((frozen_max_N, frozen_sum_N, gap_N), max_N, sum_N)
+    share_NU = jnp.exp(frozen_NU - frozen_max_N[:, None]) / frozen_sum_N[:, None]
+    return kl_N, jnp.where(valid_1U, share_NU, 0.0)

@@ -244,11 +244,8 @@ def _on_device(
     head_UD = _rows_of(head_VD)
     frozen_head_UD = None if frozen is None else _rows_of(frozen.head_VD)
     frozen_hidden_BTD = None if frozen is None else frozen.hidden_ND
-    place_U = head_UD.shape[0] * jax.lax.axis_index("fsdp") + jnp.arange(head_UD.shape[0])
-    # A row of the padding has an id that is no target's.
-    ids_U = jnp.where(place_U < rows, place_U + rows * jax.lax.axis_index("tensor"), vocab)
-    arrays = (hidden_BTD, target_BT, given, frozen_hidden_BTD)
-    chunks = jax.tree.map(lambda x: _chunks(x, chunk), arrays)
+    ids_U = _ids(head_UD.shape[0], rows, vocab)
+    chunks = _chunks((hidden_BTD, target_BT, given, frozen_hidden_BTD), chunk)
 
     def one_chunk(head_bar_UD: jax.Array | None, chunk: Any) -> tuple[Any, Any]:
         hidden_ND, target_N, given_N, frozen_ND = jax.tree.map(_gathered, chunk)
@@ -257,14 +254,14 @@ def _on_device(
         stats, share_NU, (max_N, sum_N) = _losses(
             logits_NU, is_target_NU, target_N, ids_U, vocab, cap, more
         )
-        weight_N, (kl_weight_N, given_N) = given_N.pop("weight", None), _popped(given_N)
+        weight_N, kl_weight_N = given_N.pop("weight", None), given_N.pop("kl_weight", None)
         if rule is not None:
             rule_N = _rule_weights(rule, stats, given_N, target_N)
             stats, weight_N = {"nll": stats["nll"], "rule": rule_N}, weight_N * rule_N
         if frozen_head_UD is not None:
             frozen_NU = _logits(frozen_ND, frozen_head_UD, cap)
-            valid_1U = (ids_U < vocab)[None, :]
-            kl_N, frozen_share_NU = _divergence(frozen_NU, logits_NU, valid_1U, max_N, sum_N)
+            pair = (frozen_NU, logits_NU, (ids_U < vocab)[None, :])
+            kl_N, frozen_share_NU = divergence.over_devices(*pair, max_N, sum_N, _VOCAB)
             stats["kl"] = jnp.where(target_N != NO_TARGET, kl_N, 0.0)
         found_BC = {name: _own(x.reshape(-1, *chunk[1].shape)) for name, x in stats.items()}
         if head_bar_UD is None:
@@ -279,10 +276,8 @@ def _on_device(
         head_bar_UD += jnp.einsum(
             "nu,nd->ud", bar_NU, hidden_ND, preferred_element_type=jnp.float32
         )
-        hidden_bar_ND = jnp.einsum("nu,ud->nd", bar_NU, head_UD)
-        hidden_bar_ND = jax.lax.psum_scatter(hidden_bar_ND, "fsdp", scatter_dimension=0, tiled=True)
-        hidden_bar_BCD = jax.lax.psum(hidden_bar_ND, "tensor").reshape(chunk[0].shape)
-        return head_bar_UD, (found_BC, hidden_bar_BCD)
+        hidden_bar_ND = _summed_share(jnp.einsum("nu,ud->nd", bar_NU, head_UD))
+        return head_bar_UD, (found_BC, hidden_bar_ND.reshape(chunk[0].shape))
 
     start = jnp.zeros(head_UD.shape, jnp.float32) if given else None
     head_bar_UD, parts = jax.lax.scan(one_chunk, start, chunks)
@@ -292,6 +287,12 @@ def _on_device(
     head_bar_UD = jax.lax.psum(head_bar_UD, "data").astype(head_UD.dtype)
     head_bar_VD = jax.lax.all_to_all(head_bar_UD, "fsdp", split_axis=1, concat_axis=0, tiled=True)
     return found, (hidden_bar_BTD[0], head_bar_VD[:rows])
+
+
+def _ids(size: int, rows: int, vocab: int) -> jax.Array:
+    """The ids of a device's rows of the head; a row of the padding has an id that is no target's."""
+    place_U = size * jax.lax.axis_index("fsdp") + jnp.arange(size)
+    return jnp.where(place_U < rows, place_U + rows * jax.lax.axis_index("tensor"), vocab)
 
 
 def _rows_of(head_VD: jax.Array) -> jax.Array:
@@ -304,25 +305,6 @@ def _rows_of(head_VD: jax.Array) -> jax.Array:
 def _logits(hidden_ND: jax.Array, head_UD: jax.Array, cap: float | None) -> jax.Array:
     logits_NU = jnp.einsum("nd,ud->nu", hidden_ND, head_UD, preferred_element_type=jnp.float32)
     return logits_NU if cap is None else cap * jnp.tanh(logits_NU / cap)
-
-
-def _divergence(
-    frozen_NU: jax.Array,
-    logits_NU: jax.Array,
-    valid_1U: jax.Array,
-    max_N: jax.Array,
-    sum_N: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns KL(p0 || p), and p0 of this device's ids."""
-    frozen_max_N = jnp.max(jnp.where(valid_1U, frozen_NU, -jnp.inf), axis=1)
-    frozen_max_N = jax.lax.pmax(frozen_max_N, _VOCAB)
-    zero_N = jnp.zeros_like(frozen_max_N)
-    start = (frozen_max_N, zero_N, zero_N)
-    _, *parts = divergence.update(start, frozen_max_N, frozen_NU, logits_NU, valid_1U)
-    frozen_sum_N, gap_N = jax.lax.psum(parts, _VOCAB)
-    kl_N = divergence.divergence((frozen_max_N, frozen_sum_N, gap_N), max_N, sum_N)
-    share_NU = jnp.exp(frozen_NU - frozen_max_N[:, None]) / frozen_sum_N[:, None]
-    return kl_N, jnp.where(valid_1U, share_NU, 0.0)
 
 
 def _rule_weights(
@@ -372,10 +354,14 @@ def _losses(
     return fields, share_NU, (max_N, sum_N)
 
 
-def _chunks(x_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [chunks, B, C, ...]."""
-    parts = x_BT.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:])
-    return jnp.swapaxes(parts, 0, 1)
+def _chunks(arrays: Any, chunk: int) -> Any:
+    """[B, T, ...] -> [chunks, B, C, ...], for every array of a tree."""
+
+    def one(x_BT: jax.Array) -> jax.Array:
+        parts = x_BT.reshape(x_BT.shape[0], -1, chunk, *x_BT.shape[2:])
+        return jnp.swapaxes(parts, 0, 1)
+
+    return jax.tree.map(one, arrays)
 
 
 def _joined(x_KBC: jax.Array) -> jax.Array:
@@ -388,6 +374,12 @@ def _gathered(x_BC: jax.Array) -> jax.Array:
     """A chunk of all devices of the group, [N, ...]."""
     flat = x_BC.reshape(-1, *x_BC.shape[2:])
     return jax.lax.all_gather(flat, "fsdp", axis=0, tiled=True)
+
+
+def _summed_share(x_ND: jax.Array) -> jax.Array:
+    """This device's tokens of a sum over the devices of the group."""
+    x_ND = jax.lax.psum_scatter(x_ND, "fsdp", scatter_dimension=0, tiled=True)
+    return jax.lax.psum(x_ND, "tensor")
 
 
 def _own(x_FBC: jax.Array) -> jax.Array:
