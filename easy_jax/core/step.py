@@ -227,6 +227,9 @@ def _weighted_sum(
     the weights of a weighting of the current model are further factors. The second output is
     `(denominator, non_trainable after the forward pass, sums of the weighting's weights)`.
     """
+    is_fused = WeightedSumLoss if weighting is None else CausalLMLoss
+    if isinstance(loss_fn, is_fused):
+        return _fused_sum(graphdef, loss_fn, reduction, weighting)
 
     def forward(
         params: nnx.State, non_trainable: nnx.State, batch: Mapping[str, jax.Array]
@@ -266,6 +269,17 @@ def _weighted_sum(
         total = jnp.sum(jnp.where(coefficient_B != 0, coefficient_B * loss_sum_B, 0.0))
         return total, (denominator, updated, sums)
 
+    return weighted_sum
+
+
+def _fused_sum(
+    graphdef: nnx.GraphDef[Any],
+    loss_fn: LossFn,
+    reduction: Reduction,
+    weighting: Weighting | None,
+) -> Callable[..., tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]]:
+    """Returns the numerator for a loss function that computes the weighted sum itself."""
+
     def fused(
         params: nnx.State,
         non_trainable: nnx.State,
@@ -294,8 +308,7 @@ def _weighted_sum(
             sums["kl"] = jax.lax.stop_gradient(found.kl)
         return found.total, (found.denominator, _like(non_trainable, nnx.state(model)), sums)
 
-    is_fused = WeightedSumLoss if weighting is None else CausalLMLoss
-    return fused if isinstance(loss_fn, is_fused) else weighted_sum
+    return fused
 
 
 def _coefficients(

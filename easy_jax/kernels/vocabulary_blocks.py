@@ -129,6 +129,23 @@ def _forward(
         () if frozen is None else (zero_BT - jnp.inf, zero_BT, zero_BT),
     )
     (own, given), _ = jax.lax.scan(one_block, start, jnp.arange(num_blocks))
+    found, sums = _finished(own, given, target_BT, vocab, more)
+    return found, (hidden_BTD, head_VD, target_BT, frozen, *sums)
+
+
+def _finished(
+    own: tuple[jax.Array, ...],
+    given: tuple[jax.Array, ...],
+    target_BT: jax.Array,
+    vocab: int,
+    more: bool,
+) -> tuple[tuple[jax.Array, jax.Array | None, dict[str, jax.Array]], tuple[Any, Any]]:
+    """Returns losses, divergences and statistics, and the maxima and sums for the gradient.
+
+    Args:
+      own: largest logit, target's logit and sums of all blocks.
+      given: the same of the frozen model, as `divergence.update` carries it; empty without one.
+    """
     max_BT, chosen_BT, sum_BT, *sums_BT = own
     has_target_BT = target_BT != NO_TARGET
     kl_BT, frozen_sums = None, None
@@ -147,8 +164,7 @@ def _forward(
     # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
     nll_BT = jnp.where(nll_BT < 0, 0.0, nll_BT)
     nll_BT = jnp.where(has_target_BT, nll_BT, 0.0)
-    residuals = (hidden_BTD, head_VD, target_BT, frozen, (max_BT, sum_BT), frozen_sums)
-    return (nll_BT, kl_BT, fields), residuals
+    return (nll_BT, kl_BT, fields), ((max_BT, sum_BT), frozen_sums)
 
 
 def _masked_out(

@@ -290,7 +290,7 @@ def _on_device(
 
 
 def _ids(size: int, rows: int, vocab: int) -> jax.Array:
-    """The ids of a device's rows of the head; a row of the padding has an id that is no target's."""
+    """The ids of a device's rows of the head; a row of the padding has an id that no target has."""
     place_U = size * jax.lax.axis_index("fsdp") + jnp.arange(size)
     return jnp.where(place_U < rows, place_U + rows * jax.lax.axis_index("tensor"), vocab)
 
