@@ -1,4 +1,4 @@
-"""Collects unusable examples, to report them all in one message or to leave them out."""
+"""Collection of unusable examples, which are reported in one message or left out."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +24,7 @@ class BadExamples:
 
     Attributes:
       source: the name of the file or data set.
-      where: a function that returns the place of an id in it.
+      where: a function from an id to its place in the source.
 
     Example:
       >>> bad = BadExamples("drop")
@@ -40,7 +40,7 @@ class BadExamples:
         self.on_bad_example = on_bad_example
         self.source = ""
         self.where: Callable[[int], str] = "id {}".format
-        self._found: dict[int, tuple[str, str]] = {}  # what is wrong, and more of it
+        self._found: dict[int, tuple[str, str]] = {}  # what is wrong, and details
 
     def __contains__(self, example_id: object) -> bool:
         return example_id in self._found
@@ -53,7 +53,7 @@ class BadExamples:
         self._found.setdefault(example_id, (what, detail))
 
     def only(self, start: int, stop: int) -> None:
-        """Keeps only the examples [start, stop), and renumbers them from 0."""
+        """Restricts the collection to the examples [start, stop), renumbered from 0."""
         self._found = {i - start: v for i, v in self._found.items() if start <= i < stop}
         where = self.where
         self.where = lambda i: where(i + start)
@@ -63,7 +63,7 @@ class BadExamples:
         return sorted(self._found)
 
     def rows(self) -> list[dict[str, int | str]]:
-        """Returns `id`, `source`, `where` and `reason` of every bad example, as rows of a file."""
+        """Returns one row per bad example, with `id`, `source`, `where` and `reason`."""
         rows: list[dict[str, int | str]] = []
         for i in self.ids():
             reason = ": ".join(filter(None, self._found[i]))
@@ -71,7 +71,7 @@ class BadExamples:
         return rows
 
     def summary(self, size: int) -> str:
-        """Returns how many of `size` examples are bad, by problem, and the first places of each."""
+        """Returns how many of `size` examples are bad, by problem, with the first places."""
         kinds: dict[str, list[str]] = {}
         for i in self.ids():
             what, detail = self._found[i]
@@ -113,12 +113,12 @@ def tell(size: int, ids: Iterable[int], what: str) -> None:
 
 
 def tell_unread(where: str, size: int, counts: Mapping[str, int | None]) -> None:
-    """Warns about fields of the records that nothing reads.
+    """Warns about fields of the records that are not read.
 
     Args:
       where: the file or data set.
       size: how many records it has.
-      counts: how many records have a value in each field; None where that is not known.
+      counts: the number of records with a value, by field; None if it is not known.
     """
     fields = []
     for name, count in sorted(counts.items()):

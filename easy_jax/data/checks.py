@@ -1,4 +1,4 @@
-"""What a loader refuses of the records and weights it reads, with the examples' ids."""
+"""Checks of the records and weights that a loader reads; errors name the examples' ids."""
 
 import warnings
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ _RESERVED = ("example_id", "mask")
 
 
 def checked_weights(weight_N: np.ndarray, size: int) -> np.ndarray:
-    """The weights in float32; NaN, an example to leave out, stays."""
+    """Returns the weights in float32; a NaN, which marks an example to leave out, stays NaN."""
     try:
         given_N = np.asarray(weight_N, np.float64)
     except (TypeError, ValueError) as error:
@@ -54,7 +54,7 @@ def check_batch(batch: Mapping[str, np.ndarray], positions: list[int]) -> None:
 
 
 def _raise_if_too_large(name: str, array: np.ndarray, positions: list[int]) -> None:
-    """64 bits become 32 on the devices: an integer would wrap around, a float become infinite."""
+    """Raises DataError for numbers that would overflow when 64 bits become 32 on the devices."""
     target = jax.dtypes.canonicalize_dtype(array.dtype)
     if target == array.dtype or target.kind not in "iuf":
         return
@@ -69,7 +69,7 @@ def _raise_if_too_large(name: str, array: np.ndarray, positions: list[int]) -> N
 
 
 def stack(records: list[Record], positions: list[int]) -> dict[str, np.ndarray]:
-    """The records in one array a field; DataError, by id, unless they all have the same fields."""
+    """Stacks the records, one array per field; raises DataError if their fields differ, by id."""
     for record, position in zip(records, positions, strict=True):
         check_mapping(record, position)
     names = records[0].keys()
@@ -94,7 +94,7 @@ def stack(records: list[Record], positions: list[int]) -> dict[str, np.ndarray]:
 
 
 def check_own_weight(weight_b: np.ndarray, positions: list[int]) -> np.ndarray:
-    """The field `weight` of a batch; DataError, by id, unless it is a number of 0 or more."""
+    """Returns a batch's field `weight`; raises DataError, by id, unless all are numbers >= 0."""
     if weight_b.ndim != 1 or weight_b.dtype.kind not in "biuf":
         raise DataError(
             f"field 'weight' must be a number per example; in example {positions[0]} it has shape "

@@ -1,4 +1,4 @@
-"""Configuration of data: sets of images, instructions, and how text becomes tokens."""
+"""Configuration of data: image data sets, instructions, and the conversion of text to tokens."""
 
 import dataclasses
 import math
@@ -54,7 +54,7 @@ class GlyphDataConfig:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What reports call the two tasks."""
+        """The names of the two tasks in reports."""
         return "letters", "digits"
 
 
@@ -71,30 +71,30 @@ class ImageDataConfig:
       path: where it is.
       image_field, label_field: columns of Parquet, features of TFDS.
       num_classes: of `other` in Parquet; elsewhere 0, for the data set's own.
-      image_size: side of what the model sees, in pixels.
+      image_size: side of the model's input, in pixels.
       resize_size: what the shorter side is resized to before the crop; 0: 8/7 of `image_size`
         for photos (256 for 224), `image_size` for CIFAR (arXiv:2502.02797).
       interpolation: of the resize.
-      mean, std: by channel, of pixels in [0, 1], that images are normalised with; empty: the data
-        set's (ImageNet's, or CIFAR's own). A checkpoint that wants others has them in its
+      mean, std: by channel, of pixels in [0, 1], for the normalisation of images; empty: the data
+        set's (ImageNet's, or CIFAR's own). A checkpoint that needs other values has them in its
         `config.json`.
-      rotate: turn images upright by their EXIF orientation; else it is ignored, as TFDS and
-        torchvision do.
-      max_pixels: images with more are refused; the default is where Pillow begins to suspect a
-        decompression bomb.
-      check_images: a split with at most so many images is decoded once when it is opened, and all
-        that cannot be used are told at once. Of a larger one, only empty files and HEIC are found
-        then; the others, one at a time, when they are read.
-      on_bad_example: images that cannot be used are an error; or left out, counted and listed
+      rotate: turn images upright by their EXIF orientation; by default it is ignored, as in TFDS
+        and torchvision.
+      max_pixels: images with more are refused; the default is the size from which Pillow suspects
+        a decompression bomb.
+      check_images: a split with at most this many images is decoded once when it is opened, and
+        all unusable ones are reported at once. In a larger split, only empty files and HEIC are
+        found then, and the others one at a time, when they are read.
+      on_bad_example: unusable images are an error; or they are left out, counted and listed
         (every image is then decoded once, however many there are).
       missing_classes: classes of the training data without a folder or without images in
         `validation` or `test` are an error; or allowed.
-      test_share: of `other` without test data, the share of the training data that tests, drawn
-        once and for all; 0: there has to be test data.
-      augment: random training transforms; without, training sees the scoring transforms.
+      test_share: for `other` without test data, the share of the training data that is used for
+        testing, the same in every run; 0: there must be test data.
+      augment: random training transforms; if False, training uses the scoring transforms.
       threads: reader threads, of this process or of each worker; 0: one per core, at most 8,
-        above which Python's lock is what they wait for.
-      workers: processes that decode in place of this one.
+        because more threads would wait for Python's lock.
+      workers: processes that decode instead of this one.
 
     Example:
       >>> config = ImageDataConfig(name="caltech101", format="folder", path="data/caltech101")
@@ -173,8 +173,8 @@ class TransferDataConfig:
     """Two data sets of images.
 
     Attributes:
-      pretrain: what the network was pre-trained on; its test split tells what is retained. Its
-        other splits are only needed where the network is not given (`model.path`) but trained.
+      pretrain: what the network was pre-trained on; its test split measures what is retained. Its
+        other splits are only needed if the network is pre-trained here, without `model.path`.
       target: what it is fine-tuned on.
     """
 
@@ -189,7 +189,7 @@ class TransferDataConfig:
 
     @property
     def names(self) -> tuple[str, str]:
-        """What reports call the two tasks; `other` by its folder."""
+        """The names of the two tasks in reports; for `other`, the name of its folder."""
         pretrain, target = (
             Path(data.path).name if data.name == "other" else data.name
             for data in (self.pretrain, self.target)
@@ -228,9 +228,9 @@ class InstructionsConfig:
         another of `easy_jax.data.formats.TEXT_FORMATS`.
       path: of the file or folder; of TFDS, its `data_dir`.
       name, split: of the TFDS data set.
-      instruction_field, response_field: names in the records. `input_field`: what instructions
-        are about, which records may leave out; `weight_field`: numbers, multiplied into the
-        training weights. Empty: not read.
+      instruction_field, response_field: names in the records. `input_field`: the input that an
+        instruction refers to, optional in each record; `weight_field`: numbers, multiplied into
+        the training weights. Empty: not read.
       seed: of generated problems.
       start, size: take the records [start, start + size); a size of 0 takes all that follow.
     """
@@ -264,16 +264,16 @@ class InstructionsConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextConfig:
-    """From text to rows of tokens.
+    """Conversion of text to rows of tokens.
 
     Attributes:
       template: the prompt, with `{instruction}` in it; the response follows.
-      input_template: the same with `{input}`, too, of records that have one (`input_field`);
-        empty is Alpaca's, if `template` is.
+      input_template: the prompt of records with an input (`input_field`), with `{instruction}`
+        and `{input}` in it; empty: Alpaca's, if `template` is Alpaca's.
       eos_token: appended to the response, and a target. `bos_token`: before the prompt.
       border: of prompt and response: `joined` makes every token with a character of the response
-        a target; `authors` starts the targets after as many tokens as the prompt has on its own,
-        as the FLOW authors' code; `apart` tokenises both on their own (`ej.text.tokenize`).
+        a target; `authors` starts the targets after as many tokens as the prompt has by itself,
+        as in the FLOW authors' code; `apart` tokenises both separately (`ej.text.tokenize`).
       max_length: longer examples are cut (and counted).
       row_length: tokens of a packed row; `max_segments`: examples in it, 0 for no limit and
         1 for no packing.
@@ -295,7 +295,7 @@ class TextConfig:
         ok = not template or template.count("{instruction}") == template.count("{input}") == 1
         require(ok, f"{path}.input_template", template, "a text with {instruction} and {input}")
         for name in ("template", "input_template"):
-            # A shell hands it over as it is; the model would see a backslash and an n.
+            # A shell does not interpret "\n"; the model would see a backslash and an n.
             value = getattr(self, name)
             ok = "\\n" not in value or "\n" in value
             require(

@@ -1,7 +1,7 @@
 """The formats of data, by the `format` of a configuration.
 
-A new format is a class in a file of its own, and a line here. Importing this module loads no
-library that reads data: a format imports what it needs when it is read.
+A new format is a class in a file of its own, and a line here. Importing this module does not
+import any library that reads data; a format imports what it needs when data are read.
 """
 
 from easy_jax.data import image_formats, text_formats

@@ -21,7 +21,7 @@ LETTERS = string.ascii_uppercase
 DIGITS = string.digits
 _CANVAS = 48  # pixels, before scaling down
 _FONT_SIZE = 34
-# Families with plain capitals; the rest of matplotlib's fonts are symbols and duplicates.
+# Families with plain capitals; matplotlib's other fonts are symbols and duplicates.
 _FONT_PATTERNS = (
     "DejaVuSans*.ttf",
     "DejaVuSerif*.ttf",
@@ -35,13 +35,13 @@ _FONT_PATTERNS = (
 
 
 def load(config: GlyphDataConfig, seed: int, label_noise: float) -> Tasks:
-    """Both tasks, fixed by the seed.
+    """Returns both tasks, which are determined by the seed.
 
     Args:
       config: sizes.
       seed: of the rendering, the split of the digits and the wrong labels.
       label_noise: share of the digits' *training* labels that are replaced by another
-        class; validation and test labels stay right.
+        class; validation and test labels stay correct.
 
     Example:
       >>> data = load(GlyphDataConfig(pretrain_train=50), seed=0, label_noise=0.3)
@@ -79,7 +79,7 @@ def render_letters(
       rng: source of all randomness.
 
     Returns:
-      `(image, label)`: float32 [size, image_size, image_size, 1], about zero mean
+      `(image, label)`: float32 [size, image_size, image_size, 1] with a mean of about zero
       (see `normalise`), and int32 [size].
     """
     fonts = [ImageFont.truetype(str(path), _FONT_SIZE) for path in font_paths()]
@@ -108,7 +108,7 @@ def render_letters(
 
 
 def font_paths() -> list[Path]:
-    """Matplotlib's fonts that have all capital letters, sorted."""
+    """Returns the paths of matplotlib's fonts that have all capital letters, sorted."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     paths = sorted({path for pattern in _FONT_PATTERNS for path in folder.glob(pattern)})
     usable = [
@@ -120,7 +120,7 @@ def font_paths() -> list[Path]:
 
 
 def normalise(image_NHW: np.ndarray) -> np.ndarray:
-    """Grey values in [0, 1] -> [-1, 1], with a channel axis."""
+    """Maps grey values from [0, 1] to [-1, 1] and adds a channel axis."""
     return ((image_NHW - 0.5) / 0.5).astype(np.float32)[..., None]
 
 
@@ -142,7 +142,11 @@ def _digits(config: GlyphDataConfig, seed: int, label_noise: float) -> tuple[Spl
 
 @functools.lru_cache(maxsize=4)
 def read_digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All 1,797 digits: float32 [N, image_size, image_size, 1] in [-1, 1], and int32 [N]."""
+    """Returns all 1,797 digits and their labels.
+
+    Returns:
+      float32 [N, image_size, image_size, 1] in [-1, 1], and int32 [N].
+    """
     from sklearn.datasets import load_digits  # takes a second or two, and few runs need it
 
     digits = load_digits()
@@ -151,7 +155,7 @@ def read_digits(image_size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _enlarge(image_HW: np.ndarray, image_size: int) -> np.ndarray:
-    """An 8x8 image with values 0 to 16 -> image_size, values 0 to 1."""
+    """Resizes an 8x8 image with values 0 to 16 to `image_size`, with values 0 to 1."""
     picture = Image.fromarray(image_HW.astype(np.float32) / 16.0)
     return np.asarray(picture.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
@@ -159,10 +163,10 @@ def _enlarge(image_HW: np.ndarray, image_size: int) -> np.ndarray:
 def corrupt_labels(
     label_N: np.ndarray, num_classes: int, share: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Replaces an exact share of the labels, chosen at random, by another class.
+    """Replaces a fixed share of the labels, chosen at random, by other classes.
 
     Returns:
-      `(label_N, wrong_N)`: the new labels, and where they are wrong.
+      `(label_N, wrong_N)`: the new labels, and a boolean mask of the wrong ones.
 
     Example:
       >>> new, wrong = corrupt_labels(np.zeros(10, int), 3, 0.5, np.random.default_rng(0))

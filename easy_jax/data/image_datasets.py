@@ -25,28 +25,28 @@ _MAX_THREADS = 8  # a view holds Python's lock for about a tenth of its time
 def load_images(config: ImageDataConfig, split: Split) -> ImageSource:
     """Opens a split of a data set of images.
 
-    Labels are TFDS's, or count the class folders in order of name, as text, as torchvision and
-    timm do; for ImageNet, whose folders are called by WordNet ids, the two agree with the order
-    of pre-trained heads.
+    Labels are those of TFDS, or the positions of the class folders in the order of their names
+    as text, as in torchvision and timm. For ImageNet, whose folders are named by WordNet ids,
+    both agree with the order of pre-trained heads.
 
-    Of a split of at most `config.check_images` images, all are decoded once, so that those which
-    cannot be used are told together, before anything is trained or scored.
+    If a split has at most `config.check_images` images, all are decoded once, so that all
+    unusable ones are reported together, before anything is trained or scored.
 
     Args:
       config: validated.
-      split: `validation` is the data set's own, or cut out of its training data, which `train`
-        then is without; so that every class keeps an image to train on.
+      split: `validation` is the data set's own, or is cut out of its training data. `train`
+        is then without these images, but keeps at least one image of every class.
 
     Returns:
       The source; its `left_out` has what `on_bad_example='drop'` has left out.
 
     Raises:
       DataError: the data cannot be read or does not fit the data set, or images cannot be used;
-        with paths and fix.
+        the message has the paths and says what to do.
 
     Warns:
-      DataWarning: images are left out, or have an EXIF rotation that is not applied; classes are
-        numbers, and not in their order.
+      DataWarning: images are left out, or have an EXIF rotation that is not applied; class
+        names are numbers, but their order as text is not numerical.
 
     Example:
       >>> import tempfile
@@ -73,11 +73,11 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
     """
     sources = [_open_split(config, split) for config, split in wanted]
     found = []
-    errors: dict[str, ImageError] = {}  # by path: what validates may be met twice
-    counts: dict[str, int] = {}  # by store: what validates may be counted twice
+    errors: dict[str, ImageError] = {}  # by path: validation images may be seen twice
+    counts: dict[str, int] = {}  # by store: validation images may be counted twice
     for source, (config, split) in zip(sources, wanted, strict=True):
         drop = config.on_bad_example == "drop"
-        whole = split == "train" and not drop  # with what is cut out of it: told at once, too
+        whole = split == "train" and not drop  # includes the parts that are cut out of it
         size = len(source.store) if whole else len(source)
         bad, rotated = source.examine(decode=drop or size <= config.check_images, whole_store=whole)
         where = f"{config.path}, {split}"
@@ -107,7 +107,7 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
 
 
 def _check_left(source: ImageSource, split: Split, where: str) -> None:
-    """Raises DataError if a split, or a class that is to be learnt, has no image left."""
+    """Raises DataError if a split, or a class of the training data, has no image left."""
     label_N = source.labels()
     if len(source) == 0:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Reads images from one folder per class; says which files are read, skipped and refused."""
+"""Images in one folder per class: which files are read, skipped and refused."""
 
 import bisect
 import hashlib
@@ -28,34 +28,34 @@ _ENDINGS = (
     ".tiff",
     *([".avif"] if "AVIF" in images.FORMATS else []),
 )
-_HEIC_ENDINGS = (".heic", ".heif")  # photos, but none that is read
-# What operating systems and archives leave behind, beside names that begin with a dot; and the
-# file `tmp` of Caltech-101.
+_HEIC_ENDINGS = (".heic", ".heif")  # photos in a format that is not supported
+# Files that operating systems and archives leave behind, in addition to names that begin with a
+# dot; and the file `tmp` of Caltech-101.
 _LEFTOVERS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin")
 _LEFTOVER_FILES = ("tmp", "icon\r")
 
 
 class FolderImages:
-    """`folder/<class>/<image>`. Labels count the classes in order of name, as text: class `10`
-    comes before class `2`, as in torchvision and timm.
+    """Images in `folder/<class>/<image>`; labels number the classes in the order of their names.
 
-    Hidden files and what operating systems leave behind are passed over; any other file that is
-    no image, and any link that leads out of the data set, is an error.
+    Names are compared as text, as in torchvision and timm: class `10` comes before class `2`.
+    Hidden files and leftovers of operating systems are ignored. Any other file that is not an
+    image, and any link that leads out of the data set, is an error.
 
     Args:
-      folder: with a folder per class.
-      classes: the names that it must have, in order; default: those it has.
-      root: the folder of the data set, in which links may lead; default: `folder`.
-      missing_classes: with `classes`: some of them may be without a folder, or without images.
+      folder: contains one folder per class.
+      classes: the class names that it must have, in order; default: those it has.
+      root: the folder of the data set, into which links may lead; default: `folder`.
+      missing_classes: with `classes`: some of them may have no folder or no images.
 
     Attributes:
       classes, num_classes: their names, by label, and how many there are.
-      unusable: by position, the images of which it is known unread: empty files, and HEIC.
+      unusable: by position, images known to be unusable before reading: empty files and HEIC.
 
     Raises:
-      DataError: no folder or no class in it, classes that are not `classes`, a class without
-        images, files that are no images by their ending, folders in a class, links out of the
-        data set; with the first paths.
+      DataError: no folder or no class in it, other classes than `classes`, a class without
+        images, files whose ending is not that of an image, folders in a class, links out of the
+        data set; the message has the first paths.
 
     Example:
       >>> import tempfile
@@ -237,7 +237,7 @@ def _roots(folder: Path, root: Location | None) -> list[Path]:
 
 
 def _left_over(entry: os.DirEntry[str]) -> bool:
-    """Whether a folder entry is hidden, or left over by an operating system or a tool."""
+    """Returns whether an entry is hidden, or a leftover of an operating system or a tool."""
     name = entry.name.lower()
     if name.startswith(".") or name in _LEFTOVERS:
         return True

@@ -1,4 +1,4 @@
-"""Formats of image data sets: how the store of a split is opened."""
+"""Formats of image data sets, which open the store of a split."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ _SPLIT_FOLDERS = ("train", "validation", "val", "test")
 
 
 class ImageFormat:
-    """A format of image data sets; registered in `formats.py`.
+    """A format of image data sets, registered in `formats.py`.
 
     In all methods, `config` is an `ImageDataConfig`.
 
     Attributes:
-      own_data: reads data sets of the user's own (`name='other'`), not only known ones.
-      finds_classes: the data say how many classes there are; else `num_classes` does.
+      own_data: whether it can read the user's own data sets (`name='other'`).
+      finds_classes: whether the data contain the number of classes; if not, `num_classes` does.
     """
 
     own_data: ClassVar[bool] = True
     finds_classes: ClassVar[bool] = True
 
     def has(self, config: Any, split: str) -> bool:
-        """Whether a split is there; asked only of data of the user's own."""
+        """Returns whether a split exists; used only for the user's own data."""
         raise NotImplementedError
 
     def open(self, config: Any, split: str, data_set: ImageDataSet) -> ImageStore:
@@ -35,8 +35,8 @@ class ImageFormat:
 
         Args:
           config: where the data are.
-          split: by the data set's own name for it.
-          data_set: what is known of the data set.
+          split: the data set's own name for it.
+          data_set: what is known about the data set.
         """
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Tfds(ImageFormat):
 
 
 class Folders(ImageFormat):
-    """Folders `path/<split>/<class>/<image>`."""
+    """Images in folders `path/<split>/<class>/<image>`."""
 
     def has(self, config: Any, split: str) -> bool:
         return _split_folder(Path(config.path), split).exists()
@@ -70,7 +70,7 @@ class Folders(ImageFormat):
 
 
 class Parquet(ImageFormat):
-    """Parquet files `path/<split>*.parquet`."""
+    """Images in Parquet files `path/<split>*.parquet`."""
 
     finds_classes: ClassVar[bool] = False
 
@@ -92,7 +92,7 @@ class Parquet(ImageFormat):
 
 
 def _open_folder(config: Any, data_set: ImageDataSet, split: str) -> FolderImages:
-    """A split's folder, with the classes of the training data, if that is there."""
+    """Opens a split's folder, with the classes of the training data if there are training data."""
     from easy_jax.data.image_folders import FolderImages, visible_folders, warn_of_order
 
     path = Path(config.path)
@@ -113,7 +113,7 @@ def _open_folder(config: Any, data_set: ImageDataSet, split: str) -> FolderImage
 
 
 def _check_folders(config: Any, data_set: ImageDataSet, split: str, found: list[str]) -> None:
-    """Raises DataError for folders that are no splits, and where the split is not there."""
+    """Raises DataError for folders that are not splits, and if the split does not exist."""
     from easy_jax.data.sources import DataError, first_of
 
     path, name = Path(config.path), _split_folder(Path(config.path), split).name
@@ -138,13 +138,13 @@ def _check_folders(config: Any, data_set: ImageDataSet, split: str, found: list[
 
 
 def _split_folder(path: Path, split: str) -> Path:
-    """`val` is as good as `validation`: so ImageNet's is called wherever it is unpacked."""
+    """Returns a split's folder; `val`, the usual name for ImageNet, counts as `validation`."""
     short = path / "val"
     return short if split == "validation" and short.is_dir() else path / split
 
 
 def _fix(config: Any, data_set: ImageDataSet) -> str:
-    """What to do where TFDS has not prepared a data set."""
+    """Returns what to do if TFDS has not prepared a data set."""
     folders = " and ".join(f"PATH/{s}/<class>/<image>.jpg" for s in data_set.splits.values())
     own = f"get the images elsewhere, as {folders}, and set format='folder' and path='PATH'"
     if data_set.dead:
