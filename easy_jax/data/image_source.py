@@ -16,7 +16,7 @@ from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, Record
 from easy_jax.io import fingerprint as fingerprints
 
-_EXAMINED_AT_ONCE = 16  # images read by a thread at a time
+_EXAMINED_AT_ONCE = 16  # images that a thread reads at a time
 
 
 class ImageSource:
@@ -28,9 +28,9 @@ class ImageSource:
 
     Args:
       store: encoded images and labels.
-      views: how they are cut.
+      views: how the views are cut out of them.
       mean, std: per channel, of images in [0, 1]; default: ImageNet's.
-      positions: the examples of the store that are the source's, in its order; default: all.
+      positions: positions in the store of the source's examples, in order; default: all.
       max_pixels: an image with more is an error.
       reading: threads, read-ahead and worker processes.
 
@@ -86,7 +86,7 @@ class ImageSource:
         return self._batch(positions, lambda row, image: images.scoring_view(image, self.views))
 
     def training_batch(self, positions: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
-        """Returns the records as training sees them: each a function of (seed, epoch, position)."""
+        """Returns the records for training, each a pure function of (seed, epoch, position)."""
 
         def view(row: int, image: Image.Image) -> Image.Image:
             uniform = images.uniforms(seed, epochs[row], positions[row])
@@ -100,8 +100,8 @@ class ImageSource:
         """Decodes images in several threads, to find those that cannot be used.
 
         Args:
-          decode: decode them all; else only what the store knows unread is found.
-          whole_store: look at those of the store that are not the source's, too.
+          decode: decode all images; if False, only what the store knows without reading is found.
+          whole_store: also examine images of the store that are not the source's.
 
         Returns:
           The error of each, by example id (with `whole_store`, by position in the store), and how
@@ -146,7 +146,7 @@ class ImageSource:
     def fingerprint(self) -> str:
         """Returns a hash of the store, the choice of examples, and the settings that scoring uses.
 
-        Settings of training only, `augment` and `color_jitter`, are not part of it.
+        The settings that only training uses, `augment` and `color_jitter`, are not part of it.
         """
         views = dataclasses.asdict(self.views)
         names = ("image_size", "resize_size", "interpolation", "rotate")

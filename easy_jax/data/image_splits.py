@@ -1,4 +1,4 @@
-"""Which images of a data set's training data validate and test, and how bad ones are told."""
+"""Splits that are cut out of training data, and the message about unusable images."""
 
 import collections
 import os
@@ -11,7 +11,7 @@ from easy_jax.data.image_stores import ImageStore
 from easy_jax.data.images import ImageError
 from easy_jax.data.sources import DataError, first_of
 
-_CUT = 20250715  # fixes which training examples validate, in all runs alike
+_CUT = 20250715  # determines the validation examples, the same in all runs
 
 
 def cut(
@@ -21,20 +21,20 @@ def cut(
     test_share: float,
     where: str | os.PathLike[str],
 ) -> np.ndarray:
-    """Positions of a split that is cut out of the training data, in order.
+    """Returns the positions of a split that is cut out of the training data, in order.
 
-    The first of a fixed random order validate, the last of it test; what would be the last image
-    of its class stays in `train`. Where labels are not known unread (TFDS), nothing stays for that
-    reason.
+    The first images of a fixed random order are for validation, the last for testing. The last
+    remaining image of a class stays in `train`, unless labels cannot be known without reading the
+    images (TFDS).
 
     Args:
       store: the training data.
-      split: of its parts.
-      validation_share, test_share: of all images; 0 for no such part, else it has one at least.
+      split: the part to return.
+      validation_share, test_share: shares of all images; 0: no such part, else at least one.
       where: names the data in errors.
 
     Raises:
-      DataError: a part would have no image at all.
+      DataError: a part would have no images.
     """
     size = len(store)
     label_N = store.labels()
@@ -65,7 +65,7 @@ def cut(
 
 
 def told(errors: Sequence[ImageError], count: int, limit: int = 20) -> str:
-    """Images that cannot be used, as a line: how many, of each kind, and the first of them."""
+    """Returns one line about unusable images: the number of each kind, and the first of them."""
     kinds = collections.Counter(error.kind for error in errors).most_common()
     by_kind = ", ".join(f"{number} {kind}" for kind, number in kinds)
     first = first_of([str(error) for error in errors], limit=limit)

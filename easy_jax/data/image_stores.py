@@ -2,7 +2,7 @@
 
 Folders of images are in `easy_jax.data.image_folders`.
 
-A store gives bytes; decoding is `easy_jax.data.images`' work. An image's position is the same in
+A store returns bytes; `easy_jax.data.images` decodes them. An image's position is the same in
 every process and every run: files in order of class and name, rows in order of file.
 """
 
@@ -49,23 +49,23 @@ class ImageStore(Protocol):
 class ParquetImages:
     """A split in Parquet: `<split>.parquet`, `<split>-*.parquet` or `<split>/*.parquet`.
 
-    The files are read into memory, encoded images and all (CIFAR-10 0.1 GB, cars 2 GB): Parquet
-    has no way to read one row. Each worker process has a copy; prefer threads.
+    The files are read into memory completely (CIFAR-10 0.1 GB, cars 2 GB), because single rows of
+    Parquet cannot be read. Each worker process has a copy; prefer threads.
 
     Args:
-      folder: with the files.
+      folder: contains the files.
       split: which of them.
-      num_classes: labels are below it. Their names are those that `datasets` of Hugging Face has
-        written into the first file, else they count up.
+      num_classes: labels are below it. Class names are those that Hugging Face's `datasets` has
+        written into the first file, otherwise numbers.
       image_field: a column of file contents, or of structs with a field `bytes`, as
         `datasets` of Hugging Face writes them.
       label_field: a column of integers.
 
     Raises:
-      DataError: no files or files that cannot be read, more of them than the machine has memory;
-        names of another number of classes;
-        columns that are missing, of another type or with nulls; labels out of range. With file
-        and row, counted from 0 in each file.
+      DataError: no files, files that cannot be read or that are larger than the machine's
+        memory; another number of class names than of classes; columns that are missing, of
+        another type or with nulls; labels out of range. The message has the file and the row,
+        counted from 0 in each file.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ def _class_names(path: Path, label_field: str, num_classes: int) -> list[str]:
     try:
         names = json.loads(written)["info"]["features"][label_field]["names"]
     except (ValueError, LookupError, TypeError, RecursionError):
-        names = None  # of another library, or another kind of column
+        names = None  # written by another library, or another kind of column
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         return [str(label) for label in range(num_classes)]
     if len(names) != num_classes:
@@ -202,11 +202,11 @@ class TfdsImages:
     Args:
       name, split, data_dir: as in `TfdsSource`.
       image_field, label_field: an image and a class label among the features.
-      fix: ends the error that the data set is not prepared.
+      fix: the end of the error message if the data set is not prepared.
 
     Raises:
-      DataError: the data set is not prepared there, or these features are none of images and
-        labels.
+      DataError: the data set is not prepared there, or these features are not an image and a
+        class label.
     """
 
     def __init__(

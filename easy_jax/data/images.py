@@ -1,12 +1,12 @@
-"""From encoded bytes to the pixels a model sees: decoding, and the views of an image.
+"""Decoding of images, and the views of an image that a model gets.
 
 A view is a uint8 square. The scoring view of an image is always the same. A training view is a
 pure function of the image and a few uniform numbers, which are a pure function of (seed, epoch,
-example id): what a run sees does not depend on threads, processes or where it was resumed.
+example id). So a run's images do not depend on threads, processes or where it was resumed.
 
-Pixels stay uint8 up to the device, where `easy_jax.core.losses` normalises them: exact, a quarter
-of the bytes in read-ahead, between processes and over the host's link, and the two operations
-vanish into the first convolution.
+Pixels stay uint8 until they are on the device, where `easy_jax.core.losses` normalises them. This
+is exact and needs a quarter of the bytes in read-ahead, between processes and on the way to the
+device; the compiler fuses the two operations into the first convolution.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ Colour = tuple[float, float, float]
 
 IMAGENET_MEAN: Colour = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
 IMAGENET_STD: Colour = (0.229, 0.224, 0.225)
-MAX_PIXELS = 89_478_485  # where Pillow begins to suspect a decompression bomb
+MAX_PIXELS = 89_478_485  # the size from which Pillow suspects a decompression bomb
 NUM_UNIFORMS = 6  # crop (2), flip, brightness, contrast, saturation
-# Of Pillow's: those of pictures, without what runs other programs (EPS) or is hardly ever met.
+# Pillow's formats of pictures, without those that run other programs (EPS) or are very rare.
 FORMATS = (
     "JPEG",
     "PNG",
@@ -37,27 +37,27 @@ FORMATS = (
 )
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _ORIENTATION = 0x0112  # the EXIF tag; 1 is upright
-# Greys are repeated, palettes looked up, CMYK mixed, alpha dropped. Others (16-bit greys, floats)
-# Pillow would clip.
+# Greys are repeated, palettes looked up, CMYK mixed, alpha dropped. Pillow would clip other modes
+# (16-bit greys, floats).
 _TO_RGB = ("RGB", "1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr")
 _RESAMPLE = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R 601 luma, as Pillow's mode L
-_STREAM = 0x11A6E5  # keeps these numbers apart from the order's, which are of (seed, epoch)
+_STREAM = 0x11A6E5  # separates these numbers from those of the order, which depend on (seed, epoch)
 
 
 class ImageError(DataError):
     """An image that cannot be used.
 
     Attributes:
-      kind: what is wrong, in a word or two, to be counted by.
-      reason: what is wrong, in the words that follow the image's path.
+      kind: what is wrong, in a word or two, for counting.
+      reason: what is wrong, as the text that follows the image's path.
     """
 
     def __init__(self, where: str, kind: str, reason: str):
         super().__init__(f"{where} {reason}")
         self.where, self.kind, self.reason = where, kind, reason
 
-    def __reduce__(self) -> tuple[Any, ...]:  # worker processes send it
+    def __reduce__(self) -> tuple[Any, ...]:  # worker processes pickle it
         return ImageError, (self.where, self.kind, self.reason)
 
 
@@ -67,9 +67,9 @@ class Views:
 
     Attributes:
       image_size: side of a view, in pixels.
-      resize_size: what the shorter side is resized to before the crop; at least `image_size`.
-      interpolation: of the resize; both widen their filter where they shrink an image.
-      augment: random training views; without, they are the scoring views.
+      resize_size: length of the shorter side before the crop; at least `image_size`.
+      interpolation: of the resize; both methods widen their filter when they shrink an image.
+      augment: random training views; if False, training uses the scoring views.
       color_jitter: j: brightness, contrast and saturation are each multiplied by a factor from
         [1 - j, 1 + j].
       rotate: turn images upright by their EXIF orientation first.
@@ -91,25 +91,24 @@ def decode(
     rotate: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """An RGB image from the bytes of a file in one of `FORMATS`; of several frames, the first.
+    """Returns the RGB image of an encoded file in one of `FORMATS`; of several frames, the first.
 
-    A JPEG whose sides are all at least four times what they will be resized to is decoded at a
-    half, quarter or eighth of its size, never below twice the target: the decoder then
-    averages blocks, which the resize would do anyway (less than a level of difference on
-    average).
+    A JPEG whose sides are all at least four times as long as after resizing is decoded at a half,
+    quarter or eighth of its size, but at least at twice the final size. The decoder then averages
+    blocks, which the resize would do anyway (the difference is less than one level on average).
 
     Args:
       encoded: the file's content.
       where: names the image in errors.
-      resize_size: what its shorter side will be resized to; 0: decode it whole.
-      rotate: turn it upright by its EXIF orientation; else that is ignored, as `tf.image` and
-        torchvision do.
-      max_pixels: more are refused, unread. More than Pillow's own limit raises that, for the
-        whole process.
+      resize_size: later length of the shorter side; 0: decode at full size.
+      rotate: turn it upright by its EXIF orientation; by default it is ignored, as in
+        `tf.image` and torchvision.
+      max_pixels: larger images are refused before decoding. A value above Pillow's own limit
+        raises that limit for this process.
 
     Raises:
-      ImageError: no image or a damaged one, more than `max_pixels` pixels, or pixels that are
-        not 8-bit colours or greys. Damage that the decoder does not notice stays unnoticed.
+      ImageError: not an image or a damaged one, more than `max_pixels` pixels, or pixels that
+        are not 8-bit colours or greys. Damage that the decoder tolerates is not noticed.
 
     Example:
       >>> file = io.BytesIO()
@@ -138,7 +137,7 @@ def decode(
         raise ImageError(where, "not an image", f"{reason}damaged") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(where, max_pixels) from error
-    except Exception as error:  # Pillow's decoders have no narrower one in common
+    except Exception as error:  # Pillow's decoders have no narrower class in common
         raise ImageError(where, "damaged", f"is damaged: {error}") from error
     if image.width * image.height > max_pixels:
         raise _too_large(where, max_pixels)
@@ -150,26 +149,26 @@ def decode(
             "file to 8-bit RGB or grey",
         )
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns of the direct way
+        image = image.convert("RGBA")  # Pillow warns about the direct conversion
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def orientation(image: Image.Image) -> int:
-    """How a picture was held, by its EXIF tag: 1 is upright, also where there is no tag."""
+    """Returns a picture's EXIF orientation: 1 is upright, also if there is no tag."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # an EXIF block that cannot be read, in a picture that can
+    except Exception:  # the EXIF block cannot be read, but the picture can
         return 1
     return value if value in range(1, 9) else 1
 
 
 def empty(where: str) -> ImageError:
-    """The error of a file without content."""
+    """Returns the error for an empty file."""
     return ImageError(where, "empty", "is empty: it has 0 bytes")
 
 
 def heic(where: str) -> ImageError:
-    """The error of a photo as iPhones take them."""
+    """Returns the error for a HEIC file, the format of iPhone photos."""
     return ImageError(where, "HEIC", "is in HEIC format, which is not read; convert it to JPEG")
 
 
@@ -183,30 +182,30 @@ def _too_large(where: str, max_pixels: int) -> ImageError:
 
 
 def uniforms(seed: int, epoch: int, example_id: int) -> np.ndarray:
-    """The numbers that decide a training view: float64 [NUM_UNIFORMS] in [0, 1).
+    """Returns the numbers that determine a training view: float64 [NUM_UNIFORMS] in [0, 1).
 
     Example:
       >>> bool((uniforms(0, 1, 2) == uniforms(0, 1, 2)).all())
       True
     """
-    # Raw bits: NumPy may change its distributions between versions, these never.
+    # NumPy may change its distributions between versions, but not the raw bits.
     bits = np.random.Philox([seed, epoch, example_id, _STREAM]).random_raw(NUM_UNIFORMS)
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
 def scoring_view(image: Image.Image, views: Views) -> Image.Image:
-    """The fixed view: shorter side resized, central square."""
+    """Returns the fixed view: shorter side resized, central square."""
     size = views.image_size
     width, height = _resized(image.size, views.resize_size)
     return _cut(image, views, round((width - size) / 2), round((height - size) / 2))
 
 
 def training_view(image: Image.Image, views: Views, uniform: np.ndarray) -> Image.Image:
-    """A random view: shorter side resized, random square, flip, colours (arXiv:2502.02797).
+    """Returns a random view: resized, random square, flip, colours (arXiv:2502.02797).
 
     Args:
       image: RGB.
-      views: what to do; without `augment` this is the scoring view.
+      views: the settings; without `augment`, this is the scoring view.
       uniform: [NUM_UNIFORMS] in [0, 1), of `uniforms`.
     """
     if not views.augment:
@@ -231,8 +230,9 @@ def jitter(
 
         brightness * (contrast * (saturation * x + (1 - saturation) * g(x)) + (1 - contrast) * m)
 
-    This is one affine map of the colours, rounded and clipped once. Before rounding and
-    clipping the three commute, so their order, which torchvision draws, does not matter.
+    This is one affine map of the colours, rounded and clipped once. Without rounding and
+    clipping, the three operations commute, so their order, which torchvision draws at random,
+    does not matter.
     """
     mean = float(np.asarray(image.convert("L")).mean())
     mix = saturation * np.eye(3) + (1.0 - saturation) * _GREY[None, :]
@@ -242,7 +242,7 @@ def jitter(
 
 
 def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """Width and height with the shorter side at `shorter`, the longer one rounded down."""
+    """Returns width and height with the shorter side at `shorter`, the longer one rounded down."""
     width, height = size
     if width <= height:
         return shorter, shorter * height // width
@@ -250,8 +250,9 @@ def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
 
 
 def _cut(image: Image.Image, views: Views, left: int, top: int) -> Image.Image:
-    """A square of the resized image. Pillow resizes no more than that, and reads beyond the
-    square's edge where the filter does."""
+    """Returns a square of the resized image.
+
+    Pillow resizes only this square, but its filter also reads pixels beyond the square's edge."""
     size = views.image_size
     width, height = _resized(image.size, views.resize_size)
     x, y = image.width / width, image.height / height

@@ -1,4 +1,4 @@
-"""The text of a language experiment: instructions and responses, and text not to be forgotten."""
+"""The text of a language experiment: instructions and responses, and general English text."""
 
 import importlib
 import inspect
@@ -45,10 +45,10 @@ def load(
     Args:
       config: where they come from.
       text_config, tokenizer: of the model.
-      bad: told what cannot be used, by id (from 0 at `config.start`); see `text.tokenize`.
+      bad: collects unusable examples by id (from 0 at `config.start`); see `text.tokenize`.
 
     Raises:
-      DataError: see the readers and `tokenize` in `easy_jax.data.text`; or too few records.
+      DataError: as the readers and `tokenize` in `easy_jax.data.text`; or too few records.
     """
     bad = BadExamples() if bad is None else bad
     fields = [config.instruction_field, config.response_field]
@@ -83,12 +83,12 @@ def load(
 def general(
     name: str, characters: int, text_config: TextConfig, tokenizer: Tokenizer
 ) -> PackedSource:
-    """Plain English text in rows: what a model should not forget.
+    """Returns plain English text in rows, to measure what a model forgets.
 
     Args:
       name: `verne` (a story by Jules Verne, which reasoning-gym ships), `docstrings` (of
         Python's standard library), or a text file.
-      characters: how much of it, from the beginning.
+      characters: the number of characters to use, from the beginning.
       text_config, tokenizer: of the model.
 
     Raises:
@@ -119,7 +119,7 @@ def _general_text(name: str) -> str:
 
 
 def _docstrings() -> Iterator[str]:
-    """Of modules and of what they define, each once, in the order of their names."""
+    """Yields docstrings of modules and of what they define, each once, in order of name."""
     for name in _MODULES:
         module = importlib.import_module(name)
         members = [getattr(module, member) for member in sorted(vars(module))]

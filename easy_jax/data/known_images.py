@@ -10,16 +10,16 @@ _TRAIN_TEST = {"train": "train", "test": "test"}
 
 @dataclasses.dataclass(frozen=True)
 class ImageDataSet:
-    """What is known of a data set.
+    """The known properties of a data set.
 
     Attributes:
-      num_classes: None: as many as there are.
-      splits: our split -> its own. Without a `validation`, that is cut out of `train`: a fixed
-        random share. The test split is never used for it.
+      num_classes: number of classes; None: as many as the data have.
+      splits: our name of a split -> its own. If it has no `validation`, a fixed random share is
+        cut out of `train`, never out of the test split.
       validation_share: that share.
       mean, std: per channel, of pixels in [0, 1].
-      photos: transforms for photos: random crop and colour jitter; else the whole image.
-      dead: why TFDS's download does not work any more, if that is known.
+      photos: use transforms for photos (random crop and colour jitter), not the full image.
+      dead: why TFDS's download does not work any more, if this is known.
     """
 
     num_classes: int | None
@@ -45,7 +45,7 @@ DATA_SETS: dict[str, ImageDataSet] = {
         dead="its server has answered 404 since 2023 (github.com/tensorflow/datasets/issues/5656)",
     ),
     "stanford_dogs": ImageDataSet(120),
-    # The labels of its test split are secret: its validation split is what results are on.
+    # The labels of its test split are secret, so results are reported on its validation split.
     "imagenet2012": ImageDataSet(
         1000,
         splits={"train": "train", "test": "validation"},

@@ -1,16 +1,16 @@
 """Grain loaders: every example once for scoring, shuffled epochs for training.
 
-Order is decided on positions alone: positions are shuffled, repeated and cut into *global*
-batches, each process takes its rows of a batch, and only then are records read, in threads of
-this process or in worker processes (`Reading`). So the global batch at a step does not depend on
-the number of processes, threads or workers, shuffling costs nothing, and the state of an iterator
-is one integer.
+Only positions are ordered: they are shuffled, repeated and cut into *global* batches, and each
+process takes its rows of a batch. Records are read after this, in threads of this process or in
+worker processes (`Reading`). So the global batch at a step does not depend on the number of
+processes, threads or workers, shuffling is almost free, and the state of an iterator is one
+integer.
 
 Every batch has the fields of the records and
   `example_id`  int64 [b]    position in the source; -1 for padding
   `mask`        bool [b]     False for padding (a copy of a record of the batch)
   `weight`      float32 [b]  training only
-Of a packed source (`easy_jax.data.packing`) the same holds with rows in the place of examples:
+For a packed source (`easy_jax.data.packing`), the same is true with rows instead of examples:
 a batch size counts rows, and these three fields are [b, S].
 """
 
@@ -34,10 +34,10 @@ PADDING_ID = -1
 
 
 class Loader:
-    """Batches of one process, in an order that is fixed by its arguments.
+    """Batches of one process, in an order that its arguments determine.
 
-    Iterating gives a Grain iterator, whose position can be saved and restored; to be closed if
-    it is left early.
+    `iter` returns a Grain iterator, whose position can be saved and restored; close it if it is
+    not used to the end.
     `steps` is the number of batches, the same in every process.
     """
 
@@ -56,7 +56,7 @@ class Loader:
         return len(self._dataset)
 
     def ids_in(self, rows: np.ndarray, batch_size: int) -> np.ndarray:
-        """The ids of all examples in these rows of the global batches, sorted; when scoring."""
+        """Returns the ids of all examples in these rows of scoring's global batches, sorted."""
         assert self._order is not None
         order = self._order
         chosen = np.resize(np.isin(np.arange(batch_size), rows), len(order))
@@ -77,19 +77,19 @@ def scoring_loader(
     rows: np.ndarray | None = None,
     reading: Reading | None = None,
 ) -> Loader:
-    """Every example exactly once, in order of id; the last batch is padded.
+    """Loads every example exactly once, in order of id; the last batch is padded.
 
     Args:
       source: the data.
       batch_size: global, over all processes.
       ids: the examples to read; default: all but the source's `dropped_ids`.
-      rows: of every global batch, those that this process reads; default: what its devices
+      rows: the rows of every global batch that this process reads; default: those its devices
         need on a mesh with all devices on the data axis (`sharding.process_rows`).
-      reading: threads, read-ahead and worker processes; default: as the source says.
+      reading: threads, read-ahead and worker processes; default: the source's `reading`.
 
     Raises:
       DataError: an empty source, ids out of range or given twice.
-      ConfigError: without `rows`, a batch size that does not divide over the devices.
+      ConfigError: without `rows`, a batch size that cannot be split evenly over the devices.
 
     Example:
       >>> from easy_jax.data import ArraySource
@@ -121,18 +121,18 @@ def training_loader(
     rows: np.ndarray | None = None,
     reading: Reading | None = None,
 ) -> Loader:
-    """Shuffled epochs, each in its own order, with the weights joined by id.
+    """Loads shuffled epochs, each in its own order, with the weights joined by id.
 
-    Every example but the source's `dropped_ids` is seen exactly `epochs` times: batches run on
-    from one epoch into the next, and only the very last one is padded.
+    Every example except the source's `dropped_ids` is used exactly `epochs` times. A batch may
+    contain the end of one epoch and the beginning of the next; only the very last one is padded.
 
-    Of a packed source the rows of all epochs are worked out at once, before the first batch: how
-    many there are depends on the order of each epoch, and the schedule of the learning rate needs
-    the number of steps. That takes some 90 us and 40 bytes (with `max_segments=1` 0.1 us and 130
-    bytes) for every example and epoch.
+    For a packed source, the rows of all epochs are computed before the first batch, because their
+    number depends on the order of each epoch, and the learning rate's schedule needs the number of
+    steps. This takes about 90 us and 40 bytes (with `max_segments=1` 0.1 us and 130 bytes) per
+    example and epoch.
 
     Args:
-      source: the data; a field `weight`, if it has one, is multiplied into `weight_N`. Where it
+      source: the data; a field `weight`, if it has one, is multiplied into `weight_N`. If it
         has random views (`training_batch`), these are read.
       batch_size: global, over all processes.
       epochs: passes over the data.
@@ -140,15 +140,15 @@ def training_loader(
         processes.
       weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
         that is NaN is an example dropped while scoring: it is left out of training.
-      token_weight: weights of the target tokens, of packed sources only. An example that has
+      token_weight: weights of the target tokens, for packed sources only. An example that has
         none was dropped while scoring, and is left out.
-      frozen_nll: the frozen model's losses, [N] by example id, or of packed sources those of the
-        target tokens; a field of the batches.
+      frozen_nll: the frozen model's losses, [N] by example id, or of the target tokens for packed
+        sources; becomes a field of the batches.
       rows, reading: as in `scoring_loader`.
 
     Raises:
       DataError: an empty source; weights of another length, negative or infinite, or all 0.
-      ConfigError: without `rows`, a batch size that does not divide over the devices.
+      ConfigError: without `rows`, a batch size that cannot be split evenly over the devices.
 
     Example:
       >>> from easy_jax.data import ArraySource
@@ -182,7 +182,7 @@ def training_loader(
     share = _share(batch_size, rows)
     reading = _reading(source) if reading is None else reading
     if isinstance(source, PackedSource):
-        # Not lazily: their number is the number of steps.
+        # Not lazily, because their number is the number of steps.
         packed = [row for epoch in range(epochs) for row in source.rows(order.epoch(epoch))]
         given = {"token_weight": token_weight, "frozen_nll": frozen_nll}
         token_values = {name: each for name, each in given.items() if isinstance(each, Ragged)}
@@ -199,9 +199,9 @@ def training_loader(
 class _ShuffledEpochs:
     """Ids in the order of training: one permutation per epoch, a function of seed and epoch.
 
-    A permutation in memory (8 bytes an example, as the ids have already), not Grain's
-    `shuffle`: that takes up to 60 us an example, because it walks a 16-bit cipher until it
-    meets an index in range - a tenth of a small step.
+    The permutation is in memory (8 bytes per example, like the ids). Grain's `shuffle` is not used:
+    it takes up to 60 us per example, a tenth of a small step, because it walks a 16-bit cipher
+    until it finds an index in range.
     """
 
     def __init__(self, ids: np.ndarray, seed: int, epochs: int):
@@ -211,17 +211,17 @@ class _ShuffledEpochs:
         # Two epochs are in use at a time: reader threads run ahead into the next one.
         self.epoch = functools.lru_cache(maxsize=2)(self._permuted)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker process has a cache of its own
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process has its own cache
         return _ShuffledEpochs, (self._ids, self._seed, self._epochs)
 
     def _permuted(self, epoch: int) -> np.ndarray:
-        # Raw bits, sorted: NumPy may change `permutation` between versions, these never.
+        # Sorted raw bits, because NumPy may change `permutation` between versions, but not these.
         bits = np.random.Philox([self._seed, epoch]).random_raw(len(self._ids))
         return self._ids[np.argsort(bits, kind="stable")]
 
     def slice(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and epochs at the places start to stop of all epochs, one after the other; cut at
-        the end of the last."""
+        """Returns ids and epochs at positions start to stop of the concatenated epochs, cut at
+        the end of the last one."""
         size = len(self._ids)
         stop = min(stop, size * self._epochs)
         epochs = range(start // size, (stop - 1) // size + 1)
@@ -230,13 +230,13 @@ class _ShuffledEpochs:
 
 
 def _reading(source: AnySource) -> Reading:
-    """How a source says that it is to be read."""
+    """Returns the source's own `Reading`, or the default."""
     reading: Reading = getattr(source, "reading", Reading())
     return reading
 
 
 def _share(batch_size: int, rows: np.ndarray | None) -> np.ndarray:
-    """The rows of a global batch that this process reads."""
+    """Returns the rows of a global batch that this process reads."""
     if rows is not None:
         return np.asarray(rows)
     if jax.process_count() == 1:
@@ -252,7 +252,7 @@ def _packed(
     weight_N: np.ndarray | None = None,
     token_values: Mapping[str, Ragged] | None = None,
 ) -> grain.MapDataset[Batch]:
-    """Global batches of rows -> this process's, read, padded with empty rows and masked."""
+    """Reads this process's part of global batches of rows, padded with empty rows and masked."""
     reader = PackedRows(source, max(map(len, rows)), token_values or {})
     nothing = np.zeros(0, np.int64)
 
@@ -270,7 +270,7 @@ def _packed(
 
 
 class _Reader:
-    """Global batch of ids -> this process's rows, read, stacked, padded and checked.
+    """Map from a global batch of ids to this process's rows, stacked, padded and checked.
 
     Args:
       records: positions, and epochs when training, of equal length -> their records, stacked.
@@ -308,7 +308,7 @@ class _Reader:
             batch["weight"] = weight_b.astype(np.float32)
         if self._frozen_N is not None:
             batch["frozen_nll"] = self._frozen_N[positions]
-        if not mask_b.all():  # what is read is read once, and padding copies the first of it
+        if not mask_b.all():  # every example is read once; padding copies the first
             row_b = np.where(mask_b, np.cumsum(mask_b) - 1, 0)
             batch = {name: array[row_b] for name, array in batch.items()}
             if self._weight_N is not None:
@@ -326,14 +326,14 @@ def read_records(source: Source, positions: list[int]) -> Batch:
 
 
 def _read_views(source: Source, seed: int, positions: list[int], epochs: list[int]) -> Batch:
-    """The records at these positions in the views of these epochs, if the source has any."""
+    """Returns the records at these positions, in the views of these epochs if there are any."""
     if hasattr(source, "training_batch"):
         return dict(source.training_batch(positions, epochs, seed))
     return read_records(source, positions)
 
 
 def present_ids(source: AnySource) -> np.ndarray:
-    """int64: the ids of all examples that are there, in order; all but `dropped_ids`.
+    """Returns the ids of all examples except `dropped_ids`, in order, int64.
 
     Raises:
       DataError: there are none.
