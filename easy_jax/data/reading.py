@@ -1,4 +1,4 @@
-"""How a loader reads ahead: in threads of this process, or in worker processes."""
+"""Reading ahead for a loader, in threads of this process or in worker processes."""
 
 import dataclasses
 from typing import Any
@@ -9,14 +9,14 @@ from absl import flags
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reading:
-    """How a loader reads; its batches do not depend on it.
+    """Settings for how a loader reads; its batches do not depend on them.
 
     Attributes:
-      threads: reader threads; each makes a whole batch. With workers: of each worker.
-      prefetch: batches read ahead; fewer than `threads` leave threads idle. With workers: of
-        each worker.
+      threads: reader threads, of each worker if there are workers; each makes a complete batch.
+      prefetch: batches read ahead, by each worker if there are workers; with fewer than
+        `threads`, some threads are idle.
       workers: processes that read instead of this one, for sources that hold Python's lock.
-        They begin as fresh interpreters: a script that uses them needs the guard
+        They start as fresh interpreters, so a script that uses them needs the guard
         `if __name__ == "__main__"`.
 
     Example:
@@ -30,7 +30,7 @@ class Reading:
 
 
 def iterate(dataset: grain.MapDataset[Any], reading: Reading) -> grain.DatasetIterator[Any]:
-    """The elements in order; the state of the iterator is their number so far.
+    """Returns an iterator over the elements in order; its state is their number so far.
 
     Example:
       >>> numbers = iterate(grain.MapDataset.range(10), Reading(threads=1, prefetch=2))
@@ -43,9 +43,10 @@ def iterate(dataset: grain.MapDataset[Any], reading: Reading) -> grain.DatasetIt
 
 
 class _WorkerIterator(grain.DatasetIterator[Any]):
-    """Elements that worker processes read; its state is that of the iterator without workers.
+    """Iterator over elements that worker processes read, with the state of one without workers.
 
-    Grain's own has a state per worker: a run could not continue with another number of them.
+    Grain's own iterator has a state per worker, so a run could not continue with another number
+    of workers.
     """
 
     def __init__(self, dataset: grain.MapDataset[Any], reading: Reading):
@@ -60,8 +61,8 @@ class _WorkerIterator(grain.DatasetIterator[Any]):
         if left <= 0:
             self.close()
             raise StopIteration
-        if self._elements is None:  # not before: the position may yet be moved
-            if not flags.FLAGS.is_parsed():  # Grain has flags; a script without absl parses none
+        if self._elements is None:  # not earlier, because the position may be set first
+            if not flags.FLAGS.is_parsed():  # Grain has flags; scripts without absl parse none
                 flags.FLAGS.mark_as_parsed()
             rest = self._dataset[self._position :].to_iter_dataset(_options(self._reading))
             workers = grain.MultiprocessingOptions(num_workers=min(self._reading.workers, left))

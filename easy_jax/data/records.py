@@ -1,7 +1,7 @@
-"""Reads records of text from files; each requested field is a list in the records' order.
+"""Readers of text records from files; each requested field is a list in the records' order.
 
-A record's position is its example's id, whatever is wrong with others: in a JSON-lines file it is
-the number of its line, from 0.
+A record's position is its example's id, even if other records are unusable. In a JSON-lines file
+it is the number of the line, counted from 0.
 """
 
 import bisect
@@ -23,7 +23,7 @@ _SLICE = 4096  # records at a time
 _BOM = b"\xef\xbb\xbf"
 
 _Path = str | os.PathLike[str]
-_Bad = tuple[str, str]  # what is wrong with a record, and more of it
+_Bad = tuple[str, str]  # what is wrong with a record, and details
 _Rows = Iterator[Mapping[str, Any] | _Bad]
 Columns = dict[str, list[Any]]
 
@@ -38,16 +38,16 @@ def read_jsonl(
     """Reads string fields of a UTF-8 file with one JSON object per line, in its order.
 
     Args:
-      path: of the file; a byte order mark at its beginning is passed over.
+      path: of the file; a byte order mark at its beginning is ignored.
       fields: names that every record has, with strings.
-      optional: names that records may have, with any values; None where they do not.
-      bad: collects the records that cannot be used, whose fields are then empty, for `tokenize`
-        to refuse or leave out with its own; default: they are refused here, all at once.
+      optional: names that records may have, with any values; None for records without them.
+      bad: collects unusable records, whose fields are then empty; `tokenize` refuses them or
+        leaves them out together with its own. Default: they are refused here, all at once.
 
     Raises:
       DataError: the file cannot be read, is empty, has none of the fields or has conversations;
-        or lines are blank (but for those at the end), no UTF-8 or no JSON objects, or fields
-        are missing or no strings.
+        or lines are blank (except at the end), not UTF-8 or not JSON objects, or fields are
+        missing or not strings.
 
     Warns:
       DataWarning: the records have other fields, which are not read; with the number of records
@@ -79,12 +79,12 @@ def read_records(
     bad: BadExamples | None = None,
     where: Callable[[int], str] = "record {}".format,
 ) -> Columns:
-    """Reads string fields of records that are in memory.
+    """Reads string fields of records in memory.
 
     Args:
-      records: in order; in place of one that cannot be read, why, and more of it.
+      records: in order; instead of a record that cannot be read, the reason and details.
       path: of the file or folder, for messages.
-      where: what messages call the record at a position.
+      where: a function from a position to the name of that record in messages.
 
     The other arguments, errors and warnings are those of `read_jsonl`.
     """
@@ -101,14 +101,14 @@ def read_records(
 def _json_rows(path: _Path) -> _Rows:
     blank = 0
     try:
-        # In bytes, only a line feed ends a line: strings may hold other line separators.
+        # As bytes, because then only a line feed ends a line; strings may have other separators.
         with Path(path).open("rb") as file:
             for number, line in enumerate(file):
                 line = line.removeprefix(_BOM) if number == 0 else line
                 if not line.strip():
                     blank += 1
                     continue
-                yield from [("blank line", "")] * blank  # those at the end do not matter
+                yield from [("blank line", "")] * blank  # those at the end are ignored
                 blank = 0
                 yield _json_row(line)
     except OSError as error:
@@ -128,7 +128,7 @@ def _json_row(line: bytes) -> Mapping[str, Any] | _Bad:
 def _without(
     rows: Iterable[Mapping[str, Any] | _Bad], read: set[str], others: Counter[str]
 ) -> _Rows:
-    """Yields the rows, and counts those that have values in other fields than these."""
+    """Yields the rows, and counts the values in fields other than these, by field."""
     for row in rows:
         if isinstance(row, Mapping):
             others.update(
@@ -148,8 +148,8 @@ def read_parquet(
 ) -> Columns:
     """Reads string columns of a Parquet file, or of a folder's *.parquet files in order of name.
 
-    Arguments, errors and warnings as of `read_jsonl`, with rows for lines; they are counted from 0
-    in each file.
+    Arguments, errors and warnings are those of `read_jsonl`, with rows instead of lines; rows are
+    counted from 0 in each file.
 
     Raises:
       DataError: no file, a file that cannot be read or no rows; or a column is missing, is
@@ -222,7 +222,7 @@ def read_tfds(
     of `read_jsonl`.
 
     Raises:
-      DataError: the data set is not prepared there, or a feature is missing, no text or no
+      DataError: the data set is not prepared there, or a feature is missing, not text or not
         UTF-8.
 
     Example:

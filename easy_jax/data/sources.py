@@ -30,25 +30,25 @@ class Source(Protocol):
 
     A record is a mapping of arrays, with the same fields and shapes for every position.
     A field `weight` (a scalar), if there is one, is multiplied into the training weight.
-    Optional, where they are cheaper: `batch(positions) -> record of stacked arrays` or
+    Optional, if cheaper: `batch(positions) -> record of stacked arrays` or
     `__getitems__(positions) -> list of records`, to read a batch at once, and
     `fingerprint() -> str`, to identify the data without reading everything.
 
-    Optional, of a source with random views: `training_batch(positions, epochs, seed) -> record
-    of stacked arrays`, which training reads in place of the above. Row i is a view of example
-    positions[i] in epoch epochs[i], a pure function of these two and the seed: it must not
-    depend on the other rows, on earlier calls, or on the thread or process it runs in. Scoring
-    and evaluation never call it, so what they see is fixed. With it `views`, a dataclass of all
-    that decides them: training does not continue with others.
+    Optional, for random views: `training_batch(positions, epochs, seed) -> record of stacked
+    arrays`, which training reads instead of the above. Row i is a view of example positions[i]
+    in epoch epochs[i], a pure function of these two and the seed: it must not depend on the
+    other rows, on earlier calls, or on the thread or process it runs in. Scoring and evaluation
+    never call it, so their records are fixed. Such a source also has `views`, a dataclass of all
+    settings that determine the views; training does not continue if they differ.
 
-    Optional: `dropped_ids`, positions at which there is no example, because it could not be used:
-    they are never read, so that the others keep their ids.
+    Optional: `dropped_ids`, positions without a usable example. They are never read, and the
+    other examples keep their ids.
 
-    Optional: `reading: Reading` (`easy_jax.data.reading`), how a loader reads if it is not told.
+    Optional: `reading: Reading` (`easy_jax.data.reading`), the default settings of loaders.
 
-    Optional, of labelled data: `num_classes`, which all labels are below; `classes`, their names;
-    `mean` and `std`, by channel, that images are normalised with. A model that was made for
-    others is refused or told (`easy_jax.train.compatibility`).
+    Optional, for labelled data: `num_classes`, which all labels are below; `classes`, their names;
+    `mean` and `std`, by channel, for the normalisation of images. A model that was made for other
+    values is refused or reported (`easy_jax.train.compatibility`).
     """
 
     def __len__(self) -> int: ...
@@ -78,9 +78,9 @@ class Tasks:
     """Both tasks of one repetition of an experiment.
 
     Attributes:
-      pretrain: what the network learns, or has learnt, first.
-      target: what it is fine-tuned on; the training labels may be partly wrong.
-      wrong_N: boolean by training id, True where the label was made wrong.
+      pretrain: the task that the network is or was pre-trained on.
+      target: the task that it is fine-tuned on; some of the training labels may be wrong.
+      wrong_N: boolean by training id, True if the label was replaced by a wrong one.
     """
 
     pretrain: Splits
@@ -222,7 +222,7 @@ def open_tfds(
         builder = tfds.builder(name, data_dir=os.fspath(data_dir), file_format="array_record")
         data = builder.as_data_source(split=split, decoders=decoders)
     except Exception as error:
-        # The rest of an error of TFDS is a list of all the data sets it knows.
+        # The other lines of an error of TFDS list all the data sets that it knows.
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"cannot read split {split!r} of TFDS data set {name!r} in {data_dir}: {reason}. {fix}"
@@ -239,7 +239,7 @@ def open_tfds(
 
 
 def tfds_identity(builder: Any, split: str) -> dict[str, Any]:
-    """Returns what identifies a split; TFDS changes the version with the content."""
+    """Returns the properties that identify a split; TFDS changes the version with the content."""
     return {
         "name": builder.info.full_name,
         "split": split,
@@ -253,7 +253,7 @@ def fingerprint(source: Any) -> str:
     """Returns the source's own fingerprint or, if it has none, a hash of every record.
 
     Raises:
-      DataError: a record that is no mapping, or that holds Python objects.
+      DataError: a record is not a mapping, or contains Python objects.
     """
     own = getattr(source, "fingerprint", None)
     if own is not None:
@@ -281,7 +281,7 @@ def check_mapping(record: Any, position: int) -> None:
 
 def check_numbers(name: str, array: np.ndarray, position: int) -> None:
     """Raises DataError unless a field of an example, or of a batch, holds numbers or booleans."""
-    is_extended = array.dtype.kind == "V" and array.dtype.names is None  # bfloat16 and the like
+    is_extended = array.dtype.kind == "V" and array.dtype.names is None  # bfloat16 and similar
     if array.dtype.kind not in "biufc" and not is_extended:
         raise DataError(_no_numbers(name, array, position))
 
@@ -309,7 +309,7 @@ def check_labels(label_N: np.ndarray, num_classes: int, used_N: np.ndarray | Non
 
 
 def first_of(items: Sequence[str], separator: str = "; ", limit: int = 20) -> str:
-    """The first of many, for a message of one line.
+    """Joins the first of many items, for a message of one line.
 
     Example:
       >>> first_of(["a", "b", "c"], ", ", limit=2)

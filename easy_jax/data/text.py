@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 _INSTRUCTION, _INPUT = "{instruction}", "{input}"
-_SLICE = 4096  # texts at a time: encodings take far more memory than their ids
+_SLICE = 4096  # texts at a time, because encodings take far more memory than their ids
 
 Border = Literal["joined", "apart", "authors"]
 
@@ -57,35 +57,35 @@ def tokenize(
 ) -> TokenSource:
     """Tokenises prompts and responses with an EOS; the responses and the EOS are the targets.
 
-    No special tokens are added but those given here. Long examples are cut at the end and lose
-    their EOS. An example's id is its position, also where others are left out (`bad`).
+    Only the special tokens given here are added. Long examples are cut at the end and lose
+    their EOS. An example's id is its position, even if others are left out (`bad`).
 
     Args:
       instructions, responses: texts, in equal number.
       tokenizer: the model's.
-      eos_token: an added token of the tokenizer, put after every response that has none there.
-      template: of the prompt, with `{instruction}` once; other braces mean nothing.
-      inputs: what some instructions are about; None or blank for the others.
-      input_template: of the prompt where there is an input, with `{instruction}` and `{input}`
-        once each; default: Alpaca's, if `template` is Alpaca's.
+      eos_token: an added token of the tokenizer, put after every response without one.
+      template: of the prompt, with `{instruction}` once; other braces have no meaning.
+      inputs: the inputs that some instructions refer to; None or blank for the others.
+      input_template: of prompts with an input, with `{instruction}` and `{input}` once each;
+        default: Alpaca's, if `template` is Alpaca's.
       weights: multiplied into the training weights; at least 0.
-      max_length: the most tokens of an example.
+      max_length: the maximal number of tokens of an example.
       bos_token: put first, as part of the prompt; default: none.
       border: of prompt and response. `joined`: they are tokenised as one text, and all tokens
-        with a character of the response are targets, also one that begins in the prompt.
-        `authors`: as one text, too, but the targets start after as many tokens as the prompt has
-        on its own, as in the FLOW authors' code: a token that merges over the border is none.
-        `apart`: the prompt and the response with its EOS are tokenised on their own.
-      bad: what is known to be wrong with the examples, and what to do then: by default all that
-        cannot be used are refused in one message; `BadExamples("drop")` leaves them out.
+        with a character of the response are targets, even one that begins in the prompt.
+        `authors`: also as one text, but the targets start after as many tokens as the prompt has
+        by itself, as in the FLOW authors' code, so a token across the border is not a target.
+        `apart`: the prompt and the response with its EOS are tokenised separately.
+      bad: the known problems of the examples, and what to do about them. By default, unusable
+        examples are refused in one message; `BadExamples("drop")` leaves them out.
 
     Raises:
-      DataError: examples that cannot be used: no text, blank responses, no token before the
-        first target, none left within `max_length`, weights that are no numbers; a template
-        without its placeholders, or a token that the tokenizer does not have.
+      DataError: unusable examples: not text, blank responses, no token before the first target,
+        no target within `max_length`, weights that are not numbers; or a template without its
+        placeholders, or a token that the tokenizer does not have.
 
     Warns:
-      DataWarning: examples left out; and what may not be meant: blank instructions, responses
+      DataWarning: examples left out; or what may be a mistake: blank instructions, responses
         that end in the EOS, control tokens in the texts, a BOS twice or not at all.
 
     Example:
@@ -147,7 +147,7 @@ def tokenize(
 def _tell_odd_texts(
     texts: dict[int, tuple[str, str, str]], responses: Sequence[str], eos_token: str
 ) -> None:
-    """Warns of responses that end in the EOS, and of blank instructions."""
+    """Warns about responses that end in the EOS, and about blank instructions."""
     size = len(responses)
     ended = [i for i, (_, _, answer) in texts.items() if answer != responses[i]]
     tell(size, ended, f"the response ends in {eos_token!r} already; it is put there once")
@@ -156,7 +156,7 @@ def _tell_odd_texts(
 
 
 def _templates(template: str, input_template: str, needed: bool) -> tuple[str, str]:
-    """The templates without and with an input, checked."""
+    """Returns the templates without and with an input, after checking them."""
     if template.count(_INSTRUCTION) != 1:
         raise DataError(f"a template must have {_INSTRUCTION} once: {template!r}")
     if not input_template and template == ALPACA:
@@ -170,7 +170,7 @@ def _templates(template: str, input_template: str, needed: bool) -> tuple[str, s
 
 
 def _prompt(templates: tuple[str, str], instruction: str, source: str | None) -> str:
-    # Not str.format: templates and texts may have braces of their own.
+    # Not str.format, because templates and texts may contain other braces.
     if not (source or "").strip():
         return templates[0].replace(_INSTRUCTION, instruction)
     values = {_INSTRUCTION: instruction, _INPUT: source}
@@ -185,7 +185,7 @@ def _check_columns(
     weights: Sequence[Any] | None,
     bad: BadExamples,
 ) -> None:
-    """Notes the examples whose fields are no text, or whose weights no weights."""
+    """Records the examples whose fields are not text, or whose weights are not valid."""
     if len(instructions) != len(responses):
         raise DataError(f"{len(instructions)} instructions for {len(responses)} responses")
     others = {"inputs": inputs, "weights": inputs if weights is None else weights}
@@ -209,7 +209,7 @@ def _check_columns(
 
 
 def _answers(responses: Sequence[str], eos_token: str, bad: BadExamples) -> dict[int, str]:
-    """By id: the responses that can be used, without an EOS at their end and what follows it."""
+    """Returns the usable responses by id, without an EOS at the end and what follows it."""
     answers = {}
     for i in range(len(responses)):
         if i in bad:
@@ -223,7 +223,7 @@ def _answers(responses: Sequence[str], eos_token: str, bad: BadExamples) -> dict
 
 
 def _unusable(start: int, length: int, max_length: int) -> tuple[str, str] | None:
-    """Why an example has no first target, at `start`, or nothing before it; or None."""
+    """Returns why an example has no first target, at `start`, or nothing before it; or None."""
     if start == 0:
         return "no token before the target: use a prompt or a BOS token", ""
     if start >= length:
@@ -239,8 +239,8 @@ def _unusable(start: int, length: int, max_length: int) -> tuple[str, str] | Non
 def _encode_pairs(
     tokenizer: Tokenizer, pairs: Iterable[tuple[str, str]], eos_token: str, border: str
 ) -> Iterator[tuple[list[int], int, bool]]:
-    """Token ids of prompt, response and EOS, the first target's place, and whether that token
-    (of the joined text) begins in the prompt."""
+    """Yields the token ids of prompt, response and EOS, the position of the first target, and
+    whether that token (of the joined text) begins in the prompt."""
     tokenizer = bare(tokenizer)
     normalizes = tokenizer.normalizer is not None
     pairs = iter(pairs)
@@ -256,17 +256,17 @@ def _encode_pairs(
         joined = encode([text + end for text, end in zip(prompts, ends, strict=True)])
         for number, encoding in enumerate(joined):
             place = len(prompts[number])
-            # A normalizer may make one character of the prompt's last and an accent after it.
+            # A normalizer may merge the prompt's last character and an accent after it.
             accent = normalizes and unicodedata.combining(ends[number][0]) > 0
             start, merged = _first_target(encoding, place, place - accent)
             yield encoding.ids, len(alone[number].ids) if alone else start, merged
 
 
 def _first_target(joined: Encoding, border: int, first: int) -> tuple[int, bool]:
-    """The first token with a character from `first` on, and whether it begins before the border.
+    """Returns the first token that reaches `first`, and whether it begins before the border.
 
-    Bytes of one character may be several tokens, all with its place, or without an extent of
-    their own at it.
+    The bytes of one character may be several tokens. These have the offsets of the character, or
+    empty ones at its position.
     """
     for position, (start, end) in enumerate(joined.offsets):
         if start >= first or end > first:
@@ -277,7 +277,7 @@ def _first_target(joined: Encoding, border: int, first: int) -> tuple[int, bool]
 def _tell_control_tokens(
     tokenizer: Tokenizer, texts: Mapping[int, tuple[str, ...]], size: int
 ) -> None:
-    """Warns of texts with what the tokenizer reads as control tokens; a template may have them."""
+    """Warns about control tokens in the texts; a template may have them."""
     unknown = getattr(tokenizer.model, "unk_token", None)
     added = tokenizer.get_added_tokens_decoder().values()
     control = [token.content for token in added if token.special and token.content != unknown]
@@ -296,7 +296,8 @@ def _tell_control_tokens(
 def _tell_bos(
     own: list[int], bos: list[int], parts: Mapping[int, np.ndarray], tokenizer: Tokenizer
 ) -> None:
-    """Warns of examples that do not begin as the tokenizer's own texts do, or twice so."""
+    """Warns about examples without the tokens that the tokenizer begins a text with, or with
+    these tokens twice."""
     start = own or bos
     if not start:
         return
@@ -324,10 +325,10 @@ def plain_text(
     eos_token: str | None = None,
     bos_token: str | None = None,
 ) -> TokenSource:
-    """Documents as one stream of tokens in pieces of `length`, for the perplexity of a text.
+    """Tokenises documents as one stream in pieces of `length`, for the perplexity of a text.
 
-    All tokens but the first of a piece are targets. The last piece may be shorter; if that
-    leaves it without a target, its token is counted as cut.
+    All tokens except the first of a piece are targets. The last piece may be shorter; if it then
+    has no target, its token is counted as cut.
 
     Args:
       texts: the documents; empty ones have no tokens.

@@ -1,5 +1,4 @@
-"""Formats of instructions and responses: what the fields of a configuration must be, and how
-records are read."""
+"""Formats of instructions and responses, which check a configuration and read records."""
 
 from __future__ import annotations
 
@@ -16,18 +15,18 @@ _INSTALL = 'pip install ".[smollm2]"'
 
 
 class TextFormat:
-    """A format of records of text. A new one defines `records`; see `formats.py`.
+    """A format of text records. A new format defines `records`; see `formats.py`.
 
     In all methods, `config` is an `InstructionsConfig`.
 
     Attributes:
-      needs: fields of the configuration that may not be empty -> what they must be.
+      needs: maps fields of the configuration that may not be empty to what they must be.
     """
 
     needs: ClassVar[Mapping[str, str]] = {"path": "a file or folder"}
 
     def check(self, config: Any, path: str) -> None:
-        """Raises ConfigError if fields do not fit the format; `path` is where the config stands."""
+        """Raises ConfigError if fields do not fit the format; `path` is the config's place."""
         for name, expected in self.needs.items():
             value = getattr(config, name)
             require(bool(value), f"{path}.{name}", value, expected)
@@ -39,13 +38,13 @@ class TextFormat:
     def read(
         self, config: Any, fields: Sequence[str], optional: Sequence[str], bad: BadExamples
     ) -> Columns:
-        """Returns the values of fields; a format that reads columns alone defines this instead.
+        """Returns the values of fields; a format that can read single columns overrides it.
 
         Args:
           config: where the records are.
           fields: names that every record has, with strings.
-          optional: names that records may have; None where they do not.
-          bad: told which records cannot be used.
+          optional: names that records may have; None for records without them.
+          bad: collects the records that cannot be used.
         """
         from easy_jax.data.records import read_records
 

@@ -20,16 +20,16 @@ class TokenSource:
     A record is `{"tokens": int32 [length], "target_start": int32}`; lengths differ.
 
     Args:
-      tokens: the ids of all examples, one after the other.
+      tokens: the token ids of all examples, concatenated.
       offsets: [N + 1], where each example starts, and the end of the last.
-      target_start: [N], position within the example of its first target.
+      target_start: [N], position of the first target within the example.
       eos_id: the token that ends a text, if there is one.
-      max_length: the most tokens of an example; default: those of the longest.
-      num_truncated, num_cut_tokens: examples cut to `max_length`, and tokens lost so.
+      max_length: the maximal number of tokens of an example; default: that of the longest.
+      num_truncated, num_cut_tokens: number of examples cut to `max_length`, and of lost tokens.
       weight: float32 [N], multiplied into the training weights; default: 1.
-      dropped_ids: of examples that are left out; they have no tokens, and are never read.
-      border: how `tokenize` took the border of prompt and response, if it was.
-      merged_ids: of examples in which that border lies within a token.
+      dropped_ids: ids of examples that are left out; they have no tokens, and are never read.
+      border: the `border` option of `tokenize`, if it made the tokens.
+      merged_ids: ids of examples in which the border of prompt and response is within a token.
 
     Raises:
       DataError: no examples, arrays that do not fit together, or examples without a target
@@ -141,13 +141,12 @@ class TokenSource:
 def check_vocabulary(
     data: TokenSource | int, vocab_size: int, used_N: np.ndarray | None = None
 ) -> None:
-    """Raises DataError if a token (of the source, or the greatest id) is none of the model's; with
-    the examples' ids. `used_N`, bool: the examples that are looked at; default: all.
+    """Raises DataError if a token is not in the model's vocabulary; the message has the ids.
 
     Args:
-      data: the source, or the greatest id of a token.
+      data: the source, or the largest token id.
       vocab_size: of the model.
-      used_N: see above.
+      used_N: bool, the examples to check; default: all.
 
     Example:
       >>> check_vocabulary(7, vocab_size=8)

@@ -1,4 +1,4 @@
-"""Reads tokenizers from their files, and finds the tokens that they add to a text."""
+"""Readers of tokenizers from files, and functions to find the tokens that they add to a text."""
 
 import itertools
 import os
@@ -13,17 +13,16 @@ from easy_jax.io import files
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a tokenizer from its `tokenizer.json` (or the folder with it), without truncation or
-    padding.
+    """Reads a tokenizer from its `tokenizer.json`, without truncation or padding.
 
     If a `tokenizer_config.json` beside it sets `add_bos_token`, the tokenizer puts its BOS token
     before each text, unless it does so already.
 
-    Raises:
-      DataError: the file is missing or broken.
-
     Args:
       path: of the file, or of the folder with it.
+
+    Raises:
+      DataError: the file is missing or broken.
 
     Example:
       >>> load_tokenizer("models/smollm2").encode("2 + 2").ids  # doctest: +SKIP
@@ -34,7 +33,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise DataError(f"{file} does not exist; {fix}")
     try:
         tokenizer = Tokenizer.from_file(os.fspath(file))
-    except Exception as error:  # the library raises no narrower one
+    except Exception as error:  # the library raises no narrower class
         raise DataError(f"{file} is not a tokenizer ({error}); {fix}") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -50,9 +49,8 @@ def _add_bos(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
     bos_id = tokenizer.token_to_id(bos) if isinstance(bos, str) else None
     if settings.get("add_bos_token") is not True or bos_id is None:
         return
-    if (
-        bos_id not in tokenizer.encode("").ids
-    ):  # an empty text has only the tokens that the tokenizer adds
+    # The encoding of an empty text has only the tokens that the tokenizer adds.
+    if bos_id not in tokenizer.encode("").ids:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[bos, "$A"], special_tokens=[(bos, bos_id)]
         )
@@ -70,7 +68,7 @@ def own_start(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def whole(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without truncation and padding; a copy, if it has any."""
+    """Returns the tokenizer without truncation and padding; a copy if it has any."""
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         tokenizer = Tokenizer.from_str(tokenizer.to_str())
         tokenizer.no_truncation()
@@ -79,8 +77,10 @@ def whole(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def bare(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer without what is done after a text is cut into tokens: adding others, and
-    taking spaces out of the tokens' extents."""
+    """Returns the tokenizer without truncation, padding and post-processing.
+
+    Post-processing adds tokens, and removes spaces from the tokens' offsets.
+    """
     tokenizer = whole(tokenizer)
     if tokenizer.post_processor is not None:
         tokenizer = Tokenizer.from_str(tokenizer.to_str())

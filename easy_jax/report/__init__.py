@@ -1,4 +1,4 @@
-"""What a person reads: tables, figures and one-file HTML pages, of experiments and of the theory.
+"""Reports of experiments and of the theory: tables, figures and single-file HTML pages.
 
-The numbers are made in `experiments` and `theory`.
+The numbers are computed in `experiments` and `theory`.
 """

@@ -39,7 +39,7 @@ _RIGHT, _WRONG, _ACCENT = "#0072B2", "#D55E00", "#000000"
 
 
 def style(method: str) -> tuple[str, str]:
-    """Colour and marker of a method; the same in every figure.
+    """Returns the colour and marker of a method, which are the same in every figure.
 
     A variant such as `wise_ft_0.3` has the colour of its family.
     """
@@ -53,7 +53,7 @@ def style(method: str) -> tuple[str, str]:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as SVG text without date or random ids: equal figures give equal text."""
+    """Returns a figure as SVG, without date or random ids, so equal figures give equal text."""
     import matplotlib
 
     ticks = {label for tick in figure.findobj(Tick) for label in (tick.label1, tick.label2)}
@@ -132,7 +132,7 @@ def scatter(
 
 
 def _markers(methods: Iterable[str]) -> list[Line2D]:
-    """Legend handles."""
+    """Returns the handles for a legend of the methods."""
     return [
         Line2D([], [], color=style(m)[0], marker=style(m)[1], linestyle="", markersize=8, label=m)
         for m in methods
@@ -140,14 +140,14 @@ def _markers(methods: Iterable[str]) -> list[Line2D]:
 
 
 def _area(rate: float, rates: Sequence[float]) -> float:
-    """A marker's area in points squared: larger for larger learning rates."""
+    """Returns a marker's area in points squared, larger for larger learning rates."""
     return 60.0 if len(rates) == 1 else 36.0 + 34.0 * rates.index(rate)
 
 
 def trade_off(
     points: Mapping[str, tuple[float, float]], paths: Sequence[Sequence[str]] = ()
 ) -> Figure:
-    """What every method learnt against what it forgot, in nats; `paths` join methods by a line."""
+    """Draws what methods learnt against what they forgot, in nats; `paths` are joined by lines."""
     figure = Figure(figsize=(7.6, 4.6), layout="constrained")
     axis = figure.subplots()
     for path in paths:
@@ -165,7 +165,7 @@ def trade_off(
 
 
 def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -> Figure:
-    """Losses of the probed model on a logarithmic axis, tau, and the weight as a curve."""
+    """Draws losses of the frozen model on a logarithmic axis, tau, and the weight as a curve."""
     loss_N = np.asarray(loss_N, np.float64)
     # A log axis has no zero: the first bin holds everything below tau / 1000.
     floor = max(0.8 * min(loss_N.min(), tau), tau * 1e-3)
@@ -195,8 +195,7 @@ def loss_histogram(loss_N: np.ndarray, tau: float, wrong_N: np.ndarray | None) -
 
 
 def learning_curves(curves: Mapping[str, Sequence[Row]], names: tuple[str, str]) -> Figure:
-    """Validation accuracy during a method's stages, one after the other, on every task that has
-    validation data.
+    """Draws validation accuracy over each method's stages, for every task with validation data.
 
     Args:
       curves: method -> entries with `step`, `target` and, if it was measured, `pretrain`, in order.
@@ -229,7 +228,7 @@ def learning_curves(curves: Mapping[str, Sequence[Row]], names: tuple[str, str])
 
 
 def deciles(rows: Sequence[Row]) -> Figure:
-    """Target accuracy by decile of the probed model's loss: every method, mean over seeds."""
+    """Draws target accuracy by decile of the probed model's loss, as means over seeds."""
     figure = Figure(figsize=(8.6, 4.0), layout="constrained")
     axis = figure.subplots()
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -257,7 +256,7 @@ def deciles(rows: Sequence[Row]) -> Figure:
 def example_pictures(
     image_NHWC: np.ndarray, titles: Sequence[str], wrong_N: np.ndarray | None = None
 ) -> Figure:
-    """A row-wise grid of small pictures, each with its title; wrong labels in colour.
+    """Draws a row-wise grid of small pictures with titles; wrong labels are in colour.
 
     Args:
       image_NHWC: uint8 colours, or one channel of float in [-1, 1].

@@ -1,4 +1,4 @@
-"""Report of an experiment with images: tables, and one HTML page without other files."""
+"""Report of an image experiment: tables, and one self-contained HTML page."""
 
 import html
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def table(results: Mapping[str, Any]) -> Group:
     """Returns the results as tables for the terminal."""
     tables: list[Text | Table] = []
     for text in results_lib.chosen_tables(results):
-        # One word a line: means with standard deviations then fit into 80 columns.
+        # One word per line, so that means with standard deviations fit into 80 columns.
         header = [name.replace(" ", "\n") for name in text.header]
         one = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for column in one.columns:
@@ -88,7 +88,7 @@ def _page(config: ExperimentConfig, workdir: Path, results: Mapping[str, Any]) -
 def _condition_html(
     config: ExperimentConfig, workdir: Path, results: Mapping[str, Any], seed: int, noise: float
 ) -> list[str]:
-    """Returns loss histogram, example pictures, deciles and learning curves of a label noise."""
+    """Returns loss histogram, pictures, deciles and learning curves for one label noise."""
     sections = []
     table_path = plan.loss_table_path(workdir, seed, noise)
     if table_path.exists():
@@ -150,8 +150,8 @@ def _curves(
 ) -> dict[str, list[Row]]:
     """Returns the validation entries of every method, with steps counted over all its stages.
 
-    Methods that average weights after training are left out: their curve is that of the method
-    whose weights they average.
+    Methods that average weights after training are left out, because their curve is that of the
+    method whose weights they average.
     """
     entries: dict[str, list[Row]] = {}
     for entry in metrics_log.read(workdir):

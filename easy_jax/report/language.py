@@ -1,4 +1,4 @@
-"""What a language experiment found: one table in the terminal, as Markdown and as a page."""
+"""Report of a language experiment: one table, in the terminal, as Markdown and as a page."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _EXPLANATION = (
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the table; the first row is the pre-trained model.
+    """Returns header and lines of the table; the first row is the pre-trained model.
 
     Example:
       >>> lines([{"method": "base", "prose_nll": 2.0, "prose_perplexity": 7.389}])
@@ -52,14 +52,14 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 def _measured(row: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the held-out sets, and of the general texts."""
+    """Returns the names of the held-out sets, and of the general texts."""
     names = [key.removesuffix("_nll") for key in row if key.endswith("_nll")]
     heldout = [name for name in names if name.startswith("heldout")]
     return heldout, [name for name in names if name not in heldout]
 
 
 def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Learnt against forgotten, means over the sets; None where one of the two is not measured."""
+    """Returns a figure of learnt against forgotten, means over the sets; None without both."""
     heldout, general = _measured(rows[0])
     if not heldout or not general:
         return None
@@ -89,7 +89,7 @@ def _trade_off(config: LanguageConfig, rows: Sequence[Mapping[str, Any]]) -> str
 
 
 def table(results: Mapping[str, Any]) -> Table:
-    """For the terminal."""
+    """Returns the table for the terminal."""
     header, body = lines(results["language"])
     view = Table(
         title=_CAPTION,

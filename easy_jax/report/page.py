@@ -1,4 +1,4 @@
-"""One self-contained HTML page: tables and figures inlined, no network."""
+"""A self-contained HTML page with tables and figures, which needs no network."""
 
 import base64
 import html
@@ -7,17 +7,17 @@ from typing import Literal
 
 
 def page(title: str, sections: Sequence[str]) -> str:
-    """A whole page; `sections` are HTML already, the title is text."""
+    """Returns a complete page; `sections` are HTML, the title is plain text."""
     return _TEMPLATE.format(title=html.escape(title), body="\n".join(sections))
 
 
 def paragraph(text: str) -> str:
-    """A paragraph of text."""
+    """Returns a paragraph with plain text."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def figure(data: bytes, media_type: str, caption: str) -> str:
-    """A picture (`image/png`, `image/svg+xml`) and its caption, which is text."""
+    """Returns a picture (`image/png`, `image/svg+xml`) with its caption, which is plain text."""
     encoded = base64.b64encode(data).decode()
     text = html.escape(caption)
     return (
@@ -34,15 +34,15 @@ def table(
     kind: str = "numbers",
     left: Literal[1, 2] = 2,
 ) -> str:
-    """A table of texts.
+    """Returns a table of plain texts.
 
     Args:
       caption: above the table.
       header: a text per column.
       lines: rows of texts.
       bold: which cells are bold; default: none.
-      kind: `numbers`, aligned on the right, only the header wrapped; or `text`.
-      left: of a table of numbers, how many columns are aligned on the left all the same.
+      kind: `numbers`, aligned on the right, with only the header wrapped; or `text`.
+      left: in a table of numbers, how many of the first columns are aligned on the left.
     """
     head = "".join(f"<th>{html.escape(column)}</th>" for column in header)
     body = []

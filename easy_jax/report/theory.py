@@ -27,12 +27,12 @@ _HEADER = ("source", "claim", "compared with", "value", "at most", "holds")
 def run(
     workdir: str | os.PathLike[str], seed: int = 0, num_problems: int = claims.NUM_PROBLEMS
 ) -> dict[str, Any]:
-    """Checks section 7 of the paper and what goes beyond it; draws the figures.
+    """Checks section 7 of the paper and the results that go beyond it, and draws the figures.
 
     Args:
       workdir: for `theory.json`, the figures (PNG) and `theory.html`.
       seed: of the random problems and samples.
-      num_problems: how many random problems.
+      num_problems: the number of random problems.
 
     Returns:
       The content of `theory.json`.
@@ -112,7 +112,7 @@ def _convergence(key: jax.Array) -> simulation.Convergence:
 
 
 def _figures(convergence: simulation.Convergence) -> Iterator[tuple[str, Figure, str]]:
-    """File name, figure and caption."""
+    """Yields name, figure and caption of each figure."""
     problem = figures.example_problem()
     yield (
         "trajectories",
