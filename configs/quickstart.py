@@ -8,7 +8,7 @@ handwritten digits, by ten methods and three controls (see `METHODS`).
   easy-jax run --config=configs/quickstart.py:full     both, 3 seeds, learning rates 0.003-0.1
   easy-jax compare --config=configs/quickstart.py:compare   3 seeds, and WiSE-FT at every alpha
   easy-jax run --config=configs/quickstart.py:weightings    all weightings and controls, as `full`
-  easy-jax run --config=configs/quickstart.py:tiny     seconds; to see that everything works
+  easy-jax run --config=configs/quickstart.py:tiny     takes seconds, to test that it works
 
 Hardware: 2 CPU cores. Time and results: README.md (default), docs/results.md (`:full`) and
 docs/weightings.md (`:weightings`).

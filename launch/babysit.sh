@@ -47,7 +47,7 @@ if [[ $dry_run ]]; then
   exec "${command[0]}" --dry-run "${command[@]:1}"
 fi
 
-# A child in the background does not see Ctrl-C: SIGTERM makes it save, delete and end.
+# A child in the background does not receive Ctrl-C; SIGTERM makes it save, delete and end.
 # shellcheck disable=SC2317,SC2329 # called by traps
 stop() {
   trap '' INT TERM HUP

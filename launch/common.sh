@@ -11,7 +11,7 @@ dry_run=
 secrets=() # names of environment variables
 child= # of run_child, while it runs
 
-# A mistake of the user's: exit code 2, as easy-jax has it.
+# A mistake of the user: exit code 2, as in easy-jax.
 die() {
   echo "${0##*/}: $*" >&2
   exit 2
@@ -22,7 +22,7 @@ note() { echo "${0##*/}: $*" >&2; }
 # The comment at the top of the script is its help.
 usage() { awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"; }
 
-# Prints words so that a shell reads the same words again.
+# Prints words, quoted so that a shell reads the same words.
 quote() {
   local word line=
   for word; do
@@ -35,7 +35,7 @@ quote() {
 # 32 hexadecimal digits that nobody can guess.
 random_token() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
 
-# Commands are told on stdout in a dry run, where they are the result, and else on stderr.
+# Prints commands on stdout in a dry run, where they are the result, and otherwise on stderr.
 show() {
   if [[ $dry_run ]]; then
     printf '+ %s\n' "$(quote "$@")"
@@ -49,8 +49,8 @@ run() {
   [[ $dry_run ]] || "$@"
 }
 
-# capture NAME COMMAND...: its output in the variable; in a dry run the variable stays.
-# shellcheck disable=SC2034 # the variable is the caller's
+# capture NAME COMMAND...: stores its output in the variable, which a dry run does not change.
+# shellcheck disable=SC2034 # the caller's variable
 capture() {
   local -n captured=$1
   shift
@@ -58,7 +58,7 @@ capture() {
   [[ $dry_run ]] || captured=$("$@")
 }
 
-# Like run, and a signal's trap need not wait for the command to end: it may kill $child.
+# Like run, but a trap need not wait for the command to end: it may kill $child.
 run_child() {
   show "$@"
   [[ $dry_run ]] && return
@@ -70,7 +70,7 @@ run_child() {
   return "$code"
 }
 
-# pause SECONDS, which a signal's trap may interrupt.
+# pause SECONDS: waits; a trap may interrupt it.
 pause() {
   sleep "$1" &
   child=$!
@@ -78,7 +78,7 @@ pause() {
   child=
 }
 
-# shared_option OPTION: those that all launchers have.
+# shared_option OPTION: parses an option that all launchers have.
 shared_option() {
   case $1 in
     --secret=*) secrets+=("${1#*=}") ;;
@@ -121,7 +121,7 @@ need_secrets() {
   done
 }
 
-# The arguments of easy-jax; its workdir is the run's.
+# The arguments of easy-jax, with the run's workdir.
 need_easy_jax() {
   local argument config=
   need "the command after --" "${1:-}" 'run|score|train|evaluate|export|report' \

@@ -89,13 +89,13 @@ declare -A values=(
 )
 list=
 for argument in "$@" "--workdir=$runs/$run_id"; do
-  # Kubernetes expands $(NAME) in arguments, and takes $$ for $.
+  # Kubernetes expands $(NAME) in arguments, and reads $$ as $.
   word=$(json "${argument//\$/\$\$}")
   list+=", $word"
 done
 values[ARGUMENTS]="[${list#, }]"
 
-# The template with the values put in, line by line; at most one to a line.
+# The template with the values filled in, at most one per line.
 manifest() {
   local line name
   while IFS= read -r line; do
@@ -119,7 +119,7 @@ secret() {
 
 if ((${#secrets[@]})); then
   note "${secrets[*]} become the Kubernetes secret $run_id, by way of kubectl's standard input"
-  # On the server's side, or kubectl would keep a copy of the values in an annotation.
+  # Server-side, because kubectl would otherwise store a copy of the values in an annotation.
   apply=("${kubectl[@]}" apply --server-side --filename=-)
   show "${apply[@]}"
   [[ $dry_run ]] || secret | "${apply[@]}"

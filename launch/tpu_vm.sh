@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs easy-jax on Cloud TPU VMs: creates a queued resource, waits for it, installs the project on
-# all workers, runs there, streams rank 0's log, and deletes the resource, whatever happened.
+# all workers, runs there, streams rank 0's log, and finally deletes the resource in any case.
 #
 #   launch/tpu_vm.sh --run-id=ID --zone=ZONE --accelerator-type=TYPE --runs=gs://BUCKET/FOLDER \
 #       [OPTION ...] -- run --config=configs/FILE.py [--config.field=value ...]
@@ -80,8 +80,8 @@ need_secrets "${secrets[@]}"
 need_easy_jax "$@"
 arguments=("$@" "--workdir=$runs/$run_id")
 
-# The number in a type counts chips of v5e and v6e, and cores, two to a chip, of the others; a
-# host has four chips, or all eight of the largest single host of v5e and v6e.
+# The number in a type is that of chips for v5e and v6e, and of cores, two per chip, for the others.
+# A host has four chips; the largest single host of v5e and v6e has eight.
 size=${accelerator##*-}
 case $accelerator in
   v5litepod-* | v6e-*) workers=$((size <= 8 ? 1 : (size + 3) / 4)) ;;
@@ -102,7 +102,7 @@ folder=easy_jax_$run_id # in the home of every worker
 temporary=$(mktemp -d)
 created='' started=''
 
-# Prints the state of the queued resource, ABSENT, or UNKNOWN if it cannot be had.
+# Prints the state of the queued resource, ABSENT, or UNKNOWN if gcloud does not return it.
 state() {
   local answer
   if answer=$("${resource[@]}" describe "$run_id" "${common[@]}" --format='value(state.state)' \
@@ -118,7 +118,7 @@ state() {
 
 delete() { run "${resource[@]}" delete "$run_id" "${common[@]}" --force; }
 
-# on_workers WHERE... -- COMMAND: what worker.sh answers is in the file `answers`.
+# on_workers WHERE... -- COMMAND: writes the answers of worker.sh to the file `answers`.
 on_workers() {
   local where=()
   while [[ $1 != -- ]]; do
@@ -131,7 +131,7 @@ on_workers() {
     --command="$(quote bash "$folder/worker.sh" "$@")"
 }
 
-# gcloud leaves out a node it cannot reach, with a warning alone: the answers are counted.
+# gcloud only warns about a node that it cannot reach, so the answers are counted.
 ask() {
   local code=0
   [[ $dry_run ]] && on_workers "${everywhere[@]}" -- "$@" && return
@@ -144,8 +144,8 @@ ask() {
   return 1
 }
 
-# Three tries of what needs a connection; a pre-empted resource is told from a bad one. Exit code 2
-# is gcloud's for a wrong flag, 3 worker.sh's for a worker that another run is using.
+# Tries a command that needs a connection three times; distinguishes a pre-empted resource from a
+# bad one. Exit code 2 is gcloud's for a wrong flag, 3 is worker.sh's if another run uses a worker.
 persist() {
   local try code
   for try in 1 2 3; do
@@ -211,7 +211,7 @@ trap 'interrupted 129' HUP
 trap 'interrupted 130' INT
 trap 'interrupted 143' TERM
 
-# The project, worker.sh and the secrets, in one folder to be copied.
+# Puts the project, worker.sh and the secrets into one folder to be copied.
 pack() {
   local tree=TREE stage=$temporary/$folder name
   local git=(git -C "$(dirname "$here")") index=(env "GIT_INDEX_FILE=$temporary/index")
@@ -227,7 +227,7 @@ pack() {
   run "${git[@]}" archive --format=tar.gz --output="$stage/source.tar.gz" "$tree"
   run cp "$here/worker.sh" "$stage/worker.sh"
   echo "$tree" >"$stage/version"
-  # By this the processes know each other; new for every start.
+  # With this token the processes recognise each other; it is new for every start.
   (umask 077 && printf 'EASY_JAX_RUN_TOKEN=%s\n' "$(random_token)" >"$stage/secrets")
   for name in "${secrets[@]}"; do
     note "the value of $name is written to a file that only you can read, and copied"
@@ -282,7 +282,7 @@ upload() {
     "${common[@]}" "${everywhere[@]}" "${connect_flags[@]}"
 }
 
-# Streams rank 0's log until every worker has ended; connections may break, the job goes on.
+# Streams rank 0's log until every worker has ended; the job continues if connections break.
 follow() {
   local failures=0
   while true; do
@@ -302,8 +302,8 @@ follow() {
   done
 }
 
-# One exit code for all workers: a mistake of the user's first, then a crash, since either makes
-# the peers end with 76.
+# One exit code for all workers: a mistake of the user comes first, then a crash, because both make
+# the other workers end with 76.
 verdict() {
   local code lost='' stopped='' peers='' crash=''
   while read -r code; do

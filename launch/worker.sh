@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Runs on every worker of a TPU VM; tpu_vm.sh sends and calls it:
 #   worker.sh install | setup COMMAND | start ARGUMENT... | follow | status | logs | stop
-# `start` leaves the job behind, detached, so that it outlives the connection; its log, process
-# id and exit code are files beside this script.
+# `start` starts the job detached, so that it outlives the connection; its log, process id and exit
+# code are files in the folder of this script.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# One line for every worker, for tpu_vm.sh to count.
+# One line per worker; tpu_vm.sh counts them.
 answer() { echo "easy_jax $(hostname) $*"; }
 
 job_runs() { [[ -e pid && ! -e exit_code ]] && kill -0 "$(<pid)" 2>/dev/null; }
@@ -22,9 +22,9 @@ install() {
     rm -rf source installed
     mkdir source
     tar -xzf source.tar.gz -C source
-    # The VM's own Python may be older than 3.11: uv brings one. --target works where the
-    # system's Python refuses to be installed into.
-    # Whatever fails here may be tried again, so the exit code is never 2.
+    # The VM's own Python may be older than 3.11, so uv installs one. --target works even if the
+    # system's Python does not allow installations.
+    # Everything that fails here may be tried again, so the exit code is never 2.
     python3 -m pip install --quiet --upgrade --target uv uv >&2 || exit 1
     uv/bin/uv venv --quiet --clear --python 3.12 venv >&2 || exit 1
     uv/bin/uv pip install --quiet --python venv/bin/python ./source 'jax[tpu]' gcsfs >&2 || exit 1
@@ -46,7 +46,7 @@ start() {
   )
   if job_runs; then
     [[ $(<job) == "$job" ]] || conflict
-    rm -f secrets # it has its own
+    rm -f secrets # the running job has its own
   else
     rm -f exit_code
     printf '%s' "$job" >job
@@ -64,7 +64,7 @@ job() {
     set +a
     rm secrets
   fi
-  # `stop` and a shutdown signal the whole process group: this shell must outlive easy-jax.
+  # `stop` and a shutdown signal the process group, and this shell must outlive easy-jax.
   trap : TERM
   local code=0
   (cd source && exec ../venv/bin/easy-jax "$@") || code=$?

@@ -62,7 +62,7 @@ need_secrets "${secrets[@]}"
 need_easy_jax "$@"
 
 if ((${#secrets[@]})); then
-  # A bare name in the file stands for its value in xpk's own environment.
+  # For a name without a value in the file, xpk uses the value in its own environment.
   names=$(mktemp)
   trap 'rm -f "$names"' EXIT
   printf '%s\n' "${secrets[@]}" >"$names"
@@ -73,7 +73,7 @@ fi
 # xpk runs the command in a bash that passes SIGTERM on to its child: exec makes easy-jax that
 # child. Exit codes that it restarts on, besides its own: stopped after saving, peers lost.
 command="exec $(quote easy-jax "$@" "--workdir=$runs/$run_id")"
-# Kubernetes takes $$ for $, and would expand $(NAME).
+# Kubernetes reads $$ as $, and would expand $(NAME).
 run xpk workload create "--workload=$run_id" "--cluster=$cluster" "--tpu-type=$tpu_type" \
   "--num-slices=$slices" "--docker-image=$image" "--max-restarts=$restarts" \
   --restart-on-exit-codes=75,76 --termination-grace-period-seconds=300 "${flags[@]}" \
