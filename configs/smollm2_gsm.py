@@ -41,7 +41,7 @@ ARGUMENTS = ("",)
 
 
 def get_config(arg: str = "") -> LanguageConfig:
-    """The configuration; it has no variants."""
+    """Returns the configuration, which has no variants."""
     if arg not in ARGUMENTS:
         raise ConfigError(f"smollm2_gsm.py:{arg} is unknown; it takes no argument")
     return LanguageConfig(

@@ -1,4 +1,4 @@
-"""Print the structure of a package: packages, modules, floors, imports, cycles, largest pieces.
+"""Prints the structure of a package: packages, modules, floors, imports, cycles, largest pieces.
 
     python scripts/structure.py [OTHER_CHECKOUT]
 

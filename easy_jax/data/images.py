@@ -63,7 +63,7 @@ class ImageError(DataError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Views:
-    """How images become squares of equal size.
+    """Settings for the views of images, which are squares of equal size.
 
     Attributes:
       image_size: side of a view, in pixels.
