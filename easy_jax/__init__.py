@@ -81,6 +81,7 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.train.fitting import Fit, fit
     from easy_jax.train.loss_table import LossTable
     from easy_jax.train.scoring import score
+    from easy_jax.train.weights_file import export_weights
 
 # Names of earlier versions, which still work for one version.
 _FORMER = {
@@ -134,6 +135,7 @@ __all__ = [
     "control_weights",
     "entropic_objective",
     "eval_mode",
+    "export_weights",
     "fit",
     "flow_weights",
     "flow_weights_token",

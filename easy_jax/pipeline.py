@@ -1,11 +1,13 @@
 """The orchestrator: an experiment's stages, in a workdir, up to the one that is asked for."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from easy_jax.core import weightings
 from easy_jax.experiments.config import ExperimentConfig
 from easy_jax.experiments.language import LanguageExperiment, Until
 from easy_jax.experiments.language_config import LanguageConfig
@@ -17,6 +19,7 @@ from easy_jax.io.terminal import Terminal
 from easy_jax.parallel import lock, processes
 from easy_jax.report import images as report
 from easy_jax.report import language as language_report
+from easy_jax.train import weights_file
 
 
 def run(
@@ -55,6 +58,57 @@ def run(
     files.check_folder(files.path(workdir))  # before it is made
     with lock.hold(workdir, take_over=take_over):
         return _run(config, open_workdir(config, workdir), until)
+
+
+def export_weights(
+    config: ExperimentConfig | LanguageConfig,
+    workdir: str | os.PathLike[str],
+    weighting: str = "flow",
+    options: Mapping[str, Any] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    take_over: bool = False,
+) -> Path:
+    """Scores the training data of a language experiment, and writes them with their weights.
+
+    Args:
+      config, workdir, take_over: as in `run`.
+      weighting, options: a weighting of frozen losses, by its name and options.
+      output: the file, `.parquet` or `.jsonl`; default: `exported/weights.parquet` in the workdir.
+
+    Returns:
+      The path of the file (`easy_jax.train.weights_file` has its columns).
+
+    Raises:
+      ConfigError: an experiment with images; as in `run` and `easy_jax.export_weights`.
+    """
+    config.validate()
+    if isinstance(config, ExperimentConfig):
+        raise ConfigError(
+            "export-weights is for language experiments; of an image experiment, give a folder of "
+            "its loss_table/ to easy_jax.LossTable.open and that to easy_jax.export_weights"
+        )
+    chosen = weightings.get(weighting, **(options or {}))
+    files.check_folder(files.path(workdir))
+    with lock.hold(workdir, take_over=take_over):
+        workdir = open_workdir(config, workdir)
+        target = files.path(workdir / "exported" / "weights.parquet" if output is None else output)
+        weights_file.check(chosen, target)  # before anything is scored
+        with Terminal(quiet=not processes.is_main_process()) as terminal:
+            experiment = LanguageExperiment(config, workdir, terminal)
+            table = experiment.loss_table()
+            if processes.is_main_process():
+                own = experiment.train.examples
+                weights_file.export_weights(
+                    table,
+                    target,
+                    chosen,
+                    columns=experiment.records(),
+                    weight_N=own.weight,
+                    token_weight=own.token_weight,
+                )
+                terminal.print(f"weights of {chosen}: {target}, {table.num_examples} examples")
+    return target
 
 
 def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
                 config.finetune.batch_size,
                 config.finetune.micro_batches,
             )
-            for method in _distinct(config.selected_methods())
+            for method in _distinct(config)
         ]
     if what != "train":
         score = functools.partial(score_program, config, mesh)
@@ -76,7 +76,7 @@ def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows
     state = train_state(states, optimizer, mesh)
     weighting = weighting_of(method)
     rule = weighting if weighting.reads_model() else None
-    batch = _batch(config, mesh, rows, _token_fields(weighting))
+    batch = _batch(config, mesh, rows, _token_fields(config, weighting))
     step: Any = make_train_step(
         graphdef,
         causal_lm.causal_lm_loss,
@@ -173,19 +173,20 @@ def _batch(
     return batch_of(rows, mesh, fields)
 
 
-def _distinct(methods: tuple[MethodConfig, ...]) -> list[MethodConfig]:
+def _distinct(config: LanguageConfig) -> list[MethodConfig]:
     """One method of each kind of step: weights by example do not change the program."""
     found: dict[Any, MethodConfig] = {}
-    for method in methods:
+    for method in config.selected_methods():
         weighting = weighting_of(method)
         rule = weighting if weighting.reads_model() else None
-        kind = (method.trainable, method.anchor, _token_fields(weighting), rule)
+        kind = (method.trainable, method.anchor, _token_fields(config, weighting), rule)
         found.setdefault(kind, method)
     return list(found.values())
 
 
-def _token_fields(weighting: Weighting) -> tuple[str, ...]:
-    """The fields of a batch, one value a token, that a weighting takes."""
-    if weighting.reads_model():
-        return ("frozen_nll",) if "frozen" in weighting.needs else ()
-    return ("token_weight",) if weighting.level == "token" else ()
+def _token_fields(config: LanguageConfig, weighting: Weighting) -> tuple[str, ...]:
+    """Returns the fields of a batch with one value per token: own weights, a weighting's input."""
+    has_weights = weighting.level == "token" and not weighting.reads_model()
+    fields = ["token_weight"] * (has_weights or bool(config.train.token_weight_field))
+    fields += ["frozen_nll"] * (weighting.reads_model() and "frozen" in weighting.needs)
+    return tuple(fields)

@@ -45,6 +45,8 @@ _PROCESS = flags.DEFINE_integer("process_id", None, _text("process_id"))
 _TIMEOUT = flags.DEFINE_float("peer_timeout", 300.0, _text("peer_timeout"))
 _TAKE_OVER = flags.DEFINE_bool("take-over", False, _text("take-over"))
 flags.DEFINE_alias("take_over", "take-over")  # as other flags are written
+_WEIGHTING = flags.DEFINE_string("weighting", "flow", _text("weighting"))
+_OUTPUT = flags.DEFINE_string("output", None, _text("output"))
 _TOPOLOGY = flags.DEFINE_string("topology", None, _text("topology"))
 _PROGRAM = flags.DEFINE_enum("program", "all", ["all", "train", "score"], _text("program"))
 _LARGEST = flags.DEFINE_bool("largest_batch", False, _text("largest_batch"))
@@ -164,13 +166,13 @@ def main(command: str) -> int:
     )
     processes.stop_on_sigterm()
     code = 0
+    workdir, take_over = _WORKDIR.value or f"runs/{config.name}", bool(_TAKE_OVER.value)
     try:
-        train.run(
-            config,
-            _WORKDIR.value or f"runs/{config.name}",
-            UNTIL[command],
-            take_over=bool(_TAKE_OVER.value),
-        )
+        if command == "export-weights":
+            name, options = usage.parse_weighting(_WEIGHTING.value or "")
+            train.export_weights(config, workdir, name, options, _OUTPUT.value, take_over=take_over)
+        else:
+            train.run(config, workdir, UNTIL[command], take_over=take_over)
     except processes.Stopped as stop:
         print(f"easy-jax: {stop}; run the same command again to continue", file=sys.stderr)
         code = processes.EXIT_STOPPED

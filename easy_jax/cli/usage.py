@@ -1,8 +1,10 @@
 """The sub-commands, their options and the help pages. Imports only the standard library."""
 
+import ast
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UsageError(ValueError):
@@ -87,6 +89,16 @@ COMMANDS = {
         "Runs the fine-tuning stages that are missing, and writes to exported/ in the workdir.",
         ("export --config=configs/smollm2_gsm.py",),
     ),
+    "export-weights": Command(
+        "write the scored training data with its weights, for other trainers",
+        "Scores first if that has not been done. Writes exported/weights.parquet in the workdir:\n"
+        "one row per example, with its texts, loss and weight, or lists of token weights.",
+        (
+            "export-weights --config=configs/smollm2_gsm.py",
+            "export-weights --config=configs/smollm2_gsm.py --weighting=stm,threshold=0.3 "
+            "--output=weights.jsonl",
+        ),
+    ),
     "compile": Command(
         "compile the steps for TPUs, without a TPU: does it fit, memory, time, collectives",
         "Needs no data, weights or TPU, only the TPU compiler: pip install 'easy-jax[tpu]'.\n"
@@ -122,6 +134,10 @@ OPTIONS = {
     "num_processes": Option("--num_processes=N", "with several processes: their number"),
     "process_id": Option("--process_id=I", "with several processes: which one this is, from 0"),
     "peer_timeout": Option("--peer_timeout=SECONDS", "how long to wait for other processes (300)"),
+    "weighting": Option(
+        "--weighting=NAME[,OPTION=VALUE]", "of frozen losses, with its options", "export-weights"
+    ),
+    "output": Option("--output=FILE", "a .parquet or .jsonl file", "export-weights"),
     "topology": Option("--topology=KIND:SIZES", "the TPU chips, such as v5e:4x4", "compile"),
     "program": Option("--program=all|train|score", "which steps to compile (all)", "compile"),
     "largest_batch": Option(
@@ -205,6 +221,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     return _meant(name, known) or f"; there are {', '.join(known)}"
+
+
+def parse_weighting(text: str) -> tuple[str, dict[str, Any]]:
+    """Reads `NAME,OPTION=VALUE,...`; values are Python literals or plain words.
+
+    Raises:
+      UsageError: a part of another form.
+
+    Example:
+      >>> parse_weighting("stm,threshold=0.3")
+      ('stm', {'threshold': 0.3})
+    """
+    name, *parts = text.split(",")
+    options: dict[str, Any] = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if not equals or not option or not value:
+            raise UsageError(
+                f"--weighting={text}: {part!r} is no OPTION=VALUE, such as threshold=0.3"
+            )
+        try:
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[option] = value
+    return name, options
 
 
 def unknown_flag(name: str) -> str:

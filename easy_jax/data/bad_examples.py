@@ -10,6 +10,7 @@ _SHOWN = 20
 _OPTIONS = {
     "input": "input_field would put it into the prompt",
     "weight": "weight_field would multiply it into the weights",
+    "token_weights": "token_weight_field would multiply them into the weights of tokens",
 }
 
 OnBadExample = Literal["error", "drop"]

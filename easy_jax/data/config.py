@@ -230,7 +230,8 @@ class InstructionsConfig:
       name, split: of the TFDS data set.
       instruction_field, response_field: names in the records. `input_field`: the input that an
         instruction refers to, optional in each record; `weight_field`: numbers, multiplied into
-        the training weights. Empty: not read.
+        the training weights; `token_weight_field`: lists with a number for each target token (of
+        the response and the EOS), multiplied into the weights of tokens. Empty: not read.
       seed: of generated problems.
       start, size: take the records [start, start + size); a size of 0 takes all that follow.
     """
@@ -243,9 +244,15 @@ class InstructionsConfig:
     response_field: str = "response"
     input_field: str = ""
     weight_field: str = ""
+    token_weight_field: str = ""
     seed: int = 0
     start: int = 0
     size: int = 0
+
+    def optional_fields(self) -> list[str]:
+        """Returns the names of the fields that are read besides instruction and response."""
+        names = (self.input_field, self.weight_field, self.token_weight_field)
+        return [name for name in names if name]
 
     def validate(self, path: str) -> None:
         from easy_jax.data.formats import TEXT_FORMATS
@@ -256,8 +263,7 @@ class InstructionsConfig:
         for name in ("seed", "start", "size"):
             value = getattr(self, name)
             require(value >= 0, f"{path}.{name}", value, "at least 0")
-        named = [self.instruction_field, self.response_field, self.input_field, self.weight_field]
-        named = [name for name in named if name]
+        named = [self.instruction_field, self.response_field, *self.optional_fields()]
         require(len(set(named)) == len(named), f"{path}'s fields", named, "distinct")
         form.check(self, path)
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -51,18 +52,7 @@ def load(
       DataError: as the readers and `tokenize` in `easy_jax.data.text`; or too few records.
     """
     bad = BadExamples() if bad is None else bad
-    fields = [config.instruction_field, config.response_field]
-    optional = [name for name in (config.input_field, config.weight_field) if name]
-    columns = TEXT_FORMATS[config.format].read(config, fields, optional, bad)
-    size = len(columns[fields[0]])
-    stop = config.start + config.size if config.size else size
-    if stop > size or config.start >= size:
-        where = config.path or config.format
-        raise DataError(
-            f"{where} has {size} records; start={config.start} and size={config.size} ask for more"
-        )
-    columns = {name: values[config.start : stop] for name, values in columns.items()}
-    bad.only(config.start, stop)
+    columns = read(config, bad)
     examples = text.tokenize(
         columns[config.instruction_field],
         columns[config.response_field],
@@ -72,12 +62,32 @@ def load(
         inputs=columns.get(config.input_field),
         input_template=text_config.input_template,
         weights=columns.get(config.weight_field),
+        token_weights=columns.get(config.token_weight_field),
         max_length=text_config.max_length,
         bos_token=text_config.bos_token or None,
         border=text_config.border,
         bad=bad,
     )
     return PackedSource(examples, text_config.row_length, text_config.max_segments)
+
+
+def read(config: InstructionsConfig, bad: BadExamples) -> dict[str, list[Any]]:
+    """Reads the columns of the configured records, by the names of their fields.
+
+    Raises:
+      DataError: as the readers of `easy_jax.data.records`; too few records.
+    """
+    fields = [config.instruction_field, config.response_field]
+    columns = TEXT_FORMATS[config.format].read(config, fields, config.optional_fields(), bad)
+    size = len(columns[fields[0]])
+    stop = config.start + config.size if config.size else size
+    if stop > size or config.start >= size:
+        where = config.path or config.format
+        raise DataError(
+            f"{where} has {size} records; start={config.start} and size={config.size} ask for more"
+        )
+    bad.only(config.start, stop)
+    return {name: values[config.start : stop] for name, values in columns.items()}
 
 
 def general(

@@ -140,8 +140,8 @@ def training_loader(
         processes.
       weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
         that is NaN is an example dropped while scoring: it is left out of training.
-      token_weight: weights of the target tokens, for packed sources only. An example that has
-        none was dropped while scoring, and is left out.
+      token_weight: weights of the target tokens, for packed sources only; multiplied into the
+        source's own. An example that has none was dropped while scoring, and is left out.
       frozen_nll: the frozen model's losses, [N] by example id, or of the target tokens for packed
         sources; becomes a field of the batches.
       rows, reading: as in `scoring_loader`.
@@ -157,6 +157,8 @@ def training_loader(
       6
     """
     ids = None
+    if isinstance(source, PackedSource) and source.examples.token_weight is not None:
+        token_weight = _product(source.examples.token_weight, token_weight)
     if token_weight is not None:
         if not isinstance(source, PackedSource):
             raise DataError("token weights are for packed text; this source has no tokens")
@@ -194,6 +196,17 @@ def training_loader(
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
     dataset = starts.map(lambda start: read(*order.slice(start, start + batch_size)))
     return Loader(dataset, reading)
+
+
+def _product(own: Ragged, given: Ragged | None) -> Ragged:
+    """Returns the products of token weights, with none for examples that lack them in either."""
+    if given is None:
+        return own
+    lengths = np.diff(own.offsets), np.diff(given.offsets)
+    if len(own) != len(given) or ((lengths[0] != lengths[1]) & (lengths[1] != 0)).any():
+        return given  # which is refused, because its lengths are not those of the targets
+    used = np.repeat(lengths[1] != 0, lengths[0])
+    return Ragged(own.values[used] * given.values, given.offsets)
 
 
 class _ShuffledEpochs:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
+from easy_jax.data import text_columns
 from easy_jax.data.bad_examples import BadExamples, tell
 from easy_jax.data.config import ALPACA, ALPACA_INPUT
 from easy_jax.data.records import not_text, read_jsonl, read_parquet, read_tfds
@@ -50,6 +50,7 @@ def tokenize(
     inputs: Sequence[str | None] | None = None,
     input_template: str = "",
     weights: Sequence[float] | None = None,
+    token_weights: Sequence[Sequence[float]] | None = None,
     max_length: int = 1024,
     bos_token: str | None = None,
     border: Border = "joined",
@@ -69,6 +70,8 @@ def tokenize(
       input_template: of prompts with an input, with `{instruction}` and `{input}` once each;
         default: Alpaca's, if `template` is Alpaca's.
       weights: multiplied into the training weights; at least 0.
+      token_weights: for every example a list with a weight for each target token (the response's
+        and the EOS, those within `max_length`), multiplied into the weights of tokens.
       max_length: the maximal number of tokens of an example.
       bos_token: put first, as part of the prompt; default: none.
       border: of prompt and response. `joined`: they are tokenised as one text, and all tokens
@@ -81,8 +84,9 @@ def tokenize(
 
     Raises:
       DataError: unusable examples: not text, blank responses, no token before the first target,
-        no target within `max_length`, weights that are not numbers; or a template without its
-        placeholders, or a token that the tokenizer does not have.
+        no target within `max_length`, weights that are not numbers, a list of token weights of
+        another length; or a template without its placeholders, or a token that the tokenizer
+        does not have.
 
     Warns:
       DataWarning: examples left out; or what may be a mistake: blank instructions, responses
@@ -104,7 +108,8 @@ def tokenize(
     size = len(instructions)
     inputs = [None] * size if inputs is None else inputs
     templates = _templates(template, input_template, any(inputs))
-    _check_columns(instructions, responses, inputs, weights, bad)
+    text_columns.check(instructions, responses, inputs, weights, bad)
+    text_columns.check_token_weights(token_weights, size, bad)
     eos_id = token_id(tokenizer, eos_token, "EOS")
     bos = [] if bos_token is None else [token_id(tokenizer, bos_token, "BOS")]
     answers = _answers(responses, eos_token, bad)
@@ -119,7 +124,9 @@ def tokenize(
         if ids[-1:] != [eos_id]:
             raise DataError(f"{eos_token!r} is not read as one token; add it as special")
         ids, start = bos + ids, len(bos) + start
-        if wrong := _unusable(start, len(ids), max_length):
+        wrong = _unusable(start, len(ids), max_length)
+        num_targets = min(len(ids), max_length) - start
+        if wrong := wrong or text_columns.wrong_length(token_weights, i, num_targets):
             bad.add(i, *wrong)
             continue
         parts[i], start_N[i], full_N[i] = np.array(ids[:max_length], np.int32), start, len(ids)
@@ -138,6 +145,7 @@ def tokenize(
         num_truncated=int((full_N > max_length).sum()),
         num_cut_tokens=int(np.maximum(full_N - max_length, 0).sum()),
         weight=None if weights is None else [0.0 if i in bad else w for i, w in enumerate(weights)],
+        token_weight=text_columns.ragged(token_weights, bad),
         dropped_ids=bad.ids(),
         border=border,
         merged_ids=merged_ids,
@@ -176,36 +184,6 @@ def _prompt(templates: tuple[str, str], instruction: str, source: str | None) ->
     values = {_INSTRUCTION: instruction, _INPUT: source}
     parts = re.split(f"({'|'.join(map(re.escape, values))})", templates[1])
     return "".join(values.get(part) or part for part in parts)
-
-
-def _check_columns(
-    instructions: Sequence[Any],
-    responses: Sequence[Any],
-    inputs: Sequence[Any],
-    weights: Sequence[Any] | None,
-    bad: BadExamples,
-) -> None:
-    """Records the examples whose fields are not text, or whose weights are not valid."""
-    if len(instructions) != len(responses):
-        raise DataError(f"{len(instructions)} instructions for {len(responses)} responses")
-    others = {"inputs": inputs, "weights": inputs if weights is None else weights}
-    for name, values in others.items():
-        if len(values) != len(responses):
-            raise DataError(f"{len(values)} {name} for {len(responses)} responses")
-    if not len(responses):
-        raise DataError("the data set is empty: it has no examples")
-    columns = {"instruction": instructions, "response": responses}
-    for what, texts in columns.items():
-        for i, text in enumerate(texts):
-            if wrong := not_text(text):
-                bad.add(i, f"{what} is {wrong[0]}", wrong[1])
-    for i, text in enumerate(inputs):
-        if text is not None and (wrong := not_text(text)):
-            bad.add(i, f"input is {wrong[0]}", wrong[1])
-    for i, weight in enumerate([] if weights is None else weights):
-        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-        if not number or not 0 <= weight < math.inf:
-            bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
 
 
 def _answers(responses: Sequence[str], eos_token: str, bad: BadExamples) -> dict[int, str]:

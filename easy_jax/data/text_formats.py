@@ -92,8 +92,7 @@ class GsmSymbolic(TextFormat):
     needs: ClassVar[Mapping[str, str]] = {"size": "the number of problems to generate"}
 
     def check(self, config: Any, path: str) -> None:
-        named = [config.instruction_field, config.response_field]
-        named += [name for name in (config.input_field, config.weight_field) if name]
+        named = [config.instruction_field, config.response_field, *config.optional_fields()]
         require(len(named) == 2, f"{path}'s fields", named, "an instruction and a response")
         super().check(config, path)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from easy_jax.data.ragged import Ragged
 from easy_jax.data.sources import DataError, Record
 from easy_jax.io import fingerprint as fingerprints
 
@@ -27,6 +28,7 @@ class TokenSource:
       max_length: the maximal number of tokens of an example; default: that of the longest.
       num_truncated, num_cut_tokens: number of examples cut to `max_length`, and of lost tokens.
       weight: float32 [N], multiplied into the training weights; default: 1.
+      token_weight: weights of the target tokens, multiplied into the training weights; default: 1.
       dropped_ids: ids of examples that are left out; they have no tokens, and are never read.
       border: the `border` option of `tokenize`, if it made the tokens.
       merged_ids: ids of examples in which the border of prompt and response is within a token.
@@ -52,6 +54,7 @@ class TokenSource:
         num_truncated: int = 0,
         num_cut_tokens: int = 0,
         weight: Sequence[float] | np.ndarray | None = None,
+        token_weight: Ragged | None = None,
         dropped_ids: Sequence[int] | np.ndarray = (),
         border: str | None = None,
         merged_ids: Sequence[int] | np.ndarray = (),
@@ -87,6 +90,9 @@ class TokenSource:
         self.num_truncated = num_truncated
         self.num_cut_tokens = num_cut_tokens
         self.border = border
+        self.token_weight = token_weight
+        if token_weight is not None:
+            self._check_token_weight(token_weight)
 
     def __len__(self) -> int:
         return len(self.target_start)
@@ -95,6 +101,15 @@ class TokenSource:
         position = range(len(self))[position]
         start, stop = self.offsets[position : position + 2]
         return {"tokens": self.tokens[start:stop], "target_start": self.target_start[position]}
+
+    def _check_token_weight(self, token_weight: Ragged) -> None:
+        if len(token_weight) != len(self):
+            raise DataError(f"token weights for {len(token_weight)} of {len(self)} examples")
+        found = np.diff(token_weight.offsets)
+        _refuse(found != self.num_targets, "another number of token weights than of target tokens")
+        bad = ~np.isfinite(token_weight.values) | (token_weight.values < 0)
+        ids = np.searchsorted(token_weight.offsets, np.flatnonzero(bad), side="right") - 1
+        _refuse(np.isin(np.arange(len(self)), ids), "a token weight is negative or not finite")
 
     @property
     def lengths(self) -> np.ndarray:
@@ -110,7 +125,10 @@ class TokenSource:
     def identity(self) -> dict[str, np.ndarray]:
         """The arrays that training depends on, of which `fingerprint` is a hash."""
         names = ["tokens", "offsets", "target_start", *["weight"] * (self.weight is not None)]
-        return {name: getattr(self, name) for name in names}
+        arrays = {name: getattr(self, name) for name in names}
+        if self.token_weight is not None:
+            arrays["token_weight"] = self.token_weight.values
+        return arrays
 
     def fingerprint(self) -> str:
         """Returns a hash of the tokens, the starts of examples and targets, and the weights."""
@@ -135,6 +153,9 @@ class TokenSource:
         if self.weight is not None:
             used = np.delete(self.weight, self.dropped_ids)
             parts.append(f"own weights from {used.min():g} to {used.max():g}")
+        if self.token_weight is not None:
+            values = self.token_weight.values
+            parts.append(f"own token weights from {values.min():g} to {values.max():g}")
         return "; ".join(parts)
 
 

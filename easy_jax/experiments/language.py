@@ -198,6 +198,13 @@ class LanguageExperiment:
 
     # Data and measurements.
 
+    def records(self) -> dict[str, list[Any]]:
+        """Returns the texts of the training data by the names of their fields, by example id."""
+        config = self.config.train
+        names = (config.instruction_field, config.input_field, config.response_field)
+        columns = instructions.read(config, BadExamples("drop"))
+        return {name: columns[name] for name in names if name}
+
     def _instructions(self, name: str, config: InstructionsConfig) -> PackedSource:
         """Data of the experiment; what is left out of them is listed in `dropped_<name>.jsonl`."""
         bad = BadExamples(self.config.scoring.on_bad_example)

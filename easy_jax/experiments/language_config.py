@@ -118,6 +118,9 @@ class LanguageConfig:
     def _check_reduction(self) -> None:
         from easy_jax.core.weightings import get  # needs JAX
 
+        ok = not self.train.token_weight_field or self.finetune.reduction == "token_mean"
+        because = "'token_mean', with train.token_weight_field"
+        require(ok, "config.finetune.reduction", self.finetune.reduction, because)
         for method in self.methods:
             by_token = get(method.weighting, **dict(method.weighting_options)).level == "token"
             if by_token and self.finetune.reduction != "token_mean":

@@ -121,20 +121,25 @@ def resolve(
             raise ConfigError(f"{weighting} reads the frozen model's losses: give {cure}")
     found = Weights() if table is None else Weights(all_but_dropped(table))
     if weighting is None or weighting.level == "none":
-        return _product(given, found)
+        return product(given, found)
     if not weighting.reads_model():
         assert table is not None  # what reads no model reads the table
-        return _product(given, weighting.of_table(table, seed))
+        return product(given, weighting.of_table(table, seed))
     fitted = weighting if table is None else weighting.fit(table)
     frozen_nll = None
     if "frozen" in needs and table is not None:
         is_text = isinstance(source, data.PackedSource)
         frozen_nll = table.token_losses() if is_text else np.nan_to_num(table.loss_N())
-    weights = _product(given, found)
+    weights = product(given, found)
     return dataclasses.replace(weights, weighting=fitted, frozen_nll=frozen_nll)
 
 
-def _product(given: StageWeights, found: Weights) -> StageWeights:
+def product(given: StageWeights, found: Weights) -> StageWeights:
+    """Returns the products of given weights and those of a weighting.
+
+    Raises:
+      DataError: they are for another number of examples or tokens.
+    """
     weight_N, token_weight = given.weight_N, given.token_weight
     if weight_N is None or found.weight_N is None:
         weight_N = found.weight_N if weight_N is None else weight_N

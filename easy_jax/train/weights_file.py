@@ -1,0 +1,141 @@
+"""The weights of a scored data set as a file that other trainers read: Parquet or JSON lines."""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from easy_jax.core import weightings
+from easy_jax.core.weightings.rule import Weighting, Weights
+from easy_jax.data import DataError, Ragged
+from easy_jax.io import files
+from easy_jax.io.checks import ConfigError
+from easy_jax.train.loss_table import LossTable
+from easy_jax.train.weights import StageWeights, product
+
+_OWN = ("example_id", "loss", "count", "weight", "token_losses", "token_weights")
+
+
+def export_weights(
+    table: LossTable,
+    path: str | os.PathLike[str],
+    weighting: Weighting | str = "flow",
+    *,
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    weight_N: np.ndarray | None = None,
+    token_weight: Ragged | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes ids, frozen losses and weights of all examples, one row for each.
+
+    The columns are `example_id`; the data's own `columns`; `loss`, the mean over an example's
+    target tokens in nats; `count`, their number; where there are weights of examples, `weight`;
+    where the table has the losses of tokens, the list `token_losses`; and where there are weights
+    of tokens, the list `token_weights`. Lists have one value for each target token, in order: the
+    tokens of the response and the EOS. Examples that scoring dropped have null for all of these.
+
+    Args:
+      table: the loss table of the data.
+      path: of the file, `.parquet` or `.jsonl`; it is replaced.
+      weighting: a name or an object of `easy_jax.weightings` that reads only the frozen losses.
+      columns: further columns by name, with a value for every example, such as the texts.
+      weight_N, token_weight: weights of your own, multiplied in, as in `easy_jax.fit`.
+      seed: of controls that draw at random.
+
+    Returns:
+      The path of the file.
+
+    Raises:
+      ConfigError: another ending; a weighting that reads the current model, whose weights change
+        in every step; a name of `columns` that is one of those above.
+      DataError: columns of another length than the table.
+      LossTableError: a weighting of tokens, and a table without token losses.
+
+    Example:
+      >>> import tempfile
+      >>> from flax import nnx
+      >>> import easy_jax as ej
+      >>> source = ej.ArraySource({"x": np.ones((3, 1), "f"), "y": np.float32([[1], [2], [3]])})
+      >>> def loss_fn(model, batch):
+      ...     return ej.squared_error(model(batch["x"]), batch["y"])
+      >>> model, folder = nnx.Linear(1, 1, rngs=nnx.Rngs(0)), tempfile.mkdtemp()
+      >>> table = ej.score(model, source, folder, loss_fn=loss_fn, batch_size=8)
+      >>> written = export_weights(table, folder + "/weights.jsonl")
+      >>> sorted(json.loads(written.read_text().splitlines()[0]))
+      ['count', 'example_id', 'loss', 'weight']
+    """
+    target = files.path(path)
+    weighting = weightings.get(weighting) if isinstance(weighting, str) else weighting
+    check(weighting, target)
+    found = weighting.of_table(table, seed) if weighting.level != "none" else Weights()
+    own = _columns(table, product(StageWeights(weight_N, token_weight), found))
+    columns = dict(columns or {})
+    for name, values in columns.items():
+        if name in _OWN:
+            raise ConfigError(f"the column {name!r} is one of the exported ones; rename it")
+        if len(values) != table.num_examples:
+            raise DataError(
+                f"the column {name!r} has {len(values)} values, and the loss table in "
+                f"{table.directory} {table.num_examples} examples"
+            )
+    rows = pa.table({"example_id": own.pop("example_id"), **columns, **own})
+    files.write(target, _parquet(rows) if target.suffix == ".parquet" else _json_lines(rows))
+    return target
+
+
+def check(weighting: Weighting, target: Path) -> None:
+    """Raises ConfigError for a weighting that cannot be exported, or another ending."""
+    if target.suffix not in (".parquet", ".jsonl"):
+        raise ConfigError(f"{target} ends in {target.suffix!r}; it must be .parquet or .jsonl")
+    if weighting.needs - {"frozen"}:
+        raise ConfigError(
+            f"{weighting} computes weights from the model in every step; only weightings of the "
+            "frozen losses can be exported, such as 'flow', 'flow_token' or 'stm'"
+        )
+
+
+def _columns(table: LossTable, weights: StageWeights) -> dict[str, pa.Array]:
+    size = table.num_examples
+    loss_N, count_N = np.full((2, size), np.nan, np.float32)
+    for ids, loss, count in table.rows():
+        loss_N[ids], count_N[ids] = loss, count
+    dropped_N = np.isnan(loss_N)
+    columns = {
+        "example_id": pa.array(np.arange(size)),
+        "loss": _with_nulls(loss_N, dropped_N),
+        "count": _with_nulls(count_N, dropped_N),
+    }
+    weight_N = np.ones(size) if weights.weight_N is None else weights.weight_N
+    if weights.token_weight is None or not np.all(weight_N[~dropped_N] == 1):
+        columns["weight"] = _with_nulls(weight_N, dropped_N)
+    if "token_median" in table.metadata:
+        columns["token_losses"] = _lists(table.token_losses(), dropped_N)
+    if weights.token_weight is not None:
+        columns["token_weights"] = _lists(weights.token_weight, dropped_N)
+    return columns
+
+
+def _with_nulls(values_N: np.ndarray, dropped_N: np.ndarray) -> pa.Array:
+    return pa.array(np.asarray(values_N, np.float32), mask=dropped_N)
+
+
+def _lists(ragged: Ragged, dropped_N: np.ndarray) -> pa.Array:
+    """Lists of float32; null for the examples that scoring dropped."""
+    offsets = pa.array(ragged.offsets, pa.int32(), mask=np.append(dropped_N, False))
+    return pa.ListArray.from_arrays(offsets, pa.array(ragged.values, pa.float32()))
+
+
+def _parquet(rows: pa.Table) -> bytes:
+    content = io.BytesIO()
+    pq.write_table(rows, content)
+    return content.getvalue()
+
+
+def _json_lines(rows: pa.Table) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.to_pylist())
