@@ -118,6 +118,8 @@ def parse(argv: list[str]) -> str:
             raise UsageError(f"{words[0]} has no --{name} (easy-jax {words[0]} --help)")
     if words[0] == "compile" and not _TOPOLOGY.value:
         raise UsageError(f"compile needs --topology, such as: easy-jax {command.examples[0]}")
+    if words[0] == "export-weights":
+        usage.parse_weighting(_WEIGHTING.value)
     if command.needs_config:
         config_file.frozen(_CONFIG.value).validate()
     return words[0]
@@ -169,7 +171,7 @@ def main(command: str) -> int:
     workdir, take_over = _WORKDIR.value or f"runs/{config.name}", bool(_TAKE_OVER.value)
     try:
         if command == "export-weights":
-            name, options = usage.parse_weighting(_WEIGHTING.value or "")
+            name, options = usage.parse_weighting(_WEIGHTING.value)
             train.export_weights(config, workdir, name, options, _OUTPUT.value, take_over=take_over)
         else:
             train.run(config, workdir, UNTIL[command], take_over=take_over)

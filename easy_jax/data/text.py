@@ -108,8 +108,7 @@ def tokenize(
     size = len(instructions)
     inputs = [None] * size if inputs is None else inputs
     templates = _templates(template, input_template, any(inputs))
-    text_columns.check(instructions, responses, inputs, weights, bad)
-    text_columns.check_token_weights(token_weights, size, bad)
+    text_columns.check(instructions, responses, inputs, weights, token_weights, bad)
     eos_id = token_id(tokenizer, eos_token, "EOS")
     bos = [] if bos_token is None else [token_id(tokenizer, bos_token, "BOS")]
     answers = _answers(responses, eos_token, bad)
@@ -125,8 +124,7 @@ def tokenize(
             raise DataError(f"{eos_token!r} is not read as one token; add it as special")
         ids, start = bos + ids, len(bos) + start
         wrong = _unusable(start, len(ids), max_length)
-        num_targets = min(len(ids), max_length) - start
-        if wrong := wrong or text_columns.wrong_length(token_weights, i, num_targets):
+        if wrong := wrong or text_columns.wrong_length(token_weights, i, ids[start:max_length]):
             bad.add(i, *wrong)
             continue
         parts[i], start_N[i], full_N[i] = np.array(ids[:max_length], np.int32), start, len(ids)
@@ -134,9 +132,7 @@ def tokenize(
     bad.settle(size)
 
     texts = {i: (instructions[i], inputs[i] or "", answers[i]) for i in answers if i not in bad}
-    _tell_odd_texts(texts, responses, eos_token)
-    _tell_control_tokens(tokenizer, texts, size)
-    _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in texts}, tokenizer)
+    _warn(tokenizer, eos_token, bos, texts, responses, parts)
     return _joined(
         parts,
         start_N,
@@ -150,6 +146,20 @@ def tokenize(
         border=border,
         merged_ids=merged_ids,
     )
+
+
+def _warn(
+    tokenizer: Tokenizer,
+    eos_token: str,
+    bos: list[int],
+    texts: dict[int, tuple[str, str, str]],
+    responses: Sequence[str],
+    parts: list[np.ndarray],
+) -> None:
+    """Warns of what may be a mistake in the texts or with the BOS."""
+    _tell_odd_texts(texts, responses, eos_token)
+    _tell_control_tokens(tokenizer, texts, len(responses))
+    _tell_bos(own_start(whole(tokenizer), eos_token), bos, {i: parts[i] for i in texts}, tokenizer)
 
 
 def _tell_odd_texts(

@@ -17,6 +17,7 @@ def check(
     responses: Sequence[Any],
     inputs: Sequence[Any],
     weights: Sequence[Any] | None,
+    token_weights: Sequence[Any] | None,
     bad: BadExamples,
 ) -> None:
     """Records the examples whose fields are not text, or whose weights are not valid."""
@@ -39,16 +40,17 @@ def check(
     for i, weight in enumerate([] if weights is None else weights):
         if not _is_weight(weight):
             bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
+    _check_token_weights(token_weights, len(responses), bad)
 
 
-def check_token_weights(token_weights: Sequence[Any] | None, size: int, bad: BadExamples) -> None:
+def _check_token_weights(token_weights: Sequence[Any] | None, size: int, bad: BadExamples) -> None:
     """Records the examples whose token weights are not a list of finite numbers of at least 0."""
     if token_weights is None:
         return
     if len(token_weights) != size:
         raise DataError(f"{len(token_weights)} lists of token weights for {size} responses")
     for i, weights in enumerate(token_weights):
-        if not isinstance(weights, list | tuple | np.ndarray) or np.ndim(weights) != 1:
+        if not isinstance(weights, list | tuple | np.ndarray):
             bad.add(i, "token weights are not a list of numbers", repr(weights)[:40])
         elif not all(map(_is_weight, weights)):
             wrong = next(weight for weight in weights if not _is_weight(weight))
@@ -56,12 +58,12 @@ def check_token_weights(token_weights: Sequence[Any] | None, size: int, bad: Bad
 
 
 def wrong_length(
-    token_weights: Sequence[Sequence[float]] | None, example_id: int, num_targets: int
+    token_weights: Sequence[Sequence[float]] | None, example_id: int, targets: Sequence[int]
 ) -> tuple[str, str] | None:
     """Returns what is wrong if an example has not one weight for each target token."""
-    if token_weights is None or len(token_weights[example_id]) == num_targets:
+    if token_weights is None or len(token_weights[example_id]) == len(targets):
         return None
-    found = f"{len(token_weights[example_id])} token weights, {num_targets} target tokens"
+    found = f"{len(token_weights[example_id])} token weights, {len(targets)} target tokens"
     return "the number of token weights is not that of target tokens", found
 
 
