@@ -102,7 +102,7 @@ def test_the_readme_has_the_same_commands(root):
         for line in table.partition("`easy-jax --help`")[0].splitlines()
         if "|" in line
     ]
-    named = {word for row in rows for word in re.findall(r"`(?:easy-jax )?(\w+)`", row)}
+    named = {word for row in rows for word in re.findall(r"`(?:easy-jax )?([\w-]+)`", row)}
     assert named == set(COMMANDS)
 
 

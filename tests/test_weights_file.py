@@ -107,9 +107,7 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
             ej.export_weights(table, tmp_path / arguments[0], arguments[1])
     with pytest.raises(ConfigError, match="'loss' is one of the exported ones"):
         ej.export_weights(table, tmp_path / "w.jsonl", columns={"loss": [1, 2, 3]})
-    with pytest.raises(
-        DataError, match=r"'text' has 2 values, and .* 3 examples"
-    ):
+    with pytest.raises(DataError, match=r"'text' has 2 values, and .* 3 examples"):
         ej.export_weights(table, tmp_path / "w.jsonl", columns={"text": ["a", "b"]})
     assert not list(tmp_path.glob("w.*"))
 
