@@ -31,6 +31,8 @@ METHODS = (
     MethodConfig("confident", weighting="confident"),
     MethodConfig("asft", weighting="dft", anchor="kl", anchor_strength=0.1),
     MethodConfig("lora_kl", trainable="lora", anchor="kl", anchor_strength=0.1),
+    MethodConfig("lines", averaging="lines", alpha=0.3),
+    MethodConfig("ema", averaging="ema", alpha=0.9),
 )
 
 
@@ -72,7 +74,7 @@ def _run(root, arguments):
 
 
 def test_language(root, tmp_path):
-    """One rule of one's own, ASFT, and the divergence with adapters; run again, it is done."""
+    """An own rule, ASFT, the divergence with adapters, LiNeS and EMA; run again, all is done."""
     folder = tmp_path / "data"
     folder.mkdir()
     tiny_language.write_folder(folder)
@@ -82,8 +84,8 @@ def test_language(root, tmp_path):
     assert code == 0, err
     results = sealed.read(tmp_path / "run" / "results.json", AssertionError, "")
     losses = {row["method"]: row["heldout_nll"] for row in results["language"]}
-    assert list(losses) == ["base", "standard", "confident", "asft", "lora_kl"]
-    assert len(set(losses.values())) == 5
+    assert list(losses) == ["base", "standard", "confident", "asft", "lora_kl", "lines", "ema"]
+    assert len(set(losses.values())) == 7
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = {}
     for line in map(json.loads, lines):

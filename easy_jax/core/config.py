@@ -37,6 +37,8 @@ class OptimizerConfig:
         the loss (arXiv:2502.02797).
       anchor_per_parameter: divide lambda by the number of trainable parameters, as the paper does
         for language models; not for `kl`, which is a mean over tokens.
+      ema_decay: of an exponential moving average of the parameters, which replaces them in the
+        result (`easy_jax.core.merge.ema`); 0: no average.
       clip_norm: largest global norm of the gradient; 0: no clipping.
 
     Example:
@@ -57,6 +59,7 @@ class OptimizerConfig:
     anchor: str = "none"
     anchor_strength: float = 0.0
     anchor_per_parameter: bool = False
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anchor", current_anchor(self.anchor))
@@ -66,6 +69,6 @@ class OptimizerConfig:
         finite_at_least_zero(
             self, path, "learning_rate", "weight_decay", "eps", "clip_norm", "anchor_strength"
         )
-        for name in ("momentum", "b1", "b2", "warmup_ratio"):
+        for name in ("momentum", "b1", "b2", "warmup_ratio", "ema_decay"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"{path}.{name}", value, "at least 0 and below 1")

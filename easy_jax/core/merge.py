@@ -1,4 +1,4 @@
-"""Averaging of weights: WiSE-FT after training, SFA during it.
+"""Averaging of weights: WiSE-FT and LiNeS after training, SFA and EMA during it.
 
 A new averaging is one function of the starting and the tuned weights and a coefficient,
 registered here or in a file of its own that is imported here.
@@ -6,16 +6,21 @@ registered here or in a file of its own that is imported here.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
 
 from easy_jax.io.registry import Registry
 
+_AFTER_LAYERS = ("final_norm", "head")
 
-def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any:
+
+def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float | np.ndarray) -> Any:
     """`(1 - alpha) * start + alpha * end`, leaf by leaf.
 
     WiSE-FT (Wortsman et al. 2022) with `start` the pre-trained and `end` the fine-tuned
@@ -37,7 +42,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any
       >>> interpolate({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, 0.25)["w"].tolist()
       [0.25]
     """
-    if not 0.0 <= alpha <= 1.0:
+    if not np.all((np.asarray(alpha) >= 0.0) & (np.asarray(alpha) <= 1.0)):
         raise ValueError(f"alpha is {alpha}; it must be between 0 and 1")
     chex.assert_trees_all_equal_shapes_and_dtypes(start, end)
 
@@ -45,7 +50,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float) -> Any
         if not jnp.issubdtype(b.dtype, jnp.floating):
             return b
         wide = jnp.promote_types(b.dtype, jnp.float32)
-        mixed = (1.0 - alpha) * a.astype(wide) + alpha * b.astype(wide)
+        mixed: Any = (1.0 - alpha) * a.astype(wide) + alpha * b.astype(wide)
         return mixed.astype(b.dtype)
 
     return jax.tree.map(one, start, end)
@@ -86,20 +91,131 @@ def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
     return tuple(round(total_steps * part / times) for part in range(1, times + 1))
 
 
+def lines(pretrained: Any, finetuned: Any, alpha: float = 0.5) -> Any:
+    """LiNeS: `alpha` is the share of the fine-tuned weights in the first layer (arXiv:2410.17146).
+
+    The change of layer l of L, counted from 0, is multiplied by alpha + (1 - alpha) l / (L - 1), so
+    that shallow layers stay close to the pre-trained weights and the last layer keeps all of its
+    change. What comes before the layers (an embedding, which may also be the head, or the first
+    convolution) is scaled like the first layer, what comes after them (final norm, head) not at
+    all.
+
+    Args:
+      pretrained, finetuned: states of a model whose layers are in `blocks`, like `Transformer` and
+        `ResNet`, of the same structure and shapes.
+      alpha: in [0, 1]; 1 gives the fine-tuned weights.
+
+    Raises:
+      ValueError: alpha outside [0, 1]; a model without `blocks`.
+
+    Example:
+      >>> import easy_jax as ej
+      >>> config = ej.ResNetConfig(in_channels=1, width=4, depths=(1, 1))
+      >>> start, end = (nnx.state(ej.ResNet(config, 2, rngs=nnx.Rngs(i))) for i in (0, 1))
+      >>> merged = lines(start, end, alpha=0.0)
+      >>> bool((merged["conv1"]["kernel"][...] == start["conv1"]["kernel"][...]).all())
+      True
+    """
+    flat = dict(nnx.to_flat_state(finetuned))
+    places = sorted({path[1] for path in flat if path[0] == "blocks"})
+    if not places:
+        raise ValueError("LiNeS scales by layer, and this model has no layers in `blocks`")
+    groups = max((leaf.shape[0] for leaf in flat.values() if _is_stacked(leaf)), default=1)
+    num_layers = len(places) * groups
+
+    def share(path: tuple[Any, ...], leaf: Any) -> Any:
+        if path[0] in _AFTER_LAYERS or num_layers == 1:
+            return 1.0
+        if path[0] != "blocks":
+            return alpha
+        first = places.index(path[1])  # of the layers at this position of all groups
+        layer_G = first + len(places) * np.arange(groups if _is_stacked(leaf) else 1)
+        share_G = alpha + (1.0 - alpha) * layer_G / (num_layers - 1)
+        return share_G.reshape(-1, *[1] * (leaf.ndim - 1)) if _is_stacked(leaf) else share_G[0]
+
+    before = dict(nnx.to_flat_state(pretrained))
+    merged = [
+        (path, leaf.replace(interpolate(before[path][...], leaf[...], share(path, leaf))))
+        for path, leaf in flat.items()
+    ]
+    return nnx.from_flat_state(merged)
+
+
+def _is_stacked(leaf: Any) -> bool:
+    """Whether a variable holds the layers of all groups along its first axis."""
+    return (leaf.get_metadata().get("logical_axes") or ("",))[0] == "layers"
+
+
+class AverageState(NamedTuple):
+    """The exponential moving average of the parameters."""
+
+    average: Any
+
+
+def ema(decay: float) -> optax.GradientTransformation:
+    """Holds the exponential moving average of the parameters; last in an optimizer's chain.
+
+    After every step the average is `decay * average + (1 - decay) * parameters`; it starts at the
+    parameters of `init`, so that a share of `decay ** steps` of them remains. The average is
+    sharded and saved with the optimizer's state, and `TrainState.model_state` returns it in place
+    of the parameters.
+
+    Args:
+      decay: in [0, 1).
+
+    Raises:
+      ValueError: another decay; `update` called without parameters.
+
+    Example:
+      >>> optimizer = optax.chain(optax.sgd(1.0), ema(0.75))
+      >>> params = {"w": jnp.ones(1)}
+      >>> _, state = optimizer.update({"w": jnp.ones(1)}, optimizer.init(params), params)
+      >>> average_of(state)["w"].tolist()
+      [0.75]
+    """
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
+
+    def init(params: Any) -> AverageState:
+        return AverageState(jax.tree.map(jnp.copy, params))
+
+    def update(updates: Any, state: AverageState, params: Any = None) -> tuple[Any, AverageState]:
+        if params is None:
+            raise ValueError("ema needs the parameters: optimizer.update(grads, state, params)")
+        moved = optax.apply_updates(params, updates)
+        return updates, AverageState(interpolate(moved, state.average, decay))
+
+    return optax.GradientTransformation(init, update)
+
+
+def average_of(opt_state: Any) -> Any | None:
+    """Returns the average that an optimizer's state holds; None without `ema`.
+
+    Example:
+      >>> average_of(optax.sgd(1.0).init({"w": jnp.ones(1)})) is None
+      True
+    """
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AverageState))
+    found = [leaf.average for leaf in leaves if isinstance(leaf, AverageState)]
+    return found[0] if found else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Averaging:
     """A way to average the starting and the tuned weights.
 
     Attributes:
-      when: once after training, several times during it, or never.
+      when: once after training, several times during it, after every step of it, or never.
       merge: `(start, tuned, alpha) -> weights`.
     """
 
-    when: Literal["never", "after", "during"]
+    when: Literal["never", "after", "during", "every_step"]
     merge: Callable[[Any, Any, float], Any]
 
 
 AVERAGINGS: Registry[Averaging] = Registry("averaging")
 AVERAGINGS.register("none")(Averaging("never", lambda start, tuned, alpha: tuned))
 AVERAGINGS.register("wise_ft")(Averaging("after", wise_ft))
+AVERAGINGS.register("lines")(Averaging("after", lines))
 AVERAGINGS.register("sfa")(Averaging("during", sfa))
+AVERAGINGS.register("ema")(Averaging("every_step", interpolate))

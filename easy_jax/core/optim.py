@@ -11,6 +11,7 @@ import optax
 
 from easy_jax.core.anchors import anchor
 from easy_jax.core.config import OptimizerConfig
+from easy_jax.core.merge import ema
 
 
 def make_optimizer(
@@ -18,7 +19,7 @@ def make_optimizer(
     total_steps: int,
     anchored: Callable[[Any, Any], bool] | None = None,
 ) -> optax.GradientTransformation:
-    """SGD or AdamW with schedule, clipping and anchoring to the starting weights.
+    """SGD or AdamW with schedule, clipping, anchor to the starting model, and weight averaging.
 
     The peak learning rate is part of the optimiser's *state* (`optax.inject_hyperparams`):
     a sweep over learning rates compiles the training step once.
@@ -63,6 +64,8 @@ def make_optimizer(
             if config.weight_decay > 0:
                 parts.append(optax.add_decayed_weights(config.weight_decay))
         parts.append(optax.scale_by_schedule(lambda count: -learning_rate * shape(count)))
+        if config.ema_decay > 0:
+            parts.append(ema(config.ema_decay))
         return optax.chain(*parts)
 
     return optax.inject_hyperparams(chain)(learning_rate=config.learning_rate)

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from easy_jax.core.merge import average_of
 from easy_jax.parallel import sharding
 
 
@@ -40,8 +41,13 @@ class TrainState:
     opt_state: optax.OptState
 
     def model_state(self) -> nnx.State:
-        """Returns all variables of the model, as `nnx.state(model)` does."""
-        return nnx.merge_state(self.params, self.non_trainable)
+        """Returns all variables of the model, as `nnx.state(model)` does.
+
+        If the optimizer averages the parameters (`easy_jax.core.merge.ema`), these are the average.
+        """
+        average = average_of(self.opt_state)
+        params = self.params if average is None else average
+        return nnx.merge_state(params, self.non_trainable)
 
     @property
     def rest(self) -> nnx.State:

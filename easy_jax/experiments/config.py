@@ -37,9 +37,9 @@ class MethodConfig:
       anchor, anchor_strength: distance to the model at the start, by its name in
         `easy_jax.core.anchors`: `none`; `l1_sp` and `l2_sp` to its weights (heads left out, of
         images); `kl`, of language, to its distribution; and its factor in the loss.
-      averaging, alpha: by its name in `easy_jax.core.merge`: WiSE-FT after training (`wise_ft`),
-        or SFA during it (`sfa`); and the share of the fine-tuned weights (`wise_ft`) or of the
-        starting weights (`sfa`).
+      averaging, alpha: by its name in `easy_jax.core.merge`: after training `wise_ft` or `lines`
+        (LiNeS), during it `sfa` or `ema`; and the share of the fine-tuned weights (`wise_ft`;
+        `lines`: in the first layer), that of the starting weights (`sfa`), or the decay (`ema`).
       head_stage: of images: a last stage that trains the head alone, with or without the weights.
       learning_rates: of images: of this method, in place of the experiment's.
       head_learning_rate: of images: of its last stage; 0: the fine-tuning's.
@@ -80,6 +80,9 @@ class MethodConfig:
         finite_at_least_zero(self, path, "anchor_strength", "head_learning_rate")
         check_rates(self.learning_rates, f"{path}.learning_rates")
         require(0.0 <= self.alpha <= 1.0, f"{path}.alpha", self.alpha, "between 0 and 1")
+        ok = self.averaging != "ema" or 0.0 < self.alpha < 1.0
+        because = "above 0 and below 1, because it is the decay of the average"
+        require(ok, f"{path}.alpha", self.alpha, because)
         self._check_names(path, kind)
         anchored = self.anchor != "none"
         wanted = "positive" if anchored else "0"

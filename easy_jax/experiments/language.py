@@ -22,7 +22,7 @@ from easy_jax.data.packing import PackedSource
 from easy_jax.experiments.config import MethodConfig
 from easy_jax.experiments.language_config import LanguageConfig
 from easy_jax.experiments.measurements import Measurements
-from easy_jax.experiments.plan import path_of, sfa_beta, weighting_of
+from easy_jax.experiments.plan import ema_decay, path_of, sfa_beta, weighting_of
 from easy_jax.io import files, metrics_log, sealed
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.io.checks import ConfigError
@@ -294,12 +294,13 @@ def trainable_filter(method: MethodConfig, config: TransformerConfig) -> Any:
 
 
 def stage_of(stage: StageConfig, method: MethodConfig) -> StageConfig:
-    """A method's stage: the shared one with the method's anchor."""
+    """Returns a method's stage: the shared one with the method's anchor and moving average."""
     optimizer = dataclasses.replace(
         stage.optimizer,
         anchor=method.anchor,
         anchor_strength=method.anchor_strength,
         anchor_per_parameter=True,
+        ema_decay=ema_decay(method) or stage.optimizer.ema_decay,
     )
     return dataclasses.replace(stage, optimizer=optimizer)
 

@@ -182,7 +182,8 @@ def path_of(method: MethodConfig) -> str:
     """Returns how a method trains, as a part of a directory's name."""
     anchored = method.anchor != "none"
     anchor = f"{stored_name(method.anchor)}{method.anchor_strength:g}" if anchored else ""
-    averaging = f"{method.averaging}{method.alpha:g}" if sfa_beta(method) is not None else ""
+    during = sfa_beta(method) is not None or ema_decay(method) > 0
+    averaging = f"{method.averaging}{method.alpha:g}" if during else ""
     options = "".join(f"-{name}{value}" for name, value in method.weighting_options)
     parts = [method.trainable, method.weighting + options, anchor, averaging]
     return "-".join(part for part in parts if part and part != "none")
@@ -191,6 +192,11 @@ def path_of(method: MethodConfig) -> str:
 def sfa_beta(method: MethodConfig) -> float | None:
     """Returns the share of the starting weights if a method averages during training."""
     return method.alpha if AVERAGINGS.find(method.averaging).when == "during" else None
+
+
+def ema_decay(method: MethodConfig) -> float:
+    """Returns the decay of a method's average over the steps; 0 for none."""
+    return method.alpha if AVERAGINGS.find(method.averaging).when == "every_step" else 0.0
 
 
 def pretrain_key(config: ExperimentConfig, seed: int) -> StageKey:
@@ -211,6 +217,8 @@ def _at_rate(
         optimizer = dataclasses.replace(
             optimizer, anchor=method.anchor, anchor_strength=method.anchor_strength
         )
+    if method is not None and ema_decay(method):
+        optimizer = dataclasses.replace(optimizer, ema_decay=ema_decay(method))
     return dataclasses.replace(stage, optimizer=optimizer)
 
 

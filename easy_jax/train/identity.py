@@ -95,6 +95,8 @@ def _stored(stage: StageConfig) -> dict[str, Any]:
     """A stage as checkpoints store it, under the first name of its anchor."""
     fields = dataclasses.asdict(stage)
     fields["optimizer"]["anchor"] = stored_name(stage.optimizer.anchor)
+    if not stage.optimizer.ema_decay:  # a field that earlier versions did not have
+        del fields["optimizer"]["ema_decay"]
     return fields
 
 
