@@ -41,6 +41,10 @@ METHODS = (
     MethodConfig("flow_lora", weighting="flow", trainable="lora"),
     MethodConfig("l2", anchor="l2_sp", anchor_strength=1e-3),
     MethodConfig("flow_l2", weighting="flow", anchor="l2_sp", anchor_strength=1e-3),
+    MethodConfig("dft", weighting="dft"),
+    MethodConfig("eaft", weighting="eaft"),
+    MethodConfig("kl", anchor="kl", anchor_strength=0.05),
+    MethodConfig("asft", weighting="dft", anchor="kl", anchor_strength=0.05),
 )
 # Path of the weights, BOS token and EOS token.
 MODELS = {

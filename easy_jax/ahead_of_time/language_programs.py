@@ -145,7 +145,8 @@ def model_flops(config: TransformerConfig, rows: int, length: int, passes: float
 
 
 def _passes(method: MethodConfig) -> float:
-    return 3.0 if method.trainable == "all" else 2.0
+    frozen = 1.0 if method.anchor == "kl" else 0.0  # the frozen model's forward pass
+    return frozen + (3.0 if method.trainable == "all" else 2.0)
 
 
 def _abstract_model(config: LanguageConfig) -> Transformer:
