@@ -30,6 +30,7 @@ with epy.lazy_api_imports(globals()):
     from easy_jax.core import weightings
     from easy_jax.core.anchors import anchor
     from easy_jax.core.causal_lm import causal_lm_loss, causal_lm_token_losses
+    from easy_jax.core.held_params import hold_old
     from easy_jax.core.losses import (
         classification_loss,
         softmax_cross_entropy,
@@ -139,6 +140,7 @@ __all__ = [
     "fit",
     "flow_weights",
     "flow_weights_token",
+    "hold_old",
     "hugging_face",
     "init_train_state",
     "interpolate",

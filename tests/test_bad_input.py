@@ -307,8 +307,8 @@ def test_method_with_a_weighted_head_but_no_weights(config):
         ),
         (
             "images",
-            {"weighting": "psft"},
-            r"\.weighting is 'psft'.*model of earlier steps",
+            {"weighting": "psft", "weighting_options": {"refresh_steps": 0}},
+            r"\.weighting_options: the option refresh_steps is 0; .* whole number of at least 1",
         ),
         ("images", {"anchor": "l3_sp"}, r"\.anchor is 'l3_sp'; did you mean 'l2_sp'\?|l1_sp"),
         ("images", {"averaging": "wiseft"}, r"\.averaging is 'wiseft'; did you mean 'wise_ft'\?"),

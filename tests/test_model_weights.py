@@ -15,6 +15,7 @@ from helpers import devices_mesh
 import easy_jax as ej
 from easy_jax.core import weightings
 from easy_jax.core.causal_lm import causal_lm_loss
+from easy_jax.core.held_params import OldState, find, hold_old
 from easy_jax.core.losses import ContractError, squared_error
 from easy_jax.core.step import init_train_state, make_train_step
 from easy_jax.data import ArraySource, DataError, Ragged, training_loader
@@ -30,11 +31,7 @@ from easy_jax.train.weights import identity_of
 
 pytestmark = pytest.mark.slow
 
-CURRENT = [
-    name
-    for name in weightings.names()
-    if weightings.get(name).reads_model() and "old" not in weightings.get(name).needs
-]
+CURRENT = [name for name in weightings.names() if weightings.get(name).reads_model()]
 CONTROLS = ("uniform", "mean_one")
 RULES = [(name, {}) for name in CURRENT] + [(name, {"of": "dft"}) for name in CONTROLS]
 
@@ -67,13 +64,19 @@ def _batch(max_segments=0, weight_N=None, rows=None):
     return {name: array for name, array in batches[0].items() if name != "example_id"}
 
 
+def _reads_old(weighting):
+    return weighting is not None and "old" in weighting.needs
+
+
 def _stepped(
     batch, weighting, *, devices=1, micro_batches=1, reduction="token_mean", family="llama"
 ):
     """Parameters and metrics after one step of plain descent."""
     mesh = devices_mesh(devices)
     model = packed.model(family)
-    optimizer = optax.sgd(1.0)
+    optimizer = (
+        optax.chain(optax.sgd(1.0), hold_old(8)) if _reads_old(weighting) else optax.sgd(1.0)
+    )
     step = make_train_step(
         nnx.graphdef(model),
         causal_lm_loss,
@@ -150,6 +153,42 @@ def test_the_power_zero_is_plain_training(family, reduction):
     assert abs(found[1]["weight_effective"] - 1.0) < 1e-6
 
 
+@pytest.mark.parametrize("name,options", [("psft", {}), ("mean_one", {"of": "psft"})])
+def test_the_old_model_is_that_of_the_last_refresh(name, options):
+    """Against plain steps whose token weights come from two explicit models."""
+    mesh, model = devices_mesh(1), packed.model("llama")
+    weighting = weightings.get(name, refresh_steps=2, limit=1.2, **options)
+    graphdef, sgd = nnx.graphdef(model), optax.sgd(1.0)
+    batch = sharding.shard_batch(_batch(), mesh)
+    options = {"reduction": "token_mean", "mesh": mesh}
+    optimizer = optax.chain(sgd, hold_old(weighting.old_steps()))
+    step = make_train_step(graphdef, causal_lm_loss, optimizer, weighting=weighting, **options)
+    state = init_train_state(model, optimizer, mesh=mesh)
+    plain = make_train_step(graphdef, causal_lm_loss, sgd, **options)
+    expected = init_train_state(model, sgd, mesh=mesh)
+
+    @jax.jit
+    def losses(params):
+        return ej.causal_lm_token_losses(nnx.merge(graphdef, params), batch)[2]
+
+    old = jax.tree.map(jnp.copy, expected.params)
+    shares = []
+    for number in range(5):
+        stats = ej.TokenStats(
+            losses(expected.params), old_nll=losses(old), mask=batch["targets"] >= 0
+        )
+        weight = weighting(stats)
+        shares.append(float(jnp.mean(weight[batch["targets"] >= 0] == 0)))
+        expected, _ = plain(expected, {**batch, "token_weight": weight})
+        state, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["weight_zero"], shares[-1], atol=1e-6)
+        if number % 2:
+            old = jax.tree.map(jnp.copy, expected.params)
+    chex.assert_trees_all_close(state.params, expected.params, rtol=1e-4, atol=1e-5)
+    assert shares[0] == 0 < shares[1]  # before the first refresh all ratios are 1, once
+    chex.assert_trees_all_close(find(state.opt_state, OldState).params, old, rtol=1e-4, atol=1e-5)
+
+
 def test_one_compilation():
     mesh = devices_mesh(8)
     model, optimizer = packed.model("llama"), optax.sgd(0.1)
@@ -198,7 +237,7 @@ def test_image_models_get_the_same_statistics(name, options):
     """The gradient is that of losses times the weights of whole logits, computed beforehand."""
     batch, model = _images(), _classifier()
     weighting = weightings.get(name, **options)
-    mesh, optimizer = devices_mesh(1), optax.sgd(1.0)
+    mesh, optimizer = devices_mesh(1), optax.chain(optax.sgd(1.0), hold_old(8))
 
     def stepped(weighting, batch):
         step = make_train_step(
@@ -213,9 +252,11 @@ def test_image_models_get_the_same_statistics(name, options):
 
     logits = model(batch["image"])
     log_p = jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0]
     stats = ej.TokenStats(
-        -jnp.take_along_axis(log_p, batch["label"][:, None], axis=1)[:, 0],
+        nll,
         batch["frozen_nll"],
+        old_nll=nll,  # no step has been taken
         entropy=-jnp.sum(jnp.exp(log_p) * log_p, axis=1),
         collision=jnp.sum(jnp.exp(2 * log_p), axis=1),
         mask=batch["mask"],
@@ -245,10 +286,44 @@ def test_a_loss_of_one_s_own_gives_losses_only():
     arguments = (nnx.graphdef(model), _squares, optimizer)
     with pytest.raises(ContractError, match=r"Eaft.*distribution, and _squares gives losses only"):
         make_train_step(*arguments, reduction="example_mean", weighting=weightings.Eaft())
-    with pytest.raises(ConfigError, match=r"Psft.*model of earlier steps"):
-        make_train_step(*arguments, reduction="example_mean", weighting=weightings.Psft())
+    step = make_train_step(*arguments, reduction="example_mean", weighting=weightings.Psft())
+    batch = {"x": jnp.ones((1, 3)), "y": jnp.ones((1, 1)), "weight": jnp.ones(1)}
+    with pytest.raises(ConfigError, match=r"Psft.* earlier steps: put .*hold_old"):
+        step(
+            init_train_state(model, optimizer, mesh=devices_mesh(1)),
+            {**batch, "mask": jnp.ones(1, bool)},
+        )
     with pytest.raises(ConfigError, match=r"Flow.*does not read the current model"):
         make_train_step(*arguments, reduction="example_mean", weighting=weightings.Flow())
+
+
+def test_the_old_model_is_resumed_bit_for_bit(tmp_path):
+    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def run(name, stop=None, steps=3):
+        def on_epoch(epoch, state):
+            if stop == epoch:
+                raise Stopped("for the test")
+
+        return fit(
+            model,
+            source,
+            tmp_path / name,
+            stage=STAGE,
+            loss_fn=_squares,
+            weighting=weightings.get("psft", refresh_steps=steps),
+            on_epoch=on_epoch,
+            progress=False,
+        )
+
+    expected = run("whole")
+    with pytest.raises(Stopped):
+        run("stopped", stop=1)
+    found = run("stopped")
+    assert found.resumed_from == 4  # between two refreshes
+    chex.assert_trees_all_equal(found.model_state, expected.model_state)
+    with pytest.raises(CheckpointError, match="the weighting"):
+        run("stopped", steps=2)
 
 
 def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):

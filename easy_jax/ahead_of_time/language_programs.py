@@ -72,10 +72,11 @@ def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows
         model = nnx.eval_shape(functools.partial(_with_adapters, config), model)
     graphdef, *states = nnx.split(model, trainable_filter(method, model.config), ...)
     stage = stage_of(config.finetune, method)
-    optimizer = optim.make_optimizer(stage.optimizer, STEPS)
-    state = train_state(states, optimizer, mesh)
     weighting = weighting_of(method)
     rule = weighting if weighting.reads_model() else None
+    refresh_steps = weighting.old_steps()
+    optimizer = optim.make_optimizer(stage.optimizer, STEPS, refresh_steps=refresh_steps)
+    state = train_state(states, optimizer, mesh)
     batch = _batch(config, mesh, rows, _token_fields(config, weighting))
     step: Any = make_train_step(
         graphdef,

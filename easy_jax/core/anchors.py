@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from easy_jax.core.config import FORMER_ANCHORS
+from easy_jax.core.held_params import find
 from easy_jax.io.registry import Registry
 
 Distance = Callable[[jax.Array], jax.Array]
@@ -179,9 +180,7 @@ def frozen_of(opt_state: Any) -> FrozenState | None:
       >>> float(found.strength), frozen_of(optax.sgd(0.1).init({"w": jnp.ones(1)}))
       (0.5, None)
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, FrozenState))
-    found = [leaf for leaf in leaves if isinstance(leaf, FrozenState)]
-    return found[0] if found else None
+    return find(opt_state, FrozenState)
 
 
 def _nnx_path(path: Any) -> tuple[Any, ...]:

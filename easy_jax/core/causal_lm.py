@@ -21,6 +21,8 @@ from easy_jax.kernels.linear_cross_entropy import (
 )
 from easy_jax.kernels.token_stats import TokenStats
 
+_OTHER_LOSSES = ("frozen_nll", "old_nll")  # of other models, as fields of a batch
+
 
 class CausalLMLoss:
     """Causal LM loss that also provides a fused weighted sum with a cheaper gradient.
@@ -97,7 +99,8 @@ class CausalLMLoss:
         """The weighted sum with a rule of the current model, or a divergence from a frozen one.
 
         Args:
-          model, batch, coefficients: as in `weighted_sum`; the batch may have `frozen_nll`.
+          model, batch, coefficients: as in `weighted_sum`; the batch may have `frozen_nll`
+            and `old_nll`.
           rule: `TokenStats -> w`, of each token by itself; hashable.
           more: whether it reads any of `token_stats.OF_DISTRIBUTION`.
           frozen: the frozen model; None for no divergence.
@@ -109,7 +112,7 @@ class CausalLMLoss:
         factor_RT = _token_factors(batch, coefficient_RS)
         options: dict[str, Any] = {}
         if rule is not None:
-            given = {name: batch[name] for name in ("frozen_nll",) if name in batch}
+            given = {name: batch[name] for name in _OTHER_LOSSES if name in batch}
             options = {"rule": rule, "given": given, "more": more}
         kl_factor_RT = None
         if frozen is not None:
@@ -140,7 +143,8 @@ class CausalLMLoss:
         """Statistics [R, T] of the target tokens; tokens of weight 0 are no targets."""
         factor_RT = _token_factors(batch, jnp.where(batch["mask"], batch["weight"], 0.0))
         target_RT = jnp.where(factor_RT != 0, batch["targets"], NO_TARGET)
-        given = {name: batch[name] for name in ("frozen_nll", "segment_ids") if name in batch}
+        names = (*_OTHER_LOSSES, "segment_ids")
+        given = {name: batch[name] for name in names if name in batch}
         arguments = (_hidden_states(model, batch), model.head_VD(), target_RT)
         cap = model.config.final_cap
         if more:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from easy_jax.core.held_params import find
 from easy_jax.io.registry import Registry
 
 _AFTER_LAYERS = ("final_norm", "head")
@@ -195,9 +196,8 @@ def average_of(opt_state: Any) -> Any | None:
       >>> average_of(optax.sgd(1.0).init({"w": jnp.ones(1)})) is None
       True
     """
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, AverageState))
-    found = [leaf.average for leaf in leaves if isinstance(leaf, AverageState)]
-    return found[0] if found else None
+    found = find(opt_state, AverageState)
+    return None if found is None else found.average
 
 
 @dataclasses.dataclass(frozen=True)

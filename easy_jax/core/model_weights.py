@@ -33,14 +33,9 @@ def check(weighting: Weighting, loss_fn: LossFn) -> None:
     """Checks that a step with a loss function can compute what a weighting needs.
 
     Raises:
-      ConfigError: a weighting that needs the model of earlier steps, or the loss table's weights.
+      ConfigError: a weighting that needs the loss table's weights.
       ContractError: one that reads the distribution, with a loss function that gives losses only.
     """
-    if "old" in weighting.needs:
-        raise ConfigError(
-            f"{weighting} reads the model of earlier steps, which training does not keep; compute "
-            "its weights in a step of your own, from TokenStats with old_nll"
-        )
     if not weighting.reads_model():
         raise ConfigError(
             f"{weighting} does not read the current model: give `fit` the loss table, or "
@@ -55,25 +50,40 @@ def check(weighting: Weighting, loss_fn: LossFn) -> None:
 
 
 def losses_and_stats(
-    loss_fn: LossFn, weighting: Weighting, model: Any, batch: Mapping[str, jax.Array]
+    loss_fn: LossFn, more: bool, model: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, TokenStats]:
-    """Returns `(loss_sum_B, count_B, stats)` of losses that are one value per example."""
+    """Returns `(loss_sum_B, count_B, stats)` of losses that are one value per example.
+
+    Args:
+      more: whether the statistics include those of the distribution.
+      loss_fn, model, batch: as in the training step.
+    """
     if loss_fn is classification_loss:
-        stats = classification_stats(model, batch, weighting.reads_distribution())
+        stats = classification_stats(model, batch, more)
+        stats = dataclasses.replace(stats, old_nll=batch.get("old_nll"))
         return stats.nll, jnp.ones_like(stats.nll), stats
     loss_sum_B, count_B = contract.call(loss_fn, model, batch)
     nll_B = loss_sum_B / jnp.where(count_B > 0, count_B, 1.0)
     seen_B = batch["mask"] & (batch["weight"] != 0)
-    return loss_sum_B, count_B, TokenStats(nll_B, batch.get("frozen_nll"), mask=seen_B)
+    stats = TokenStats(nll_B, batch.get("frozen_nll"), mask=seen_B, old_nll=batch.get("old_nll"))
+    return loss_sum_B, count_B, stats
 
 
 def statistics(
-    loss_fn: LossFn, weighting: Weighting, model: Any, batch: Mapping[str, jax.Array]
+    loss_fn: LossFn, more: bool, model: Any, batch: Mapping[str, jax.Array]
 ) -> TokenStats:
-    """Returns what a weighting reads, of a batch: `[B]`, or of packed text `[R, T]`."""
+    """Returns the statistics of a batch, `[B]`, or of packed text `[R, T]`."""
     if isinstance(loss_fn, CausalLMLoss):
-        return loss_fn.token_stats(model, batch, weighting.reads_distribution())
-    return losses_and_stats(loss_fn, weighting, model, batch)[2]
+        return loss_fn.token_stats(model, batch, more)
+    return losses_and_stats(loss_fn, more, model, batch)[2]
+
+
+def with_old_losses(
+    loss_fn: LossFn, old_model: Any, batch: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+    """Adds `old_nll` to a batch: the losses of the model of some steps ago, as constants."""
+    old = statistics(loss_fn, False, old_model, batch)
+    return {**batch, "old_nll": jax.lax.stop_gradient(old.nll)}
 
 
 def weighted_batch(

@@ -11,6 +11,7 @@ import optax
 
 from easy_jax.core.anchors import anchor
 from easy_jax.core.config import OptimizerConfig
+from easy_jax.core.held_params import hold_old
 from easy_jax.core.merge import ema
 
 
@@ -18,6 +19,7 @@ def make_optimizer(
     config: OptimizerConfig,
     total_steps: int,
     anchored: Callable[[Any, Any], bool] | None = None,
+    refresh_steps: int = 0,
 ) -> optax.GradientTransformation:
     """SGD or AdamW with schedule, clipping, anchor to the starting model, and weight averaging.
 
@@ -29,6 +31,7 @@ def make_optimizer(
       total_steps: length of the schedule.
       anchored: NNX filter `(path, variable) -> bool` of the parameters that `config.anchor`
         pulls to their starting values; default: all.
+      refresh_steps: hold the parameters of up to so many steps ago (`held_params.hold_old`); 0: no.
 
     Returns:
       A gradient transformation whose state holds `hyperparams["learning_rate"]`.
@@ -66,6 +69,8 @@ def make_optimizer(
         parts.append(optax.scale_by_schedule(lambda count: -learning_rate * shape(count)))
         if config.ema_decay > 0:
             parts.append(ema(config.ema_decay))
+        if refresh_steps > 0:
+            parts.append(hold_old(refresh_steps))
         return optax.chain(*parts)
 
     return optax.inject_hyperparams(chain)(learning_rate=config.learning_rate)

@@ -14,7 +14,7 @@ summed over micro-batches and devices and divided once: any split gives the same
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import chex
 import jax
@@ -23,13 +23,15 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from easy_jax.core import contract, model_weights
+from easy_jax.core import batches, contract, model_weights
 from easy_jax.core.anchors import FrozenState, frozen_of
 from easy_jax.core.causal_lm import CausalLMLoss
 from easy_jax.core.config import Reduction
+from easy_jax.core.held_params import OldState, find
 from easy_jax.core.losses import ContractError, LossFn, WeightedSumLoss
 from easy_jax.core.train_state import TrainState, init_train_state
 from easy_jax.core.weightings.rule import Weighting
+from easy_jax.io.checks import ConfigError
 from easy_jax.io.code_fingerprint import name_of
 from easy_jax.parallel import sharding
 
@@ -104,24 +106,42 @@ def make_train_step(
     first = weighting if weighting is not None and weighting.needs_pass() else None
     rule = weighting if first is None else None
     gradient = jax.value_and_grad(_weighted_sum(graphdef, loss_fn, reduction, rule), has_aux=True)
+    has_old = weighting is not None and "old" in weighting.needs
     before = None if first is None else _first_pass(graphdef, loss_fn, first, micro_batches)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def step(  # by this name `io.terminal` knows the compilation
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
-        _check_anchor(loss_fn, state.opt_state)
-        return _step(before, gradient, optimizer, micro_batches, mesh, state, batch)
+        held = _held(loss_fn, state.opt_state, weighting if has_old else None)
+        return _step(before, gradient, optimizer, micro_batches, mesh, held, state, batch)
 
     return jax.jit(step, donate_argnums=0, compiler_options=sharding.compiler_options(mesh))
 
 
-def _check_anchor(loss_fn: LossFn, opt_state: Any) -> None:
-    if frozen_of(opt_state) is not None and not isinstance(loss_fn, CausalLMLoss):
+class _Held(NamedTuple):
+    """Parameters of other times that the optimizer's state holds, where the step reads them."""
+
+    frozen: FrozenState | None
+    old: nnx.State | None
+
+
+def _held(loss_fn: LossFn, opt_state: Any, reads_old: Weighting | None) -> _Held:
+    frozen = frozen_of(opt_state)
+    if frozen is not None and not isinstance(loss_fn, CausalLMLoss):
         raise ContractError(
             "the anchor 'kl' compares distributions over a vocabulary, and "
             f"{name_of(loss_fn)} gives losses only: take causal_lm_loss, or the anchor 'l2_sp'"
         )
+    if reads_old is None:
+        return _Held(frozen, None)
+    old = find(opt_state, OldState)
+    if old is None:
+        raise ConfigError(
+            f"{reads_old} reads the model of earlier steps: put easy_jax.hold_old(8) last in the "
+            "optimizer's chain"
+        )
+    return _Held(frozen, old.params)
 
 
 def _step(
@@ -130,27 +150,28 @@ def _step(
     optimizer: optax.GradientTransformationExtraArgs,
     micro_batches: int,
     mesh: Mesh | None,
+    held: _Held,
     state: TrainState,
     batch: Mapping[str, jax.Array],
 ) -> tuple[TrainState, Metrics]:
-    frozen = frozen_of(state.opt_state)
     with sharding.tracing_on(mesh):
         sums: model_weights.Sums = {}
         if before is not None:
-            batch, sums = before(state, batch)
+            batch, sums = before(state, held.old, batch)
+            held = held._replace(old=None)  # its weights are in the batch now
         total, denominator, non_trainable, more, grads = _accumulate(
-            gradient, state, frozen, batch, micro_batches
+            gradient, state, held, batch, micro_batches
         )
     sums = {**more, **sums}
     denominator = jnp.where(denominator > 0, denominator, 1.0)
     grads = jax.tree.map(lambda g: g / denominator.astype(g.dtype), grads)
-    has_divergence = {} if frozen is None else {"has_divergence": True}
+    has_divergence = {} if held.frozen is None else {"has_divergence": True}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **has_divergence)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
-    if frozen is not None:
+    if held.frozen is not None:
         metrics["kl"] = sums.pop("kl") / denominator
-        metrics["loss"] -= frozen.strength * metrics["kl"]
+        metrics["loss"] -= held.frozen.strength * metrics["kl"]
     metrics |= model_weights.metrics(sums)
     state = TrainState(state.step + 1, params, non_trainable, opt_state)
     if mesh is not None:
@@ -162,7 +183,7 @@ def _step(
 def _accumulate(
     gradient: Callable[..., Any],
     state: TrainState,
-    frozen: FrozenState | None,
+    held: _Held,
     batch: Mapping[str, jax.Array],
     micro_batches: int,
 ) -> tuple[jax.Array, jax.Array, nnx.State, model_weights.Sums, nnx.State]:
@@ -174,41 +195,46 @@ def _accumulate(
     """
     if micro_batches == 1:
         (total, (denominator, non_trainable, sums)), grads = gradient(
-            state.params, state.non_trainable, batch, frozen
+            state.params, state.non_trainable, batch, held
         )
         return total, denominator, non_trainable, sums, grads
 
     def add(carry: Any, micro_batch: Mapping[str, jax.Array]) -> tuple[Any, model_weights.Sums]:
         total, denominator, non_trainable, grads = carry
         (more, (more_denominator, non_trainable, sums)), more_grads = gradient(
-            state.params, non_trainable, micro_batch, frozen
+            state.params, non_trainable, micro_batch, held
         )
         grads = jax.tree.map(jnp.add, grads, more_grads)
         return (total + more, denominator + more_denominator, non_trainable, grads), sums
 
     zero = jnp.zeros((), jnp.float32)
     start = (zero, zero, state.non_trainable, jax.tree.map(jnp.zeros_like, state.params))
-    result, sums = jax.lax.scan(add, start, _split(batch, micro_batches))
+    result, sums = jax.lax.scan(add, start, batches.split(batch, micro_batches))
     total, denominator, non_trainable, grads = result
     return total, denominator, non_trainable, jax.tree.map(jnp.sum, sums), grads
 
 
 def _first_pass(
     graphdef: nnx.GraphDef[Any], loss_fn: LossFn, weighting: Weighting, micro_batches: int
-) -> Callable[[TrainState, Mapping[str, jax.Array]], tuple[dict[str, jax.Array], Any]]:
-    """Returns `(state, batch) -> (batch with the weighting's weights, their sums)`."""
+) -> Callable[..., tuple[dict[str, jax.Array], Any]]:
+    """Returns `(state, old, batch) -> (batch with the weighting's weights, their sums)`."""
+    more = weighting.reads_distribution()
 
     def before(
-        state: TrainState, batch: Mapping[str, jax.Array]
+        state: TrainState, old: nnx.State | None, batch: Mapping[str, jax.Array]
     ) -> tuple[dict[str, jax.Array], model_weights.Sums]:
         def stats_of(part: Mapping[str, jax.Array]) -> Any:
+            part = batches.without_removed(part)
+            if old is not None:
+                old_model = nnx.merge(graphdef, old, state.non_trainable, copy=True)
+                part = model_weights.with_old_losses(loss_fn, old_model, part)
             model = nnx.merge(graphdef, state.params, state.non_trainable, copy=True)
-            return model_weights.statistics(loss_fn, weighting, model, _without_removed(part))
+            return model_weights.statistics(loss_fn, more, model, part)
 
         if micro_batches == 1:
             stats = stats_of(batch)
         else:
-            stats = model_weights.over_micro_batches(stats_of, _split(batch, micro_batches))
+            stats = model_weights.over_micro_batches(stats_of, batches.split(batch, micro_batches))
         stats = dataclasses.replace(jax.lax.stop_gradient(stats), step=state.step)
         return model_weights.weighted_batch(weighting, stats, batch)
 
@@ -240,7 +266,8 @@ def _weighted_sum(
             loss_sum_B, count_B = contract.call(loss_fn, model, batch)
             found: Any = loss_sum_B, count_B, None
         else:
-            found = model_weights.losses_and_stats(loss_fn, weighting, model, batch)
+            more = weighting.reads_distribution()
+            found = model_weights.losses_and_stats(loss_fn, more, model, batch)
         return *found, _like(non_trainable, nnx.state(model))
 
     if reduction == "token_mean":
@@ -250,10 +277,12 @@ def _weighted_sum(
         params: nnx.State,
         non_trainable: nnx.State,
         batch: Mapping[str, jax.Array],
-        frozen: FrozenState | None = None,
+        held: _Held,
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
-        assert frozen is None
-        seen = _without_removed(batch)
+        seen = batches.without_removed(batch)
+        if held.old is not None:
+            old_model = nnx.merge(graphdef, held.old, non_trainable, copy=True)
+            seen = model_weights.with_old_losses(loss_fn, old_model, seen)
         loss_sum_B, count_B, stats, updated = forward(params, non_trainable, seen)
         if reduction == "token_mean":
             # The denominator counts the tokens of examples of weight 0, too. The compiler removes
@@ -284,9 +313,10 @@ def _fused_sum(
         params: nnx.State,
         non_trainable: nnx.State,
         batch: Mapping[str, jax.Array],
-        frozen: FrozenState | None = None,
+        held: _Held,
     ) -> tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]:
         model = nnx.merge(graphdef, params, non_trainable, copy=True)
+        frozen = held.frozen
         of_batch = functools.partial(_coefficients, reduction, batch)
         sums: model_weights.Sums = {}
         if weighting is None and frozen is None:
@@ -297,6 +327,9 @@ def _fused_sum(
         options: dict[str, Any] = {}
         if weighting is not None:
             options |= {"rule": weighting, "more": weighting.reads_distribution()}
+        if held.old is not None:
+            old_model = nnx.merge(graphdef, held.old, non_trainable, copy=True)
+            batch = model_weights.with_old_losses(loss_fn, old_model, batch)
         if frozen is not None:
             options["frozen"] = nnx.merge(graphdef, frozen.reference, non_trainable, copy=True)
             options["kl_strength"] = frozen.strength
@@ -333,37 +366,6 @@ def _kl_coefficients(
     if reduction != "weight_mean":
         batch = {**batch, "weight": (batch["weight"] != 0).astype(jnp.float32)}
     return _coefficients(reduction, batch, count_B)[0]
-
-
-def _without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Masks examples of weight 0 like padding, and replaces their content.
-
-    A factor of 0 alone does not remove an example: its infinite loss or gradient times 0 is NaN.
-    Floats become 1 and integers 0, where logarithms and roots are finite. Rows of packed text hold
-    several examples, so that only the mask changes there.
-    """
-    seen = batch["mask"] & (batch["weight"] != 0)
-    cleaned = {**batch, "mask": seen}
-    for name, array in batch.items():
-        if seen.ndim == 1 and array.dtype != jnp.bool_ and name != "weight":
-            fill = jnp.asarray(jnp.issubdtype(array.dtype, jnp.floating), array.dtype)
-            cleaned[name] = jnp.where(seen.reshape(-1, *[1] * (array.ndim - 1)), array, fill)
-    return cleaned
-
-
-def _split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
-    """[B, ...] -> [parts, B / parts, ...] such that no example leaves its device.
-
-    Micro-batch m takes the examples m, m + parts, ...: the sharded leading axis stays the
-    leading axis of the reshape, and each device holds a share of every micro-batch.
-    """
-    split = {}
-    for name, array in batch.items():
-        if array.shape[0] % parts:
-            raise ValueError(f"a batch of {array.shape[0]} does not divide into {parts}")
-        shape = (array.shape[0] // parts, parts, *array.shape[1:])
-        split[name] = jnp.swapaxes(array.reshape(shape), 0, 1)
-    return split
 
 
 def _like(state: nnx.State, full: nnx.State) -> nnx.State:

@@ -124,9 +124,6 @@ class MethodConfig:
         ok = "frozen_model" not in weighting.needs or kind == "images"
         because = "one that needs only the loss table, in a language experiment"
         require(ok, f"{path}.weighting", self.weighting, because)
-        ok = "old" not in weighting.needs
-        because = "one that does not read the model of earlier steps, which training does not keep"
-        require(ok, f"{path}.weighting", self.weighting, because)
 
     def _check_language(self, path: str) -> None:
         for name in _IMAGES_ONLY:

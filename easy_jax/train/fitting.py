@@ -350,7 +350,8 @@ def _compiled(
 ) -> tuple[optax.GradientTransformation, StepFn]:
     """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
     del fingerprints
-    optimizer = optim.make_optimizer(optimizer_config, total_steps, anchored)
+    refresh_steps = 0 if weighting is None else weighting.old_steps()
+    optimizer = optim.make_optimizer(optimizer_config, total_steps, anchored, refresh_steps)
     step = make_train_step(
         graphdef,
         loss_fn,

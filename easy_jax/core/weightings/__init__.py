@@ -2,7 +2,8 @@
 
 `names()` and `get(name, **options)` give the weightings that a configuration can name, and
 `register` adds one. Rules that read only the frozen model's losses are in `frozen`, those that
-read the current model in `current`, and controls of any of them in `controls`.
+read the current model in `current`, controls of any of them in `controls`, and the registration
+of your own in `own`.
 """
 
 from easy_jax.core.weightings import controls, current, frozen
@@ -27,12 +28,12 @@ from easy_jax.core.weightings.exponential import (
     temperature,
 )
 from easy_jax.core.weightings.frozen import Easiest, Flow, FlowOnline, FlowToken, Hardest, Stm
+from easy_jax.core.weightings.own import register
 from easy_jax.core.weightings.rule import (
     WEIGHTINGS,
     Weighting,
     get,
     names,
-    register,
 )
 
 __all__ = [

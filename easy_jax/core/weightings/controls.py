@@ -57,6 +57,10 @@ class Control(Weighting):
         """What the other weighting needs, and the whole batch if it reads the current model."""
         return self.of.needs | ({"batch"} if self.of.reads_model() else set())
 
+    def old_steps(self) -> int:
+        """See `Weighting.old_steps`."""
+        return self.of.old_steps()
+
     def rule(self, stats: TokenStats) -> jax.Array:
         """See `Weighting.rule`."""
         weight = self.of(stats)

@@ -302,7 +302,9 @@ class Psft(Weighting):
     rising once it has risen by the limit since then. Source: arXiv:2508.17784.
 
     Attributes:
-      limit: of the ratio r.
+      limit: the largest ratio r with a weight.
+      refresh_steps: after how many steps the current model becomes the old one, at least 1. With 1
+        all ratios are 1, and training is plain.
 
     Example:
       >>> stats = TokenStats(jnp.array([1.0, 0.5]), old_nll=jnp.array([1.0, 1.0]))
@@ -311,11 +313,14 @@ class Psft(Weighting):
     """
 
     limit: float = 1.28
+    refresh_steps: int = 8
     needs = frozenset({"current", "old"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_positive("limit", self.limit)
+        ok = isinstance(self.refresh_steps, int) and self.refresh_steps >= 1
+        require(ok, "the option refresh_steps", self.refresh_steps, "a whole number of at least 1")
 
     def rule(self, stats: TokenStats) -> jax.Array:
         """See `Weighting.rule`."""
