@@ -1,4 +1,4 @@
-"""The orchestrator: an experiment's stages, in a workdir, up to the one that is asked for."""
+"""Runs the stages of an experiment in a workdir, up to a chosen stage."""
 
 import os
 from collections.abc import Mapping
@@ -29,23 +29,23 @@ def run(
     *,
     take_over: bool = False,
 ) -> dict[str, Any]:
-    """Runs an experiment, or what is left of it.
+    """Runs the stages of an experiment that are not complete yet.
 
     Args:
-      config: validated here.
-      workdir: for all outputs: `config.json`, `checkpoints/`, `loss_table/`,
+      config: the experiment's configuration, which is validated.
+      workdir: folder for all outputs: `config.json`, `checkpoints/`, `loss_table/`,
         `metrics.jsonl`, `tensorboard/`, `cells.jsonl`, `results.json`, `report.html`.
-      until: stop after scoring, training, evaluation or the report; `export` writes the
-        trained language models as folders for `transformers`.
-      take_over: the workdir's lock from another run, which is known to be gone.
+      until: the last stage to run: `score`, `train`, `evaluate` or `report`; or `export`, to
+        write the trained language models as folders for `transformers`.
+      take_over: whether to take the workdir's lock from another run, which is known to be gone.
 
     Returns:
-      The content of `results.json`; empty before `evaluate`.
+      The content of `results.json`; empty if `until` is a stage before `evaluate`.
 
     Raises:
-      ConfigError: a bad configuration, a workdir of another one or one that cannot be
-        written.
-      LockError: another run is at work in the workdir.
+      ConfigError: the configuration is invalid, or the workdir belongs to another configuration
+        or cannot be written.
+      LockError: another run is using the workdir.
 
     Example:
       >>> import easy_jax as ej
@@ -55,7 +55,7 @@ def run(
     config.validate()
     if until == "export" and isinstance(config, ExperimentConfig):
         raise ConfigError("export is for language models; an image model is in `checkpoints/`")
-    files.check_folder(files.path(workdir))  # before it is made
+    files.check_folder(files.path(workdir))  # before it is created
     with lock.hold(workdir, take_over=take_over):
         return _run(config, open_workdir(config, workdir), until)
 
@@ -73,14 +73,15 @@ def export_weights(
 
     Args:
       config, workdir, take_over: as in `run`.
-      weighting, options: a weighting of frozen losses, by its name and options.
+      weighting, options: name and options of a weighting that reads only the frozen losses.
       output: the file, `.parquet` or `.jsonl`; default: `exported/weights.parquet` in the workdir.
 
     Returns:
-      The path of the file (`easy_jax.train.weights_file` has its columns).
+      The path of the file; `easy_jax.train.weights_file` describes its columns.
 
     Raises:
-      ConfigError: an experiment with images; as in `run` and `easy_jax.export_weights`.
+      ConfigError: the experiment is one with images; or as in `run` and
+        `easy_jax.export_weights`.
     """
     config.validate()
     if isinstance(config, ExperimentConfig):
@@ -135,7 +136,7 @@ def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until)
 
 
 def _devices() -> str:
-    """What the run computes on."""
+    """Describes the devices and processes of the run."""
     count, kind = jax.device_count(), jax.devices()[0].device_kind
     processes = jax.process_count()
     shared = f" of {processes} processes" if processes > 1 else ""

@@ -1,4 +1,4 @@
 """The command line: sub-commands, flags, help and exit codes.
 
-Slow imports happen inside the commands.
+Slow modules are imported inside the commands.
 """

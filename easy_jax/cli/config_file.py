@@ -1,4 +1,4 @@
-"""Reads `--config=FILE.py:ARG` and `--config.field=value`; a mistake in them is one line."""
+"""Parser of `--config=FILE.py:ARG` and `--config.field=value`, with one-line error messages."""
 
 import ast
 import dataclasses
@@ -24,13 +24,13 @@ _OVERRIDE = re.compile(r"--?(?:no)?(config[.\[][^=]*)")
 
 
 class ConfigFile(flags.ArgumentParser):
-    """Reads a configuration file for the flag `--config`, and checks what overrides it."""
+    """Parser of the flag `--config`, which also checks the names of overridden fields."""
 
     def parse(self, location: str) -> ExperimentConfig | LanguageConfig:
-        """Reads `FILE.py` or `FILE.py:ARG`; returns a copy whose fields can be assigned.
+        """Reads `FILE.py` or `FILE.py:ARG`; returns a mutable copy of its configuration.
 
         Raises:
-          ConfigError: there is no such file, it fails, or `sys.argv` sets an unknown field.
+          ConfigError: the file does not exist or fails, or `sys.argv` sets an unknown field.
         """
         config = read(location)
         for name in _overridden(sys.argv[1:]):
@@ -39,7 +39,7 @@ class ConfigFile(flags.ArgumentParser):
 
 
 class Entries(tuple_parser.TupleParser):
-    """Reads `a,b`, `0.1,0.2` and Python's `("a", "b")` for a field that is a tuple.
+    """Parser of a tuple field's value: `a,b`, `0.1,0.2`, or a Python tuple `("a", "b")`.
 
     Example:
       >>> Entries().parse("standard,wise_ft_0.5"), Entries().parse("0.1,1"), Entries().parse("")
@@ -57,8 +57,8 @@ class Entries(tuple_parser.TupleParser):
 
 
 def define(name: str, text: str) -> flags.FlagHolder:
-    """Defines the flag of a configuration file, with the overrides of its fields."""
-    # Fields with a choice of words are given as text; `validate()` names the options.
+    """Defines the flag for a configuration file, including overrides of its fields."""
+    # `Literal` fields are parsed as text; `validate()` checks their values.
     config_flags.register_flag_parser_for_type(Literal, flags.ArgumentParser())
     config_flags.register_flag_parser_for_type(tuple, Entries())
     holder = config_flags.DEFINE_config_file(name, None, text)
@@ -67,7 +67,7 @@ def define(name: str, text: str) -> flags.FlagHolder:
 
 
 def _assignable(value: Any) -> Any:
-    """A copy of a configuration whose fields can be assigned, as ml_collections does it."""
+    """Returns a mutable copy of a configuration, as ml_collections needs to assign fields."""
     if isinstance(value, tuple):
         return tuple(_assignable(entry) for entry in value)
     if not dataclasses.is_dataclass(value):
@@ -83,10 +83,10 @@ def _assignable(value: Any) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """Returns the configuration, frozen, of a flag's value with what was assigned to it.
+    """Returns the frozen configuration of a flag, including the fields that were overridden.
 
     Args:
-      value: of the flag that `define` made; None stays None.
+      value: the value of a flag defined by `define`; None is returned as None.
     """
     if isinstance(value, tuple):
         return tuple(frozen(entry) for entry in value)
@@ -102,13 +102,13 @@ def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def read(location: str) -> ExperimentConfig | LanguageConfig:
-    """Returns the configuration that a file makes.
+    """Returns the configuration from the function `get_config` of a file.
 
     Args:
-      location: `FILE.py`, or `FILE.py:ARG`, whose `get_config` is called with `ARG`.
+      location: `FILE.py`; or `FILE.py:ARG`, to call `get_config` with `ARG`.
 
     Raises:
-      ConfigError: there is no such file, or it fails; the message names file and line.
+      ConfigError: the file does not exist, or it fails; the message names file and line.
 
     Example:
       >>> read("nope.py")
@@ -151,14 +151,15 @@ def read(location: str) -> ExperimentConfig | LanguageConfig:
 
 
 def check_override(config: Any, name: str) -> None:
-    """Refuses a field that cannot be set from the command line.
+    """Checks that a field exists and can be set from the command line.
 
     Args:
-      config: a configuration.
-      name: of a field, such as `config.heldout[0].path`.
+      config: the configuration.
+      name: the field, such as `config.heldout[0].path`.
 
     Raises:
-      ConfigError: there is no such field (the nearest one is suggested), or it has fields itself.
+      ConfigError: there is no such field (the message suggests the nearest one), or it is not a
+        single value but has fields or entries.
     """
     steps = re.findall(r"\.(\w+)|\[(\d+)\]", name)
     if "config" + "".join(f".{field}" if field else f"[{i}]" for field, i in steps) != name:
@@ -203,7 +204,7 @@ def _entry(value: Any, where: str, index: int) -> Any:
 
 
 def _overridden(arguments: list[str]) -> Iterator[str]:
-    """The fields that a command line overrides, as `config.field`."""
+    """Yields the fields that a command line overrides, as `config.field`."""
     for argument in arguments:
         if argument == "--":
             return
@@ -213,7 +214,7 @@ def _overridden(arguments: list[str]) -> Iterator[str]:
 
 
 def _literal(text: str) -> Any:
-    """The value of a Python literal; the text itself if it is not a literal."""
+    """Returns the value of a Python literal, or the text itself if it is not a literal."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -226,13 +227,13 @@ def _module(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path} is not a Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where its dataclasses look themselves up
+    sys.modules[name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 def _place(error: Exception, path: Path) -> str:
-    """The file, with its last line in the traceback of an error."""
+    """Returns the file and the number of its last line in an error's traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(path)]
     return f"{path}, line {lines[-1]}" if lines else str(path)

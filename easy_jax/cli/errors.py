@@ -1,4 +1,4 @@
-"""Errors that a user can fix: the message says what is wrong, where, and how to fix it."""
+"""Errors that users can fix, which the command line prints as one line without a traceback."""
 
 from easy_jax.core.losses import ContractError
 from easy_jax.data import DataError

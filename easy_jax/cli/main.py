@@ -1,6 +1,6 @@
 """The command line: `easy-jax run --config=configs/x.py:arg --config.field=value`.
 
-Slow imports happen inside the commands, so that help and error messages appear at once.
+Slow modules are imported inside the commands, so that help and error messages appear at once.
 """
 
 import importlib.metadata
@@ -44,7 +44,7 @@ _PROCESSES = flags.DEFINE_integer("num_processes", None, _text("num_processes"))
 _PROCESS = flags.DEFINE_integer("process_id", None, _text("process_id"))
 _TIMEOUT = flags.DEFINE_float("peer_timeout", 300.0, _text("peer_timeout"))
 _TAKE_OVER = flags.DEFINE_bool("take-over", False, _text("take-over"))
-flags.DEFINE_alias("take_over", "take-over")  # as other flags are written
+flags.DEFINE_alias("take_over", "take-over")  # with an underscore, like other flags
 _WEIGHTING = flags.DEFINE_string("weighting", "flow", _text("weighting"))
 _OUTPUT = flags.DEFINE_string("output", None, _text("output"))
 _TOPOLOGY = flags.DEFINE_string("topology", None, _text("topology"))
@@ -54,7 +54,7 @@ _JSON = flags.DEFINE_bool("json", False, _text("json"))
 
 
 def cli() -> None:
-    """The `easy-jax` console script. A mistake of the user is one line, with exit code 2."""
+    """Runs the `easy-jax` console script; prints user errors as one line, with exit code 2."""
     print_whatever_the_encoding()
     warnings.showwarning = _Warnings()
     try:
@@ -72,10 +72,10 @@ def cli() -> None:
 
 
 def information(arguments: list[str]) -> str | None:
-    """Returns the text that `--help`, `--version` or `help` ask for; None if they are not given.
+    """Returns the output of `--help`, `--version` or `help`; None if none of them is given.
 
     Raises:
-      UsageError: help for a command that does not exist.
+      UsageError: help is requested for a command that does not exist.
     """
     before = arguments[: arguments.index("--")] if "--" in arguments else arguments
     words = [argument for argument in before if not argument.startswith("-")]
@@ -93,11 +93,11 @@ def parse(argv: list[str]) -> str:
     """Parses absl's flags, before and after the sub-command; returns the sub-command.
 
     Raises:
-      UsageError: an unknown command or flag, or a required one is missing.
+      UsageError: a command or flag is unknown, or a required one is missing.
       ConfigError: the configuration is invalid.
     """
     if len(argv) > 1 and not argv[1].startswith("-"):
-        usage.find_command(argv[1])  # before anything else is read
+        usage.find_command(argv[1])  # report an unknown command before any wrong flag
     words = _parse_flags(argv)[1:]
     if not words:
         raise UsageError(
@@ -126,7 +126,7 @@ def parse(argv: list[str]) -> str:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Lets absl parse the flags; errors of absl and of the configuration become one line."""
+    """Parses the flags with absl; shortens errors of absl and of the configuration to one line."""
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -134,7 +134,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
             raise UsageError(f"--{error.flagname} needs --config=FILE.py before it") from error
         raise UsageError(usage.unknown_flag(error.flagname)) from error
     except (flags.Error, ConfigError) as error:
-        if isinstance(error.__context__, ConfigError):  # absl wraps it, with the whole flag
+        if isinstance(error.__context__, ConfigError):  # absl has wrapped it
             raise error.__context__ from error
         raise UsageError(" ".join(str(error).split())) from error
 
@@ -183,7 +183,7 @@ def main(command: str) -> int:
 
 
 def _run(command: str) -> None:
-    """Runs a sub-command, then exits with its code; after an error, other processes exit, too."""
+    """Runs a sub-command and exits with its code; an error also ends the other processes."""
     from absl import logging as absl_logging
 
     from easy_jax.cli.errors import USER_ERRORS
@@ -217,7 +217,7 @@ def _is_no_interruption(record: logging.LogRecord) -> bool:
 
 
 class _Warnings:
-    """Prints each warning once, in one line, without the source line that caused it."""
+    """Replacement for `warnings.showwarning` that prints each warning once, in one line."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()

@@ -8,16 +8,16 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """A mistake on the command line; the message says what to type instead."""
+    """Error raised for an invalid command line; the message says what to type instead."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A sub-command.
+    """Help texts of a sub-command.
 
     Attributes:
-      summary: one line, for the list of commands.
-      details: more lines, for the command's own help page.
+      summary: one line for the list of commands.
+      details: further lines for the command's own help page.
       examples: command lines without `easy-jax`.
       needs_config: whether `--config` is required.
     """
@@ -30,12 +30,12 @@ class Command:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A flag.
+    """Help texts of a flag.
 
     Attributes:
-      form: how it is written.
-      text: what it does, one line.
-      command: the only sub-command that has it; empty if all experiment commands do.
+      form: the flag as it is typed, such as `--workdir=DIR`.
+      text: one line about what the flag does.
+      command: the only sub-command that has the flag; empty if all experiment commands have it.
     """
 
     form: str
@@ -211,7 +211,7 @@ def find_command(name: str) -> Command:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns the end of a message about an unknown name: the nearest known name, or all of them.
+    """Returns the end of an unknown name's error message: the nearest known name, or all of them.
 
     Example:
       >>> nearest("epoch", ["seed", "epochs"])
@@ -224,10 +224,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def parse_weighting(text: str) -> tuple[str, dict[str, Any]]:
-    """Reads `NAME,OPTION=VALUE,...`; values are Python literals or plain words.
+    """Parses `NAME,OPTION=VALUE,...`; values are Python literals or plain words.
 
     Raises:
-      UsageError: a part of another form.
+      UsageError: a part after the name is not of the form `OPTION=VALUE`.
 
     Example:
       >>> parse_weighting("stm,threshold=0.3")
@@ -249,7 +249,7 @@ def parse_weighting(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def unknown_flag(name: str) -> str:
-    """Returns the message about a flag that does not exist.
+    """Returns the error message for a flag that does not exist.
 
     Example:
       >>> unknown_flag("workdri")
@@ -269,7 +269,7 @@ def _rows(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _section(title: str, rows: list[tuple[str, str]]) -> str:
-    """Formats two columns; an entry that is too long for the first has a line of its own."""
+    """Formats two columns; a long entry of the first column is put on a separate line."""
     width = max(len(left) for left, _ in rows if len(left) <= 24)
     lines = [
         f"  {left:{width}}  {right}" if len(left) <= width else f"  {left}\n  {'':{width}}  {right}"

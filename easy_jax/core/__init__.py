@@ -1,4 +1,4 @@
-"""The method itself: per-example losses, weightings, the weighted step, anchors and averagings.
+"""Per-example losses, weightings, the weighted training step, anchors and averagings.
 
 Loops over data, files and checkpoints are in `train`.
 """

@@ -1,10 +1,10 @@
 """Anchors: distances to the model at the start, whose gradient pulls the parameters back.
 
-An anchor in the space of weights is one function of the difference to the start,
-`value(difference) -> scalar`; the distance is its sum over the arrays of parameters. A new one is
-such a function, registered here or in a file of its own that is imported here. The anchor `kl` is
-a distance of distributions: the optimizer's state holds the parameters at the start, and the
-training step computes the divergence in the head (`easy_jax.kernels.divergence`).
+An anchor to the weights is a function of the difference to the start, `value(difference) ->
+scalar`; the distance is its sum over the arrays of parameters. To add one, register such a
+function here or in a module that is imported here. The anchor `kl` is a distance between
+distributions: the optimizer's state holds the parameters at the start, and the training step
+computes the divergence in the head (`easy_jax.kernels.divergence`).
 """
 
 from collections.abc import Callable
@@ -24,23 +24,23 @@ Distance = Callable[[jax.Array], jax.Array]
 
 
 class Divergence:
-    """An anchor to the distribution of the model at the start, not to its weights."""
+    """Marker of an anchor to the distribution of the model at the start, not to its weights."""
 
 
 ANCHORS: Registry[Distance | Divergence] = Registry("anchor")
-# Directories and checkpoints have the names of version 0.1.
+# Directories and checkpoints use the names of version 0.1.
 _STORED = {now: former for former, now in FORMER_ANCHORS.items()}
 
 
 @ANCHORS.register("none")
 def no_distance(difference: jax.Array) -> jax.Array:
-    """0: the parameters are free."""
+    """Returns 0: the parameters are not pulled."""
     return jnp.zeros((), difference.dtype)
 
 
 @ANCHORS.register("l1_sp", former=(_STORED["l1_sp"],))
 def l1_distance(difference: jax.Array) -> jax.Array:
-    """The sum of |theta - theta*| (arXiv:2502.02797).
+    """Returns the sum of |theta - theta*| (arXiv:2502.02797).
 
     Example:
       >>> float(l1_distance(jnp.array([1.0, -2.0])))
@@ -51,7 +51,7 @@ def l1_distance(difference: jax.Array) -> jax.Array:
 
 @ANCHORS.register("l2_sp", former=(_STORED["l2_sp"],))
 def l2_distance(difference: jax.Array) -> jax.Array:
-    """The sum of (theta - theta*)^2: L2-SP (arXiv:1802.01483; arXiv:2502.02797).
+    """Returns the sum of (theta - theta*)^2: L2-SP (arXiv:1802.01483; arXiv:2502.02797).
 
     Example:
       >>> float(l2_distance(jnp.array([1.0, -2.0])))
@@ -64,7 +64,7 @@ ANCHORS.register("kl")(Divergence())
 
 
 def stored_name(name: str) -> str:
-    """Returns the name of an anchor in paths and identities, which stay when names change.
+    """Returns the name of an anchor in paths and identities, where renamed anchors keep theirs.
 
     Example:
       >>> stored_name("l2_sp"), stored_name("none")
@@ -74,13 +74,13 @@ def stored_name(name: str) -> str:
 
 
 class AnchorState(NamedTuple):
-    """The weights that `anchor` pulls towards; sharded and saved with the optimizer."""
+    """Optimizer state with the weights that `anchor` pulls the parameters towards."""
 
     reference: Any
 
 
 class FrozenState(NamedTuple):
-    """The parameters at the start and the factor of the divergence from their distribution."""
+    """Optimizer state of the anchor `kl`: the parameters at the start and the KL's factor."""
 
     reference: Any
     strength: jax.Array
@@ -93,29 +93,30 @@ def anchor(
     per_parameter: bool = False,
     anchored: Callable[[Any, Any], bool] | None = None,
 ) -> optax.GradientTransformation:
-    """Adds the gradient of `strength * distance` to the model at `init`, the pre-trained one.
+    """Adds the gradient of `strength * distance`, the distance to the parameters at `init`.
 
-    It is a term of the loss, so it must come before momentum or Adam in a chain
+    The distance is a term of the loss, so the anchor must come before momentum or Adam in a chain
     (arXiv:2502.02797).
 
     With `kl` the term is `strength * KL(p0 || p)`, averaged as the reduction averages losses, where
-    p0 is the distribution of the parameters at `init`. A step of `make_train_step` with
-    `causal_lm_loss` adds it; with low-rank adapters p0 is that of the adapters at `init`, which
-    change nothing. With DFT's weights this is ASFT (arXiv:2509.23753).
+    p0 is the model's distribution with the parameters at `init`; with low-rank adapters, which
+    have no effect at `init`, it is that of the base model. The term is computed in the step of
+    `make_train_step` with `causal_lm_loss`. With DFT's weights this is ASFT (arXiv:2509.23753).
 
     Args:
       name: the name of a registered anchor, such as `l2_sp`.
       strength: lambda, at least 0.
-      per_parameter: divide lambda by the number of parameters given to `init`; not for `kl`.
-      anchored: NNX filter `(path, variable) -> bool`; default: all parameters; not for `kl`.
+      per_parameter: whether to divide lambda by the number of parameters; not for `kl`.
+      anchored: NNX filter `(path, variable) -> bool` of the parameters that are pulled; default:
+        all parameters; not for `kl`.
 
     Returns:
       A gradient transformation; its `update` needs the parameters.
 
     Raises:
       ConfigError: there is no such anchor.
-      ValueError: `update` called without parameters, or with `kl` by another step than that of
-        `make_train_step`, which would not add the divergence.
+      ValueError: `update` is called without parameters; or, with `kl`, by another step than that
+        of `make_train_step`, which would not add the divergence.
 
     Example:
       >>> pull = anchor("l2_sp", 0.5)
@@ -152,7 +153,7 @@ def anchor(
 
 
 def _divergence(name: str, strength: float) -> optax.GradientTransformationExtraArgs:
-    """Holds the parameters at `init`, and refuses steps that do not look for them."""
+    """Returns a transformation that holds the parameters at `init` for the training step."""
 
     def init(params: chex.ArrayTree) -> FrozenState:
         return FrozenState(jax.tree.map(jnp.copy, params), jnp.asarray(strength, jnp.float32))
@@ -172,7 +173,7 @@ def _divergence(name: str, strength: float) -> optax.GradientTransformationExtra
 
 
 def frozen_of(opt_state: Any) -> FrozenState | None:
-    """Returns the frozen parameters in an optimizer's state; None without an anchor `kl`.
+    """Returns the state of the anchor `kl` in an optimizer's state; None without that anchor.
 
     Example:
       >>> state = optax.chain(anchor("kl", 0.5), optax.sgd(0.1)).init({"w": jnp.ones(1)})
@@ -184,5 +185,5 @@ def frozen_of(opt_state: Any) -> FrozenState | None:
 
 
 def _nnx_path(path: Any) -> tuple[Any, ...]:
-    """JAX key path -> the path NNX filters see."""
+    """Converts a JAX key path to a path for NNX filters."""
     return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)

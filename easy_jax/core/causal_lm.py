@@ -1,4 +1,4 @@
-"""The causal language-model loss, on packed text and without logits.
+"""The causal language-model loss on packed text, computed without storing logits.
 
 Shape suffixes: R rows, T positions of a row, S examples of a row.
 """
@@ -27,11 +27,11 @@ _OTHER_LOSSES = ("frozen_nll", "old_nll")  # of other models, as fields of a bat
 class CausalLMLoss:
     """Causal LM loss that also provides a fused weighted sum with a cheaper gradient.
 
-    `causal_lm_loss` is its one instance.
+    `causal_lm_loss` is its only instance.
 
     Args:
-      model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
-      batch: of a packed source; see `__call__`.
+      model: a model with `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
+      batch: a batch of a packed source; see `__call__`.
 
     Example:
       >>> import numpy as np
@@ -49,20 +49,20 @@ class CausalLMLoss:
     """
 
     def __init__(self) -> None:
-        self.__qualname__ = "causal_lm_loss"  # what a loss table calls it
+        self.__qualname__ = "causal_lm_loss"  # its name in loss tables
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
-        """Sums of the target tokens' negative log-likelihood, by segment of packed rows.
+        """Sums the target tokens' negative log-likelihood over each segment of packed rows.
 
         Args:
-          model: has `hidden_states`, `head_VD` and `config.final_cap`, like `Transformer`.
-          batch: of a packed source (`easy_jax.data.packing`). With `token_weight`, every
-            token's term is multiplied by its weight, and the count is that of the tokens all the
-            same: the reduction `token_mean` then is FLOW's token-wise objective
+          model: a model with `hidden_states`, `head_VD` and `config.final_cap`.
+          batch: a batch of a packed source (`easy_jax.data.packing`). With `token_weight`, every
+            token's term is multiplied by its weight, while the count remains the number of
+            tokens: the reduction `token_mean` then is FLOW's token-wise objective
             (arXiv:2502.02797).
 
         Returns:
-          `(nll_sum_RS, count_RS)`, float32: in nats; the number of target tokens.
+          `(nll_sum_RS, count_RS)`, float32: sums in nats, and numbers of target tokens.
         """
         nll_sum_RS, count_RS, _ = causal_lm_token_losses(model, batch)
         return nll_sum_RS, count_RS
@@ -96,16 +96,17 @@ class CausalLMLoss:
         kl_coefficients: Callable[[jax.Array], jax.Array] | None = None,
         kl_strength: jax.Array | float = 0.0,
     ) -> "TokenSums":
-        """The weighted sum with a rule of the current model, or a divergence from a frozen one.
+        """Computes the weighted sum with a weighting rule, or a divergence from a frozen model.
 
         Args:
           model, batch, coefficients: as in `weighted_sum`; the batch may have `frozen_nll`
             and `old_nll`.
-          rule: `TokenStats -> w`, of each token by itself; hashable.
-          more: whether it reads any of `token_stats.OF_DISTRIBUTION`.
+          rule: `TokenStats -> w`, which treats each token separately; hashable.
+          more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
           frozen: the frozen model; None for no divergence.
-          kl_coefficients: from the number of target tokens of every example, [R, S], to the factor
-            of the divergence at each of them; `kl_strength` is a further factor in the total.
+          kl_coefficients: function from the number of each example's target tokens, [R, S], to the
+            factor of the divergence at each of them.
+          kl_strength: a further factor of the divergence in the total.
         """
         count_RS = _count(batch)
         coefficient_RS, denominator = coefficients(count_RS)
@@ -140,7 +141,7 @@ class CausalLMLoss:
     def token_stats(
         self, model: Any, batch: Mapping[str, jax.Array], more: bool = True
     ) -> TokenStats:
-        """Statistics [R, T] of the target tokens; tokens of weight 0 are no targets."""
+        """Returns statistics [R, T] of the target tokens, without tokens of weight 0."""
         factor_RT = _token_factors(batch, jnp.where(batch["mask"], batch["weight"], 0.0))
         target_RT = jnp.where(factor_RT != 0, batch["targets"], NO_TARGET)
         names = (*_OTHER_LOSSES, "segment_ids")
@@ -155,13 +156,13 @@ class CausalLMLoss:
 
 
 class TokenSums(NamedTuple):
-    """What `CausalLMLoss.sums` returns.
+    """Result of `CausalLMLoss.sums`.
 
     Attributes:
       total: sum of weighted losses and divergences, scalar.
-      denominator: what the reduction divides it by.
+      denominator: number by which the reduction divides `total`.
       rule_RT: the rule's weights; None without a rule.
-      seen_RT: which tokens have a weight.
+      seen_RT: target tokens whose weight is not 0, bool.
       kl: sum of the divergences times their coefficients; None without a frozen model.
     """
 
@@ -178,14 +179,14 @@ causal_lm_loss = CausalLMLoss()
 def causal_lm_token_losses(
     model: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`causal_lm_loss` and its terms, nll_RT in nats; 0 where there is no target.
+    """Computes `causal_lm_loss` and its terms, the losses of all target tokens.
 
     Args:
-      model: as of `causal_lm_loss`.
-      batch: as of `causal_lm_loss`; R rows of T tokens with at most S examples.
+      model: as in `causal_lm_loss`.
+      batch: as in `causal_lm_loss`; R rows of T tokens with at most S examples.
 
     Returns:
-      `(nll_sum_RS, count_RS, nll_RT)`, float32, in nats.
+      `(nll_sum_RS, count_RS, nll_RT)`, float32, in nats; nll_RT is 0 where there is no target.
 
     Example:
       >>> import numpy as np
@@ -210,7 +211,7 @@ def causal_lm_token_losses(
     if "token_weight" in batch:
         weight_RT = batch["token_weight"]
         nll_RT = jnp.where(weight_RT != 0, nll_RT * weight_RT, 0.0)  # 0 removes an infinite loss
-    # Masked sums, not a one-hot product: a NaN stays with its example.
+    # Masked sums, not a one-hot product, so that a NaN only affects its own example.
     nll_sum_RS = jnp.sum(jnp.where(_in_segment(batch), nll_RT[:, :, None], 0.0), axis=1)
     return nll_sum_RS, _count(batch), nll_RT
 
@@ -230,25 +231,25 @@ def _hidden_states(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _in_segment(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Whether a token is of the row's example 1, 2, ..., bool [R, T, S]."""
+    """Returns whether a token belongs to the row's example 1, 2, ..., bool [R, T, S]."""
     segments_S = jnp.arange(1, batch["mask"].shape[1] + 1)
     return batch["segment_ids"][:, :, None] == segments_S[None, None, :]
 
 
 def _token_factors(batch: Mapping[str, jax.Array], coefficient_RS: jax.Array) -> jax.Array:
-    """Each token's example's coefficient times `token_weight`; 0 for the padding, [R, T]."""
+    """Returns each token's coefficient times `token_weight`, [R, T]; 0 for padding."""
     factor_RT = _example_factors(batch, coefficient_RS)
     return factor_RT * batch["token_weight"] if "token_weight" in batch else factor_RT
 
 
 def _example_factors(batch: Mapping[str, jax.Array], coefficient_RS: jax.Array) -> jax.Array:
-    """Each token's example's coefficient; 0 for the padding, [R, T]."""
-    none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # the padding's
+    """Returns the coefficient of each token's example, [R, T]; 0 for padding."""
+    none_R1 = jnp.zeros((coefficient_RS.shape[0], 1), coefficient_RS.dtype)  # for padding
     coefficient_RS = jnp.concatenate([none_R1, coefficient_RS], axis=1)
     return jnp.take_along_axis(coefficient_RS, batch["segment_ids"], axis=1)
 
 
 def _count(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Target tokens of every example, float32 [R, S]."""
+    """Returns the number of each example's target tokens, float32 [R, S]."""
     is_target_RT1 = (batch["targets"] != NO_TARGET)[:, :, None]
     return jnp.sum(_in_segment(batch) & is_target_RT1, axis=1, dtype=jnp.float32)

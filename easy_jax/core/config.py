@@ -1,4 +1,4 @@
-"""Configuration of the optimizer, and the names of reductions, anchors and averagings."""
+"""Configuration of the optimizer, the names of reductions, and former names of anchors."""
 
 import dataclasses
 import warnings
@@ -13,7 +13,7 @@ FORMER_ANCHORS = {"l1": "l1_sp", "l2": "l2_sp"}
 
 
 def current_anchor(name: str) -> str:
-    """Returns the name that an anchor has now; warns of a former one.
+    """Returns the current name of an anchor; warns if a former name is given.
 
     Example:
       >>> current_anchor("l2_sp")
@@ -28,18 +28,22 @@ def current_anchor(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class OptimizerConfig:
-    """Optimizer, schedule and the anchor to the starting weights.
+    """Configuration of the optimizer, its schedule and an anchor to the starting weights.
 
     Attributes:
+      name: `sgd` (with `momentum`) or `adamw` (with `b1`, `b2` and `eps`).
+      learning_rate: peak learning rate.
+      schedule: course of the learning rate after the warm-up: cosine to 0, or constant.
+      warmup_ratio: share of the steps in which the learning rate rises linearly.
       weight_decay: added to the gradient for SGD, decoupled for AdamW.
+      clip_norm: maximum global norm of the gradient; 0: no clipping.
       anchor: a distance to the model at the start (`easy_jax.core.anchors`): `none`, `l1_sp` or
-        `l2_sp` to its weights, `kl` to its distribution; `anchor_strength` is its factor lambda in
-        the loss (arXiv:2502.02797).
-      anchor_per_parameter: divide lambda by the number of trainable parameters, as the paper does
-        for language models; not for `kl`, which is a mean over tokens.
-      ema_decay: of an exponential moving average of the parameters, which replaces them in the
-        result (`easy_jax.core.merge.ema`); 0: no average.
-      clip_norm: largest global norm of the gradient; 0: no clipping.
+        `l2_sp` to its weights, `kl` to its distribution.
+      anchor_strength: the anchor's factor lambda in the loss (arXiv:2502.02797).
+      anchor_per_parameter: whether to divide lambda by the number of trainable parameters, as the
+        paper does for language models; not for `kl`, which is a mean over tokens.
+      ema_decay: decay of an exponential moving average of the parameters, which replaces them in
+        the result (`easy_jax.core.merge.ema`); 0: no average.
 
     Example:
       >>> OptimizerConfig(name="adamw", learning_rate=3e-4, warmup_ratio=0.1).schedule

@@ -1,8 +1,8 @@
-"""What easy_jax asks of a model and a loss function, with one sentence for each fault.
+"""Checks of the requirements on a model and a loss function, with one-sentence error messages.
 
-Shapes are checked while a step is traced, which costs nothing when it runs. That losses are per
-example is checked on the first batch, by replacing some of its examples: the losses of the others
-must stay as they are.
+Shapes are checked while a step is traced, which costs nothing when it runs. Whether losses are
+per example is checked on the first batch: some examples are replaced, and the losses of the
+others must not change.
 """
 
 import functools
@@ -20,9 +20,9 @@ from easy_jax.io.code_fingerprint import name_of
 from easy_jax.parallel import processes
 
 Arrays = Mapping[str, np.ndarray]
-_LOOSE = 2e-2  # of losses in bfloat16, relative to the largest
+_LOOSE = 2e-2  # tolerance for losses in bfloat16, relative to the largest
 _TIGHT = 1e-4
-_CONSTANT = 2e-6  # where all losses are the same number: what a mean, repeated, looks like
+_CONSTANT = 2e-6  # tolerance if all losses are equal, which suggests a repeated mean
 
 
 def check_model(model: Any, who: str) -> None:
@@ -57,15 +57,17 @@ def call(
     *,
     token_losses: bool = False,
 ) -> tuple[jax.Array, ...]:
-    """What a loss function returns, checked; losses alone get a count of 1 each.
+    """Calls a loss function and checks its result; losses without counts get counts of 1.
 
     Args:
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, or `loss_sum_B` alone.
-      batch: with `mask`, whose shape is that of losses and counts.
-      token_losses: a third array, of a value for every token, is let through.
+      loss_fn: the loss function, `(model, batch) -> (loss_sum_B, count_B)` or `loss_sum_B`.
+      model: the model to call it with.
+      batch: the batch, with a field `mask` that has the shape of losses and counts.
+      token_losses: whether a third array, with a value for every token, is allowed.
 
     Raises:
-      ContractError: a field that the batch does not have, or anything else returned.
+      ContractError: the loss function reads a field that the batch does not have, or its result
+        has another type or shape.
 
     Example:
       >>> batch = {"x": jnp.ones((2, 1)), "mask": jnp.ones(2, bool)}
@@ -109,7 +111,7 @@ def _shape(value: Any) -> tuple[int, ...] | None:
 
 
 def _wrong(name: str, returned: Any, parts: tuple[Any, ...], wanted: tuple[int, ...]) -> str:
-    """The sentence for what is neither losses nor losses and counts."""
+    """Returns the error message for a result that is neither losses nor losses and counts."""
     is_pair = isinstance(returned, tuple | list)
     found = _described(returned)
     if is_pair:
@@ -153,21 +155,20 @@ def check_apart(
 ) -> None:
     """Checks that the loss of an example does not depend on the others in its batch.
 
-    Twice some examples are replaced by copies of others, and one is masked like padding; every
-    example stays in one of the two. A batch of one example tells nothing. All processes must call
-    it.
+    One half of the examples is replaced by copies of the other half, and one of them is masked;
+    then the halves are exchanged. A batch of one example passes. All processes must call this.
 
     Args:
-      run: the compiled step: a batch like `batch` -> losses and counts of this process's rows.
+      run: the compiled step, from a batch like `batch` to losses and counts of this process's rows.
       batch: this process's rows, with `example_id` and `mask`.
-      name: of the loss function.
+      name: the name of the loss function, for the message.
 
     Raises:
-      ContractError: in every process, if a loss or a count changed.
+      ContractError: a loss or count has changed, in any process; raised in all processes.
     """
     arrays = {key: value for key, value in batch.items() if key != "example_id"}
     rows = np.flatnonzero(batch["mask"].reshape(len(batch["mask"]), -1).any(axis=1))
-    # Not every second: a loss that is moved by two rows would be among those that stay.
+    # Random halves, not every second row: a loss may depend on the row two places away.
     rows = np.random.default_rng(0).permutation(rows)
     halves = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     first = run(arrays)
@@ -198,7 +199,7 @@ def check_apart(
 
 
 def knows(model: nnx.Module, loss_fn: Callable[..., Any]) -> bool:
-    """Whether model and loss are easy_jax's own, whose losses are per example."""
+    """Returns whether model and loss are parts of easy_jax, whose losses are per example."""
     loss = inspect.unwrap(loss_fn)
     modules = type(model).__module__, getattr(loss, "__module__", "")
     return not isinstance(loss, functools.partial) and all(
@@ -207,7 +208,7 @@ def knows(model: nnx.Module, loss_fn: Callable[..., Any]) -> bool:
 
 
 def _changes(before: np.ndarray, after: np.ndarray, ids: np.ndarray) -> list[Any]:
-    """Ids and values that differ by more than rounding."""
+    """Returns `(id, before, after)` of losses that differ by more than rounding."""
     if before.size == 0:
         return []
     low_precision = before.dtype.itemsize < 4
@@ -221,5 +222,5 @@ def _changes(before: np.ndarray, after: np.ndarray, ids: np.ndarray) -> list[Any
     return [
         (int(i), float(b), float(a))
         for i, b, a in zip(ids[~same], before[~same], after[~same], strict=True)
-        if i >= 0  # padding has none
+        if i >= 0  # negative ids are padding
     ]

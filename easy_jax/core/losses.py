@@ -1,7 +1,7 @@
-"""Per-example losses: unreduced `(loss_sum_B, count_B)`, written once for every use.
+"""Per-example losses: unreduced `(loss_sum_B, count_B)`.
 
-Scoring, training and evaluation all call these; nothing here averages over the batch.
-The score of an example is `loss_sum / count`. Reductions live in `easy_jax.core.step`.
+Scoring, training and evaluation use the same functions, which do not average over the batch.
+The score of an example is `loss_sum / count`. Reductions are in `easy_jax.core.step`.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ _outputs: contextvars.ContextVar[list[int] | None] = contextvars.ContextVar("out
 
 @contextlib.contextmanager
 def recorded_outputs() -> Iterator[list[int]]:
-    """Collects how many classes every call of `softmax_cross_entropy` inside distinguishes.
+    """Records the number of classes in each call of `softmax_cross_entropy` inside the context.
 
-    So `easy_jax.train.compatibility` learns, from an abstract trace, what any loss function that is
-    built on it expects of the data.
+    `easy_jax.train.compatibility` uses it in an abstract trace to find the number of classes that
+    a loss function expects.
 
     Example:
       >>> with recorded_outputs() as outputs:
@@ -47,15 +47,15 @@ def recorded_outputs() -> Iterator[list[int]]:
 
 
 class ContractError(ValueError):
-    """A model or a loss function is not as easy_jax calls it; the message says what to do."""
+    """Error raised if a model or loss function does not meet the requirements of easy_jax."""
 
 
 @runtime_checkable
 class WeightedSumLoss(Protocol):
-    """A per-example loss that can also give its weighted sum, with a cheaper gradient.
+    """Protocol of per-example losses that can also compute a weighted sum, with a cheaper gradient.
 
-    `weighted_sum(model, batch, coefficients) -> (total, size)`: the sum over the examples of
-    coefficient * loss_sum, and what `coefficients(count) -> (coefficient, size)` returned.
+    `weighted_sum(model, batch, coefficients) -> (total, size)` returns the sum over the examples
+    of coefficient * loss_sum, where `coefficients(count) -> (coefficient, size)`.
     """
 
     def __call__(self, model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss: ...
@@ -71,12 +71,12 @@ class WeightedSumLoss(Protocol):
 def softmax_cross_entropy(
     logits_BK: Float[Array, "B K"], label_B: Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Negative log-likelihood of one label per example, in nats.
+    """Computes the negative log-likelihood of one label per example, in nats.
 
     Args:
-      logits_BK: unnormalised log-probabilities; computed in float32.
-      label_B: the class, in [0, K). A label outside gives NaN, which scoring and
-        training report with the example's id; it is never clipped into range.
+      logits_BK: unnormalised log-probabilities, which are cast to float32.
+      label_B: classes in [0, K). A label out of range gives NaN, which scoring and training
+        report with the example's id; it is not clipped into range.
 
     Returns:
       `(loss_sum_B, count_B)`, float32; the count is 1.
@@ -95,7 +95,7 @@ def softmax_cross_entropy(
     chosen_B = jnp.sum(jnp.where(is_label_BK, logits_BK, 0.0), axis=1)
     chosen_B = jnp.where((label_B >= 0) & (label_B < num_classes), chosen_B, jnp.nan)
     nll_B = jax.nn.logsumexp(logits_BK, axis=1) - chosen_B
-    # Rounding can leave -1e-9 where the model is certain; the loss is non-negative.
+    # Rounding can give -1e-9 where the model is certain; the loss must be non-negative.
     nll_B = jnp.where(nll_B < 0, 0.0, nll_B)
     return nll_B, jnp.ones_like(nll_B)
 
@@ -103,7 +103,7 @@ def softmax_cross_entropy(
 def squared_error(
     prediction_BD: Float[Array, "B D"], target_BD: Float[Array, "B D"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Squared Euclidean distance per example (the loss of the theory, section 7).
+    """Computes the squared Euclidean distance per example (arXiv:2502.02797, section 7).
 
     Args:
       prediction_BD, target_BD: float arrays of equal shape.
@@ -121,13 +121,13 @@ def squared_error(
 
 
 def normalised_images(batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The images of a batch as a model takes them, [B, H, W, C].
+    """Returns the normalised images of a batch, [B, H, W, C].
 
     uint8 pixels x become (x / 255 - image_mean) / image_std, float32, with the batch's fields of
-    these names, [B, C]; floats stay as they are.
+    these names, [B, C]; float images are returned unchanged.
 
     Raises:
-      ValueError: uint8 images without these fields.
+      ValueError: the images are uint8, and the batch does not have these fields.
 
     Example:
       >>> white = jnp.full((1, 1, 1, 3), 255, jnp.uint8)
@@ -149,11 +149,12 @@ def normalised_images(batch: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def image_logits(model: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """`model(image, mask)` of a batch with `image` (see `normalised_images`), `label`, `mask`.
+    """Returns `model(image, mask)` for a batch with `label`, `mask` and `image`, which is
+    normalised by `normalised_images`.
 
     Raises:
-      ContractError: a model that cannot be called so, or that returns no [B, K]; labels that are
-        not integers [B].
+      ContractError: the model does not accept these arguments, or its result is not [B, K]; or
+        the labels are not integers [B].
     """
     image_BHWC, mask_B, label_B = normalised_images(batch), batch["mask"], batch["label"]
     own = "give a loss function of your own: loss_fn(model, batch) -> losses, one an example"
@@ -189,15 +190,15 @@ def _call(model: Any) -> str:
 
 
 def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampleLoss:
-    """`softmax_cross_entropy` of an image model on a batch with `image` (see
-    `normalised_images`), `label`, `mask`.
+    """Computes `softmax_cross_entropy` of an image model on a batch of labelled images.
 
     Args:
-      model: called as `model(image, mask)`; returns logits [B, K].
-      batch: with `image` [B, ...], `label` int [B] and `mask` bool [B].
+      model: an image classifier that is called as `model(image, mask)` and returns logits [B, K].
+      batch: a batch with `image` [B, ...] (see `normalised_images`), `label` int [B] and `mask`
+        bool [B].
 
     Returns:
-      `(loss_sum_B, count_B)`, float32 [B]: negative log-likelihoods in nats; counts of 1.
+      `(loss_sum_B, count_B)`, float32 [B]: negative log-likelihoods in nats, and counts of 1.
 
     Example:
       >>> def model(image, mask=None):
@@ -214,11 +215,11 @@ def classification_loss(model: Any, batch: Mapping[str, jax.Array]) -> PerExampl
 def classification_stats(
     model: Any, batch: Mapping[str, jax.Array], more: bool = True
 ) -> TokenStats:
-    """Statistics [B] of an image model's logits: an example is one token.
+    """Returns statistics [B] of an image model's logits, with one entry per example.
 
     Args:
       model, batch: as in `classification_loss`; the batch may have `weight` and `frozen_nll`.
-      more: whether anything but `nll` is wanted.
+      more: whether to compute statistics of the distribution in addition to `nll`.
     """
     seen_B = batch["mask"] & (batch["weight"] != 0) if "weight" in batch else batch["mask"]
     stats = logit_stats(image_logits(model, batch), batch["label"], more)
@@ -228,10 +229,11 @@ def classification_stats(
 def logit_stats(
     logits_BK: Float[Array, "B K"], label_B: Int[Array, " B"], more: bool = True
 ) -> TokenStats:
-    """Statistics of whole logits: the loss, and with `more` those of the distribution.
+    """Returns statistics of logits: the loss, and with `more` those of the distribution.
 
     Args:
       logits_BK, label_B: as in `softmax_cross_entropy`.
+      more: whether to compute statistics of the distribution.
 
     Example:
       >>> stats = logit_stats(jnp.zeros((1, 4)), jnp.array([2]))

@@ -1,7 +1,7 @@
 """Averaging of weights: WiSE-FT and LiNeS after training, SFA and EMA during it.
 
-A new averaging is one function of the starting and the tuned weights and a coefficient,
-registered here or in a file of its own that is imported here.
+To add an averaging, register a function of the starting weights, the tuned weights and a
+coefficient, here or in a module that is imported here.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _AFTER_LAYERS = ("final_norm", "head")
 
 
 def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float | np.ndarray) -> Any:
-    """`(1 - alpha) * start + alpha * end`, leaf by leaf.
+    """Returns `(1 - alpha) * start + alpha * end`, leaf by leaf.
 
     WiSE-FT (Wortsman et al. 2022) with `start` the pre-trained and `end` the fine-tuned
     weights; SFA averages during training with `end` the pre-trained weights.
@@ -36,8 +36,8 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float | np.nd
       A tree like `end`.
 
     Raises:
-      ValueError: alpha outside [0, 1].
-      AssertionError: trees that differ in structure, shape or dtype.
+      ValueError: alpha is outside [0, 1].
+      AssertionError: the trees differ in structure, shape or dtype.
 
     Example:
       >>> interpolate({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, 0.25)["w"].tolist()
@@ -58,7 +58,7 @@ def interpolate(start: chex.ArrayTree, end: chex.ArrayTree, alpha: float | np.nd
 
 
 def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float = 0.5) -> Any:
-    """WiSE-FT: `alpha` is the share of the fine-tuned weights (arXiv:2502.02797).
+    """Averages weights by WiSE-FT: `alpha` is the share of the fine-tuned ones (arXiv:2502.02797).
 
     Example:
       >>> wise_ft({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, alpha=1.0)["w"].tolist()
@@ -73,7 +73,7 @@ def wise_ft(pretrained: chex.ArrayTree, finetuned: chex.ArrayTree, alpha: float 
 
 
 def sfa(pretrained: chex.ArrayTree, current: chex.ArrayTree, beta: float = 0.5) -> Any:
-    """SFA: `beta` is the share of the pre-trained weights (arXiv:2502.02797).
+    """Averages weights by SFA: `beta` is the share of the pre-trained ones (arXiv:2502.02797).
 
     Example:
       >>> sfa({"w": jnp.zeros(1)}, {"w": jnp.ones(1)}, beta=0.25)["w"].tolist()
@@ -83,7 +83,7 @@ def sfa(pretrained: chex.ArrayTree, current: chex.ArrayTree, beta: float = 0.5) 
 
 
 def sfa_steps(total_steps: int, times: int = 4) -> tuple[int, ...]:
-    """The steps after which SFA averages: every quarter of the run (arXiv:2502.02797).
+    """Returns the steps after which SFA averages: every quarter of the run (arXiv:2502.02797).
 
     Example:
       >>> sfa_steps(10)
@@ -202,10 +202,11 @@ def average_of(opt_state: Any) -> Any | None:
 
 @dataclasses.dataclass(frozen=True)
 class Averaging:
-    """A way to average the starting and the tuned weights.
+    """A rule for averaging the starting and the tuned weights.
 
     Attributes:
-      when: once after training, several times during it, after every step of it, or never.
+      when: whether to average once after training, several times during it, after every step of
+        it, or never.
       merge: `(start, tuned, alpha) -> weights`.
     """
 

@@ -1,8 +1,8 @@
 """Weights that a weighting computes from the current model in a training step.
 
-A weighting of each token by itself is applied between loss and gradient, in `core.step` and the
-fused head. One that reads the whole batch, or means over examples, takes a forward pass first;
-`weighted_batch` multiplies its weights into the batch, and the step goes on as with any weights.
+A weighting that treats each token separately is applied between loss and gradient, in `core.step`
+and the fused head. One that reads the global batch, or means over examples, needs an additional
+forward pass; `weighted_batch` then multiplies its weights into those of the batch.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ def check(weighting: Weighting, loss_fn: LossFn) -> None:
     """Checks that a step with a loss function can compute what a weighting needs.
 
     Raises:
-      ConfigError: a weighting that needs the loss table's weights.
-      ContractError: one that reads the distribution, with a loss function that gives losses only.
+      ConfigError: the weighting does not read the current model.
+      ContractError: the weighting reads the distribution, but the loss function returns only
+        losses.
     """
     if not weighting.reads_model():
         raise ConfigError(
@@ -52,7 +53,7 @@ def check(weighting: Weighting, loss_fn: LossFn) -> None:
 def losses_and_stats(
     loss_fn: LossFn, more: bool, model: Any, batch: Mapping[str, jax.Array]
 ) -> tuple[jax.Array, jax.Array, TokenStats]:
-    """Returns `(loss_sum_B, count_B, stats)` of losses that are one value per example.
+    """Returns `(loss_sum_B, count_B, stats)` for a loss function with one value per example.
 
     Args:
       more: whether the statistics include those of the distribution.
@@ -92,11 +93,12 @@ def weighted_batch(
     """Multiplies a weighting's weights into those of a global batch.
 
     Args:
-      stats: of the whole batch, `[B]` or `[R, T]`.
-      batch: with `weight`, `[B]` or `[R, S]`.
+      weighting: the weighting to evaluate.
+      stats: statistics of the global batch, `[B]` or `[R, T]`.
+      batch: the global batch, whose `weight` is `[B]` or `[R, S]`.
 
     Returns:
-      `(batch, sums)`, where `sums` is what `measured` returns.
+      `(batch, sums)`: a copy of the batch with the new weights, and the result of `measured`.
     """
     batch = dict(batch)
     if weighting.level == "token" and stats.nll.ndim == 2:
@@ -111,7 +113,7 @@ def weighted_batch(
 
 
 def _example_means(stats: TokenStats, segments: int) -> TokenStats:
-    """Returns the means over each example's target tokens, [R, S]."""
+    """Returns the means of statistics over each example's target tokens, [R, S]."""
     fields = {}
     there = None
     for field in dataclasses.fields(TokenStats):
@@ -125,7 +127,7 @@ def _example_means(stats: TokenStats, segments: int) -> TokenStats:
 
 
 def measured(weight: jax.Array, where: jax.Array) -> Sums:
-    """Returns sums over the weights of the targets, which can be added over micro-batches."""
+    """Returns sums over the targets' weights, which can be added up over micro-batches."""
     weight = jnp.where(where, weight, 0.0)
     is_bad = ~(jnp.isfinite(weight) & (weight >= 0))
     values = {
@@ -139,11 +141,11 @@ def measured(weight: jax.Array, where: jax.Array) -> Sums:
 
 
 def metrics(sums: Sums) -> dict[str, jax.Array]:
-    """Returns what is logged of the weights of a step; nothing without a weighting.
+    """Returns the metrics of a step's weights; empty without a weighting.
 
-    `weight_mean`, `weight_effective` (the effective sample size (sum w)^2 / sum w^2 as a share of
-    the targets), `weight_zero` (the share of targets of weight 0), and `weight_bad` (how many are
-    negative or not finite, which stops `fit`).
+    They are `weight_mean`, `weight_effective` (the effective sample size (sum w)^2 / sum w^2 as a
+    share of the targets), `weight_zero` (the share of targets with weight 0), and `weight_bad`
+    (the number of weights that are negative or not finite; `fit` stops if there are any).
     """
     if not sums:
         return {}
@@ -160,9 +162,10 @@ def metrics(sums: Sums) -> dict[str, jax.Array]:
 def over_micro_batches(
     function: Callable[[dict[str, jax.Array]], TokenStats], split: dict[str, jax.Array]
 ) -> TokenStats:
-    """Computes statistics micro-batch by micro-batch, and puts the rows back in their order.
+    """Computes statistics of each micro-batch, and restores the order of the rows.
 
     Args:
+      function: returns the statistics of a micro-batch.
       split: a batch as `[parts, rows, ...]`; micro-batch m has the rows m, m + parts, ...
     """
     stats = jax.lax.map(function, split)

@@ -17,20 +17,21 @@ from easy_jax.parallel import sharding
 
 
 class OnlineWeights:
-    """FLOW's weights of the images that a step trains on, as in the authors' code.
+    """Function that computes FLOW's weights of a training batch, as in the authors' code.
 
-    Where training transforms images at random, each result gets its own weight. That costs a
-    forward pass in every step, which the weights of a loss table do not.
+    With random image transforms, each transformed image gets its own weight. Unlike the weights
+    of a loss table, this needs a forward pass of the frozen model in every step.
 
     Args:
-      model: frozen, in eval mode whatever mode it is in.
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`.
+      model: the frozen model, which runs in eval mode, whatever mode it is in.
+      loss_fn: the loss function, `(model, batch) -> (loss_sum_B, count_B)`.
       tau: the temperature, in nats.
-      mesh: where the batches are.
+      mesh: the device mesh of the batches.
 
     Raises:
       ValueError: tau is not positive and finite, or devices would round it to 0 or infinity.
-      ContractError: a model that is not NNX's; a loss function that returns anything else.
+      ContractError: the model is not a Flax NNX module, or the loss function does not return
+        losses and counts.
     """
 
     def __init__(self, model: nnx.Module, *, loss_fn: Callable[..., Any], tau: float, mesh: Mesh):
@@ -46,11 +47,11 @@ class OnlineWeights:
         self._identity = {"online": loss, "tau": tau, "structure": structure}
 
     def __call__(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
+        """Returns the batch with `weight` [B] multiplied by exp(-loss / tau); 0 for padding."""
         return {**batch, "weight": self._weigh(self._state, batch)}
 
     def fingerprint(self) -> str:
-        """Of the model, the loss and the temperature."""
+        """Returns a fingerprint of the model, the loss function and the temperature."""
         return fingerprints.of_json({**self._identity, "model": fingerprints.of_state(self._state)})
 
 

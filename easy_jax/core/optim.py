@@ -21,13 +21,13 @@ def make_optimizer(
     anchored: Callable[[Any, Any], bool] | None = None,
     refresh_steps: int = 0,
 ) -> optax.GradientTransformation:
-    """SGD or AdamW with schedule, clipping, anchor to the starting model, and weight averaging.
+    """Returns SGD or AdamW with a schedule, clipping, an anchor, and an average of the weights.
 
-    The peak learning rate is part of the optimiser's *state* (`optax.inject_hyperparams`):
-    a sweep over learning rates compiles the training step once.
+    The peak learning rate is part of the optimiser's *state* (`optax.inject_hyperparams`), so
+    that a sweep over learning rates compiles the training step only once.
 
     Args:
-      config: the settings.
+      config: configuration of the optimiser.
       total_steps: length of the schedule.
       anchored: NNX filter `(path, variable) -> bool` of the parameters that `config.anchor`
         pulls to their starting values; default: all.
@@ -77,18 +77,18 @@ def make_optimizer(
 
 
 class LostUpdatesWarning(UserWarning):
-    """Parameters have too few digits for what training adds to them."""
+    """Warning that the parameters' precision is too low for most updates."""
 
 
 def warn_of_lost_updates(params: Any, learning_rate: float) -> None:
     """Warns if a change as large as the learning rate is rounded away in most parameters.
 
-    That is what happens to parameters in bfloat16, which has 8 significant bits, at the learning
-    rates of fine-tuning: an update of Adam is about as large as the learning rate.
+    This happens to parameters in bfloat16, which has 8 significant bits, at the learning rates
+    of fine-tuning: an update of Adam is about as large as the learning rate.
 
     Args:
       params: the parameters to train, of any dtypes.
-      learning_rate: of the optimiser.
+      learning_rate: the optimiser's peak learning rate.
 
     Example:
       >>> warn_of_lost_updates({"w": jnp.full(4, 0.02, jnp.float32)}, learning_rate=1e-5)
@@ -113,14 +113,14 @@ def warn_of_lost_updates(params: Any, learning_rate: float) -> None:
 
 
 def schedule_shape(config: OptimizerConfig, total_steps: int) -> Callable[[Any], jax.Array]:
-    """The schedule with a peak of 1: linear warm-up, then cosine to 0 or constant.
+    """Returns the schedule with a peak of 1: linear warm-up, then cosine to 0 or constant.
 
     Args:
-      config: `schedule` and `warmup_ratio`, the share of the steps spent warming up.
-      total_steps: length of the run.
+      config: configuration with `schedule` and `warmup_ratio`, the share of warm-up steps.
+      total_steps: length of the schedule.
 
     Returns:
-      A function from the step, 0 first, to the factor of the peak learning rate.
+      A function from the step, counted from 0, to the factor of the peak learning rate.
 
     Example:
       >>> shape = schedule_shape(OptimizerConfig(warmup_ratio=0.5), total_steps=4)

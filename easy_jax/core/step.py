@@ -1,4 +1,4 @@
-"""The weighted training step: the one place where per-example losses are reduced.
+"""The weighted training step, which reduces per-example losses.
 
 With per-example losses `(loss_sum_i, count_i)`, weights w_i and mask m_i of a global batch:
 
@@ -6,8 +6,8 @@ With per-example losses `(loss_sum_i, count_i)`, weights w_i and mask m_i of a g
   example_mean  sum m w loss_sum/count / sum m         its vision objective
   weight_mean   sum m w loss_sum / sum m w count       weights change the direction of a step only
 
-`_weighted_sum` computes the numerator and `_coefficients` what each reduction multiplies and
-divides by. The denominators do not depend on the parameters, so the gradients of the numerator are
+`_weighted_sum` computes the numerator, and `_coefficients` the factors and the denominator of each
+reduction. Denominators do not depend on the parameters, so the gradients of the numerator are
 summed over micro-batches and devices and divided once: any split gives the same gradient.
 """
 
@@ -54,34 +54,35 @@ def make_train_step(
     """Returns a jitted weighted training step, which donates the state.
 
     Args:
-      graphdef: of the model in the mode to train it in: `nnx.graphdef(train_mode(model))`.
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, unreduced; or `loss_sum_B` alone, with
-        counts of 1. For packed text both are [rows, segments], as are `weight` and `mask`.
-        It gets a batch in which examples of weight 0 are masked like padding.
-      optimizer: the one given to `init_train_state`. If it holds `anchor("kl", strength)`, the step
+      graphdef: graph definition of the model in training mode, `nnx.graphdef(train_mode(model))`,
+        or in eval mode, to freeze BatchNorm.
+      loss_fn: the unreduced loss function, `(model, batch) -> (loss_sum_B, count_B)`; or
+        `loss_sum_B` only, with counts of 1. For packed text both are [rows, segments], as are
+        `weight` and `mask`. In its batch, examples of weight 0 are masked like padding.
+      optimizer: the optimizer given to `init_train_state`. With `anchor("kl", strength)`, the step
         adds `strength * KL(p0 || p)` to the loss, at the target tokens of examples of a weight
         above 0, averaged by the reduction as losses of weight 1 (by `weight_mean`: as losses).
       reduction: see the module's docstring. If all weights or counts of a batch are 0, so are
         the loss and its gradient.
-      weighting: computes further weights from the current model (`easy_jax.weightings`), which are
-        constants to the gradient. Where it reads `frozen_nll`, so must the batch have it.
-      micro_batches: parts of a batch whose gradients are accumulated; BatchNorm sees one part at
-        a time.
-      mesh: where state and batches are. Needed by models that shard their computation by hand;
-        without it the compiler decides. On a mesh of CPUs the step cannot be called inside
-        another `jax.jit`.
+      weighting: computes further weights from the current model (`easy_jax.weightings`), without
+        a gradient through them. If it reads `frozen_nll`, batches must have this field.
+      micro_batches: number of parts of a batch whose gradients are accumulated; BatchNorm's
+        statistics are those of a part.
+      mesh: the device mesh of state and batches. It is required by models that shard their
+        computation explicitly; without it the compiler decides. On a mesh of CPUs the step cannot
+        be called inside another `jax.jit`.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. A batch has the fields that the loss reads and
-      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, the weighted one
-      without anchors; `grad_norm`, of the gradient before the optimizer; with the anchor `kl` the
-      mean divergence `kl`, in nats; and with a weighting those of `model_weights.metrics`.
+      `weight` (float) and `mask` (bool), [B]. Metrics are scalars: `loss`, weighted and without
+      anchors; `grad_norm`, of the gradient before the optimizer; with the anchor `kl` the mean
+      divergence `kl`, in nats; and with a weighting those of `model_weights.metrics`.
 
     Raises:
-      ValueError: an unknown reduction; while tracing, a batch that does not divide into
+      ValueError: the reduction is unknown; or, while tracing, a batch does not divide into
         micro-batches.
-      ConfigError, ContractError: a weighting that needs what the step or the loss function does
-        not have; while tracing, a loss function that returns anything else.
+      ConfigError, ContractError: the weighting needs something that the step or the loss function
+        does not provide; or, while tracing, the loss function's result is invalid.
 
     Example:
       >>> from easy_jax.core.losses import squared_error
@@ -110,7 +111,7 @@ def make_train_step(
     before = None if first is None else _first_pass(graphdef, loss_fn, first, micro_batches)
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def step(  # by this name `io.terminal` knows the compilation
+    def step(  # `io.terminal` recognises the compilation by this name
         state: TrainState, batch: Mapping[str, jax.Array]
     ) -> tuple[TrainState, Metrics]:
         held = _held(loss_fn, state.opt_state, weighting if has_old else None)
@@ -175,7 +176,7 @@ def _step(
     metrics |= model_weights.metrics(sums)
     state = TrainState(state.step + 1, params, non_trainable, opt_state)
     if mesh is not None:
-        # Else XLA may change the layout of small parameters, and the next step compiles again.
+        # Otherwise XLA may change the layout of small parameters, and the next step recompiles.
         state = jax.lax.with_sharding_constraint(state, sharding.tree_shardings(state, mesh))
     return state, metrics
 
@@ -187,11 +188,11 @@ def _accumulate(
     batch: Mapping[str, jax.Array],
     micro_batches: int,
 ) -> tuple[jax.Array, jax.Array, nnx.State, model_weights.Sums, nnx.State]:
-    """Sums numerator, denominator, what is measured of weights, and gradients over micro-batches.
+    """Sums numerator, denominator, sums of weights, and gradients over micro-batches.
 
     Returns:
-      `(total, denominator, non_trainable, sums, grads)`; the variables are those after the last
-      micro-batch, and the sums are empty without a weighting.
+      `(total, denominator, non_trainable, sums, grads)`; `non_trainable` are the variables after
+      the last micro-batch, and `sums` is empty without a weighting.
     """
     if micro_batches == 1:
         (total, (denominator, non_trainable, sums)), grads = gradient(
@@ -249,8 +250,8 @@ def _weighted_sum(
 ) -> Callable[..., tuple[jax.Array, tuple[jax.Array, nnx.State, model_weights.Sums]]]:
     """Returns the numerator of a reduction, `(params, non_trainable, batch) -> (total, aux)`.
 
-    Here, and nowhere else, weights meet losses: `total = sum_i coefficient_i * loss_sum_i`, where
-    the weights of a weighting of the current model are further factors. The second output is
+    Losses are multiplied by weights only here: `total = sum_i coefficient_i * loss_sum_i`, with
+    the weights of a weighting of the current model as further factors. `aux` is
     `(denominator, non_trainable after the forward pass, sums of the weighting's weights)`.
     """
     is_fused = WeightedSumLoss if weighting is None else CausalLMLoss
@@ -285,8 +286,8 @@ def _weighted_sum(
             seen = model_weights.with_old_losses(loss_fn, old_model, seen)
         loss_sum_B, count_B, stats, updated = forward(params, non_trainable, seen)
         if reduction == "token_mean":
-            # The denominator counts the tokens of examples of weight 0, too. The compiler removes
-            # all of this second pass that the counts do not need.
+            # The denominator also counts the tokens of examples of weight 0. The compiler removes
+            # everything in this second pass that the counts do not need.
             count_B = forward(jax.lax.stop_gradient(params), non_trainable, batch)[1]
         coefficient_B, denominator = _coefficients(reduction, batch, count_B)
         sums = {}
@@ -294,7 +295,7 @@ def _weighted_sum(
             weight_B = weighting(stats)
             sums = model_weights.measured(weight_B, stats.mask)
             coefficient_B = coefficient_B * weight_B
-        # where, not a product: the loss of what is removed may be anything, NaN included.
+        # where, not a product: the loss of an example of weight 0 may be NaN.
         total = jnp.sum(jnp.where(coefficient_B != 0, coefficient_B * loss_sum_B, 0.0))
         return total, (denominator, updated, sums)
 
@@ -347,7 +348,7 @@ def _fused_sum(
 def _coefficients(
     reduction: Reduction, batch: Mapping[str, jax.Array], count_B: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what a reduction multiplies each loss_sum by, and its denominator."""
+    """Returns the factors by which a reduction multiplies each loss_sum, and its denominator."""
     weight_B, mask_B = batch["weight"], batch["mask"]
     chex.assert_equal_shape([count_B, weight_B, mask_B])
     count_B = jnp.where(mask_B, count_B, 0.0)
@@ -362,7 +363,7 @@ def _coefficients(
 def _kl_coefficients(
     reduction: Reduction, batch: Mapping[str, jax.Array], count_B: jax.Array
 ) -> jax.Array:
-    """Returns what a reduction multiplies each example's sum of divergences by."""
+    """Returns the factors by which a reduction multiplies each example's sum of divergences."""
     if reduction != "weight_mean":
         batch = {**batch, "weight": (batch["weight"] != 0).astype(jnp.float32)}
     return _coefficients(reduction, batch, count_B)[0]

@@ -1,4 +1,4 @@
-"""The state of training: what a step reads and writes."""
+"""The train state: step, parameters, other variables and optimizer state."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ class TrainState:
 
     @classmethod
     def tree_unflatten(cls, aux: None, children: tuple[Any, ...]) -> "TrainState":
-        """Makes a state of what `tree_flatten_with_keys` returned."""
+        """Creates a state from the children that `tree_flatten_with_keys` returned."""
         del aux
         return cls(*children)
 
@@ -80,9 +80,9 @@ def init_train_state(
 
     Args:
       model: a module or its state; it is not changed.
-      optimizer: of the trainable parameters.
-      trainable: NNX filter; everything else is frozen.
-      mesh: default: all devices on the data axis.
+      optimizer: the optimizer of the trainable parameters.
+      trainable: NNX filter of the trainable parameters; all others are frozen.
+      mesh: the device mesh; default: all devices on the data axis.
 
     Raises:
       ValueError: the filter selects no parameter.

@@ -1,4 +1,4 @@
 """Experiments with images and with language models: plan, stages, results, workdir.
 
-Tables, figures and pages for people are in `report`.
+Tables, figures and HTML pages are in `report`.
 """

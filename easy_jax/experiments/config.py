@@ -1,4 +1,4 @@
-"""Configuration of experiments with images: one task, then another, by every method."""
+"""Configuration of experiments with images: a pre-training task, then fine-tuning on a target."""
 
 import dataclasses
 import math
@@ -24,25 +24,27 @@ _IMAGES_ONLY = ("start", "head_stage", "learning_rates", "head_learning_rate")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MethodConfig:
-    """A fine-tuning method is a composition; standard fine-tuning is the empty one.
+    """A fine-tuning method, composed of the options below; the defaults are plain fine-tuning.
 
     Attributes:
-      name: the row in the results.
-      start: of images: fine-tune from the pre-trained body with a new head, or from the probed
+      name: the method's name in the results.
+      start: for images: fine-tune from the pre-trained body with a new head, or from the probed
         model.
-      weighting, weighting_options: of examples or tokens, by its name in `easy_jax.weightings`
-        (`names()`), and its options, such as `{"exponent": 0.5}`; `flow_online` is for images.
-      trainable: which parameters move: all, the head, BatchNorm and head (images), or low-rank
-        adapters (language).
-      anchor, anchor_strength: distance to the model at the start, by its name in
-        `easy_jax.core.anchors`: `none`; `l1_sp` and `l2_sp` to its weights (heads left out, of
-        images); `kl`, of language, to its distribution; and its factor in the loss.
-      averaging, alpha: by its name in `easy_jax.core.merge`: after training `wise_ft` or `lines`
-        (LiNeS), during it `sfa` or `ema`; and the share of the fine-tuned weights (`wise_ft`;
-        `lines`: in the first layer), that of the starting weights (`sfa`), or the decay (`ema`).
-      head_stage: of images: a last stage that trains the head alone, with or without the weights.
-      learning_rates: of images: of this method, in place of the experiment's.
-      head_learning_rate: of images: of its last stage; 0: the fine-tuning's.
+      weighting, weighting_options: name of a weighting of examples or tokens
+        (`easy_jax.weightings.names()`), and its options, such as `{"exponent": 0.5}`;
+        `flow_online` is for images only.
+      trainable: parameters that are trained: all, the head, BatchNorm and head (images only), or
+        low-rank adapters (language only).
+      anchor, anchor_strength: name of a distance to the model at the start
+        (`easy_jax.core.anchors`), and its factor in the loss: `none`; `l1_sp` or `l2_sp` to its
+        weights (for images, without the head); or, for language, `kl` to its distribution.
+      averaging, alpha: name of an averaging of weights (`easy_jax.core.merge`): after training
+        `wise_ft` or `lines` (LiNeS), during it `sfa` or `ema`; and the share of the fine-tuned
+        weights (`wise_ft`; `lines`: in the first layer) or of the starting weights (`sfa`), or
+        the decay (`ema`).
+      head_stage: for images: a last stage that trains the head only, with or without weights.
+      learning_rates: for images: learning rates of this method instead of the experiment's.
+      head_learning_rate: for images: learning rate of the last stage; 0: that of fine-tuning.
 
     Example:
       >>> flow = MethodConfig("flow", start="probe", weighting="flow", head_stage="unweighted")
@@ -52,7 +54,7 @@ class MethodConfig:
     name: str = "standard"
     start: Literal["pretrained", "probe"] = "pretrained"
     weighting: str = "none"
-    weighting_options: tuple[tuple[str, Any], ...] = ()  # a mapping is turned into this
+    weighting_options: tuple[tuple[str, Any], ...] = ()  # mappings are converted to this type
     trainable: Trainable = "all"
     anchor: str = "none"
     anchor_strength: float = 0.0
@@ -68,10 +70,10 @@ class MethodConfig:
         object.__setattr__(self, "weighting_options", options)
 
     def validate(self, path: str, kind: Kind = "images") -> None:
-        """Checks every field; names of weightings, anchors and averagings by their registries.
+        """Checks every field, including whether weighting, anchor and averaging are registered.
 
         Raises:
-          ConfigError: names the field, its value and what it should be.
+          ConfigError: a field is invalid; the message gives its name, value and valid values.
         """
         require(bool(self.name), f"{path}.name", self.name, "a non-empty name")
         choice(self, path, "start", "head_stage")
@@ -99,7 +101,7 @@ class MethodConfig:
         require(ok, f"{path}.weighting", self.weighting, because)
 
     def _check_names(self, path: str, kind: Kind) -> None:
-        # Imported when a configuration is checked: these need JAX.
+        # Imported here, because these need JAX.
         from easy_jax.core.anchors import ANCHORS
         from easy_jax.core.merge import AVERAGINGS
         from easy_jax.core.weightings import WEIGHTINGS, get
@@ -110,7 +112,7 @@ class MethodConfig:
         require(ok, f"{path}.anchor", self.anchor, because)
         AVERAGINGS.find(self.averaging, f"{path}.averaging")
         WEIGHTINGS.find(self.weighting, f"{path}.weighting")
-        for name, value in self.weighting_options:  # which are a part of a folder's name
+        for name, value in self.weighting_options:  # they are part of a folder's name
             ok = isinstance(value, int | float) or bool(re.fullmatch(r"[\w.-]+", str(value)))
             wanted = "a number or a plain word"
             require(ok, f"{path}.weighting_options[{name}]", value, wanted)
@@ -140,27 +142,32 @@ class MethodConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExperimentConfig:
-    """Everything that decides an experiment's numbers, plus how often to save and print.
+    """Configuration of an experiment with images.
 
     Attributes:
-      name: names the default workdir, `runs/<name>`.
-      seeds: one full repetition each: data split, label noise, initialisation and order.
-      learning_rates: every method is trained at each, but those that have rates of their own; the
-        choice uses validation data only.
-      pretrain, probe, finetune, head: the stages (arXiv:2502.02797). The peak
-        learning rate of `finetune` and `head` comes from the grid. Weights that are given
-        (`model.path`) are not trained: `pretrain` is not read.
-      frozen_batch_norm: stages, of `probe`, `finetune` and `head`, in which BatchNorm normalises
-        by its running statistics and leaves them; in the others by the batch's, as in the
-        authors' code.
+      name: name of the experiment; the default workdir is `runs/<name>`.
+      seeds: random seeds; the experiment is repeated for each, with its own data split, label
+        noise, initialisation and order of examples.
+      mesh, model, data: device mesh, network, and the data of both tasks.
+      learning_rates: learning rates at which every method without `learning_rates` is trained;
+        one of them is selected on validation data only.
+      pretrain, probe, finetune, head: the training stages (arXiv:2502.02797). The peak learning
+        rate of `finetune` and `head` comes from `learning_rates`. With given weights
+        (`model.path`), there is no stage `pretrain`.
+      scoring: the pass of the probed model over the target's training data.
+      frozen_batch_norm: stages out of `probe`, `finetune` and `head` in which BatchNorm uses its
+        running statistics and does not update them; in other stages it uses the batch's
+        statistics, as in the authors' code.
+      methods: the fine-tuning methods to compare.
       only: names of methods to run; empty means all.
-      metrics: what is measured on both tasks beside accuracy, by its name in
-        `easy_jax.train.metrics`, such as `loss`.
-      eval_every_epochs: points of the learning curves.
-      save_every_steps: how often a running stage is saved.
-      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
-        damaged, the one before it is continued from; each holds the model and the optimiser's
-        state); and whether to keep the one with the lowest training loss, too.
+      metrics: names of metrics (`easy_jax.train.metrics`) that are measured on both tasks in
+        addition to accuracy, such as `loss`.
+      eval_batch_size: examples per batch of an evaluation.
+      eval_every_epochs: epochs between two points of the learning curves.
+      save_every_steps, log_every_steps: steps between two checkpoints and two log entries.
+      keep_checkpoints, keep_best: number of each stage's latest checkpoints to keep (if the last
+        is damaged, the one before it is used; each holds the model and the optimiser's state);
+        and whether to keep the one with the lowest training loss, too.
 
     Example:
       >>> config = ExperimentConfig(name="mine", seeds=(0, 1), learning_rates=(0.01, 0.03))
@@ -194,7 +201,7 @@ class ExperimentConfig:
         """Checks every field; returns the configuration itself.
 
         Raises:
-          ConfigError: names the field, its value and what it should be.
+          ConfigError: a field is invalid; the message gives its name, value and valid values.
         """
         check_types(self, "config")
         check_name(self.name)
@@ -246,11 +253,11 @@ class ExperimentConfig:
         require(unique, "config.metrics", self.metrics, "distinct")
 
     def selected_methods(self) -> tuple[MethodConfig, ...]:
-        """The methods to run: `only`, or all of them."""
+        """Returns the methods to run: those of `only`, or all."""
         return tuple(m for m in self.methods if not self.only or m.name in self._only())
 
     def frozen_stages(self) -> list[str]:
-        """The stages of `frozen_batch_norm`."""
+        """Returns the names in `frozen_batch_norm`, also if given as one string."""
         return _names(self.frozen_batch_norm)
 
     def _only(self) -> list[str]:
@@ -263,24 +270,24 @@ def _names(entries: tuple[str, ...]) -> list[str]:
 
 
 def check_rates(rates: tuple[float, ...], path: str) -> None:
-    """Requires learning rates that are finite and not negative."""
+    """Raises ConfigError unless all learning rates are finite and not negative."""
     for rate in rates:
         require(math.isfinite(rate) and rate >= 0, path, rate, "finite and at least 0")
 
 
 def check_name(name: str) -> None:
-    """Requires a name that can be a folder's."""
+    """Raises ConfigError unless a name can be used for a folder."""
     require(bool(name) and "/" not in name, "config.name", name, "a name without /")
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Requires positive fields."""
+    """Raises ConfigError unless the fields of these names are positive."""
     for name in names:
         require(getattr(config, name) > 0, f"config.{name}", getattr(config, name), "positive")
 
 
 def check_methods(methods: tuple[MethodConfig, ...], only: list[str], kind: Kind) -> None:
-    """Checks the methods of an experiment, and the names of those that are to run."""
+    """Checks the methods of an experiment, and the names of the methods to run."""
     names = [method.name for method in methods]
     require(len(names) > 0, "config.methods", names, "not empty")
     require(len(set(names)) == len(names), "config.methods", names, "distinct names")

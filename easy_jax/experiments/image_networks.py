@@ -1,4 +1,4 @@
-"""The networks of an experiment with images: fresh, given, or from the variables of a stage."""
+"""Networks of an experiment with images: random, pre-trained, or with the variables of a stage."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ from easy_jax.train import compatibility
 
 
 class ImageNetworks:
-    """Networks of one shape on one mesh; what is made twice is traced once.
+    """Factory of networks of one configuration on one mesh; caches what it has traced.
 
     Args:
-      config: of the network.
-      mesh: where variables are.
+      config: the configuration of the networks.
+      mesh: the device mesh that holds their variables.
     """
 
     def __init__(self, config: ResNetConfig, mesh: Mesh):
@@ -32,15 +32,15 @@ class ImageNetworks:
         self._inits: dict[tuple[int, Any], Callable[[jax.Array], nnx.State]] = {}
 
     def given(self, task: Splits, name: str) -> nnx.State:
-        """The variables of the pre-trained network that the configuration gives.
+        """Returns the variables of the pre-trained network at the configuration's `path`.
 
         Args:
-          task: what it was trained on.
-          name: of the task, in errors.
+          task: the data of the task that it was trained on.
+          name: the name of the task, for errors.
 
         Raises:
-          ConfigError, DataError: the task's pixels, number of classes or their names are not those
-            of the network.
+          ConfigError, DataError: the network expects another normalisation, another number of
+            classes or other class names than those of the task.
         """
         path = self._config.path
         model = timm_weights.load(path, self._config, mesh=self._mesh)
@@ -58,7 +58,7 @@ class ImageNetworks:
     def merge(
         self, model_state: nnx.State, num_classes: int, frozen_norm: bool = False
     ) -> resnet.ResNet:
-        """A network of these variables, in train mode; or in eval mode, with BatchNorm frozen."""
+        """Returns a network with these variables, in train mode; with `frozen_norm`, eval mode."""
         if (num_classes, frozen_norm) not in self._graphdefs:
             model = nnx.eval_shape(lambda: self._build(num_classes, jax.random.key(0)))
             view = eval_mode if frozen_norm else train_mode
@@ -66,7 +66,7 @@ class ImageNetworks:
         return nnx.merge(self._graphdefs[num_classes, frozen_norm], model_state)
 
     def fresh(self, num_classes: int, seed: int, part: Any = ...) -> nnx.State:
-        """A part of a random initialisation, made on the mesh, straight into its shards."""
+        """Returns the variables, or a part, of a random initialisation, created sharded."""
         if (num_classes, part) not in self._inits:
             self._inits[num_classes, part] = sharding.jit_init(
                 lambda key: nnx.state(self._build(num_classes, key), part), self._mesh
@@ -74,7 +74,7 @@ class ImageNetworks:
         return self._inits[num_classes, part](jax.random.key(seed))
 
     def with_new_head(self, model_state: nnx.State, num_classes: int, seed: int) -> nnx.State:
-        """The variables with a fresh head."""
+        """Returns the variables with a randomly initialised head."""
         head = self.fresh(num_classes, seed, resnet.is_head)
         return nnx.merge_state(nnx.filter_state(model_state, resnet.is_backbone), head)
 

@@ -1,7 +1,7 @@
-"""A language experiment: score with the pre-trained model, fine-tune by every method, evaluate.
+"""Language experiments: score with the pre-trained model, fine-tune by every method, evaluate.
 
-Every stage leaves an artefact in the workdir and is skipped where that is complete, as in
-`easy_jax.pipeline`, which starts this.
+Every stage writes an artefact to the workdir, and is skipped if its artefact is complete.
+Experiments are started by `easy_jax.pipeline`.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ BASE = "base"
 
 
 class LanguageExperiment:
-    """The artefacts of a workdir, and what is made into them."""
+    """Runs the stages of a language experiment; their artefacts are in a workdir."""
 
     def __init__(self, config: LanguageConfig, workdir: Path, terminal: Terminal):
         self.config = config
@@ -63,7 +63,7 @@ class LanguageExperiment:
         terminal.print(f"training data: {self.train.examples.describe()}")
 
     def run(self, until: Until) -> dict[str, Any]:
-        """Does what is left; returns the results, empty before `evaluate` and for `export`."""
+        """Runs the stages that are not done yet; returns the results, if `until` includes them."""
         if until == "score":
             self.loss_table()
             return {}
@@ -112,7 +112,7 @@ class LanguageExperiment:
     # Stages.
 
     def loss_table(self) -> LossTable:
-        """The loss table of the pre-trained model, scored if it is not there."""
+        """Returns the loss table of the pre-trained model; scores the data if it does not exist."""
         config = self.config.scoring
         table = scoring.score(
             self.model,
@@ -133,7 +133,7 @@ class LanguageExperiment:
         return table
 
     def fit(self, method: MethodConfig, log: metrics_log.MetricsLog) -> tuple[Transformer, float]:
-        """The fine-tuned model of a method, from its checkpoint or by training, and seconds."""
+        """Trains by a method, or loads its checkpoint; returns the model and the training time."""
         config = self.config
         model = nnx.merge(*nnx.split(self.model))
         trainable = trainable_filter(method, model.config)
@@ -170,7 +170,7 @@ class LanguageExperiment:
         return nnx.merge(nnx.graphdef(model), state), result.seconds
 
     def _export(self, method: MethodConfig, model: Transformer) -> None:
-        """A folder for `transformers`; one that is there is complete, and is this model's."""
+        """Writes a model's folder for `transformers`; an existing folder is of the same model."""
         folder = self.workdir / "exported" / method.name
         if not processes.broadcast(
             "looking for an export", lambda: (folder / "config.json").exists()
@@ -190,7 +190,7 @@ class LanguageExperiment:
         return self._scored
 
     def _expected_steps(self) -> int:
-        """Of a stage, if rows were full; `fit` says how many there are, when they are packed."""
+        """Estimates the steps of a stage, as if rows were full; `fit` finds the exact number."""
         source, stage = self.train, self.config.finetune
         packed = -(-int((source.examples.lengths - 1).sum()) // source.row_length)
         rows = len(source) if source.max_segments == 1 else packed
@@ -199,14 +199,14 @@ class LanguageExperiment:
     # Data and measurements.
 
     def records(self) -> dict[str, list[Any]]:
-        """Returns the texts of the training data by the names of their fields, by example id."""
+        """Returns the training data's texts as `{field name: list by example id}`."""
         config = self.config.train
         names = (config.instruction_field, config.input_field, config.response_field)
         columns = instructions.read(config, BadExamples("drop"))
         return {name: columns[name] for name in names if name}
 
     def _instructions(self, name: str, config: InstructionsConfig) -> PackedSource:
-        """Data of the experiment; what is left out of them is listed in `dropped_<name>.jsonl`."""
+        """Loads instruction data; writes dropped records to `dropped_<name>.jsonl`."""
         bad = BadExamples(self.config.scoring.on_bad_example)
         source = instructions.load(config, self.config.text, self.tokenizer, bad)
         text.check_vocabulary(source.examples, self.model.config.vocab)
@@ -216,7 +216,7 @@ class LanguageExperiment:
         return source
 
     def _sources(self) -> dict[str, PackedSource]:
-        """Held-out problems and general text, by the names that they have in the results."""
+        """Returns held-out data and general text by their names in the results."""
         config = self.config
         if self._measured_on is None:
             sources = {}
@@ -238,7 +238,7 @@ class LanguageExperiment:
         return self._measured_on
 
     def _inputs(self) -> dict[str, str]:
-        """Fingerprints of what the results depend on, beside the configuration."""
+        """Returns fingerprints of what the results depend on in addition to the configuration."""
         found = {
             "base model": fingerprints.of_json(dataclasses.asdict(self.model.config)),
             "base weights": fingerprints.of_state(nnx.state(self.model)),
@@ -253,7 +253,7 @@ class LanguageExperiment:
         return any("frozen" in weighting_of(method).needs for method in methods)
 
     def _measure(self, model: Transformer) -> dict[str, float]:
-        """Cross-entropy and perplexity on held-out problems and on general text."""
+        """Measures cross-entropy and perplexity on held-out data and on general text."""
         values: dict[str, float] = {}
         for name, source in self._sources().items():
             measured = evaluate.language(
@@ -264,19 +264,19 @@ class LanguageExperiment:
 
 
 def is_head(path: Any, variable: Any) -> bool:
-    """NNX filter: the language-model head of an untied model."""
+    """NNX filter of the language-model head of an untied model."""
     del variable
     return path[0] == "head"
 
 
 def is_embedding(path: Any, variable: Any) -> bool:
-    """NNX filter: the embedding, which is the head of a tied model."""
+    """NNX filter of the embedding, which is the head of a tied model."""
     del variable
     return path[0] == "embedding"
 
 
 def add_adapters(model: Transformer, config: LanguageConfig) -> None:
-    """Gives a model the low-rank adapters of a configuration."""
+    """Adds low-rank adapters to a model, as the configuration specifies."""
     lora.add_adapters(
         model,
         rank=config.model.lora_rank,
@@ -287,7 +287,7 @@ def add_adapters(model: Transformer, config: LanguageConfig) -> None:
 
 
 def trainable_filter(method: MethodConfig, config: TransformerConfig) -> Any:
-    """NNX filter of the parameters that a method trains."""
+    """Returns an NNX filter of the parameters that a method trains."""
     if method.trainable == "head":
         return is_embedding if config.tied else is_head
     return nnx.LoRAParam if method.trainable == "lora" else nnx.Param
@@ -306,5 +306,5 @@ def stage_of(stage: StageConfig, method: MethodConfig) -> StageConfig:
 
 
 def stage_name(method: MethodConfig) -> str:
-    """A stage's directory below `checkpoints/`; methods that share the stage share the name."""
+    """Returns a stage's directory below `checkpoints/`; methods with the same stage share it."""
     return path_of(method)

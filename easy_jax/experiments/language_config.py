@@ -1,4 +1,4 @@
-"""Configuration of language experiments: instructions to learn, and text not to forget."""
+"""Configuration of language experiments: fine-tuning on instructions, evaluation on other text."""
 
 import dataclasses
 from typing import Literal
@@ -14,16 +14,16 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageModelConfig:
-    """A pre-trained model, and how it computes.
+    """Configuration of a pre-trained model: weights, precision, rematerialisation, adapters.
 
     Attributes:
       path: a folder with `config.json`, safetensors and `tokenizer.json`, or `hf://OWNER/NAME` for
         a model of the Hugging Face Hub.
-      dtype: of the computation (softmax, norms and loss are float32); `param_dtype`: of the
-        parameters and the optimiser's state.
-      remat: what the backward pass computes again: `none`, `full`, or all but `dots` or
-        `outputs` (`easy_jax.models.transformer.Transformer`).
-      lora_rank, lora_alpha, lora_targets: of the method's `trainable="lora"`.
+      dtype: dtype of the computation (softmax, norms and loss are float32).
+      param_dtype: dtype of the parameters and the optimiser's state.
+      remat: what the backward pass recomputes: `none`, `full`, or all but `dots` or `outputs`
+        (`easy_jax.models.transformer.Transformer`).
+      lora_rank, lora_alpha, lora_targets: the adapters of methods with `trainable="lora"`.
     """
 
     path: str = ""
@@ -45,24 +45,28 @@ class LanguageModelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LanguageConfig:
-    """Everything that decides a language experiment's numbers, plus how often to save and print.
+    """Configuration of a language experiment.
 
     Attributes:
-      name: names the default workdir, `runs/<name>`.
-      seed: of the order of the examples and of the adapters.
-      train: the fine-tuning data. `heldout`: sets of problems of the same kind, kept back.
-      general: text that the model should not forget: files of plain text, or `verne` and
-        `docstrings`, which packages ship. Empty means that nothing is measured.
-      general_characters: how much of each, at most.
-      scoring: its `on_bad_example` goes for records, too: with `drop` those that cannot be used are
-        left out, of training and held-out data, counted, and listed in the workdir, in
-        `dropped_train.jsonl` and `dropped_heldout.jsonl`.
+      name: name of the experiment; the default workdir is `runs/<name>`.
+      seed: random seed of the order of the examples and of the adapters' initialisation.
+      mesh, model, text: device mesh, pre-trained model, and conversion of text to tokens.
+      train: the fine-tuning data.
+      heldout: data sets of the same kind that are only evaluated.
+      general: text on which forgetting is measured: plain text files, or `verne` and
+        `docstrings`, which come with installed packages. If empty, forgetting is not measured.
+      general_characters: maximum number of characters of each text in `general`.
+      scoring: the pass of the pre-trained model over `train`. With `on_bad_example="drop"`,
+        records of training and held-out data that cannot be used are left out, too; they are
+        counted, and listed in `dropped_train.jsonl` and `dropped_heldout.jsonl` in the workdir.
+      finetune: the training stage.
+      methods: the fine-tuning methods to compare.
       only: names of methods to run; empty means all.
-      eval_batch_size: rows.
-      save_every_steps: how often a running stage is saved.
-      keep_checkpoints, keep_best: of a stage, how many checkpoints to keep, the latest (if one is
-        damaged, the one before it is continued from; each holds the model and the optimiser's
-        state); and whether to keep the one with the lowest training loss, too.
+      eval_batch_size: rows per batch of an evaluation.
+      save_every_steps, log_every_steps: steps between two checkpoints and two log entries.
+      keep_checkpoints, keep_best: number of each stage's latest checkpoints to keep (if the last
+        is damaged, the one before it is used; each holds the model and the optimiser's state);
+        and whether to keep the one with the lowest training loss, too.
 
     Example:
       >>> methods = (MethodConfig(), MethodConfig("flow", weighting="flow"))
@@ -93,7 +97,7 @@ class LanguageConfig:
         """Checks every field; returns the configuration itself.
 
         Raises:
-          ConfigError: names the field, its value and what it should be.
+          ConfigError: a field is invalid; the message gives its name, value and valid values.
         """
         check_types(self, "config")
         check_name(self.name)
@@ -130,7 +134,7 @@ class LanguageConfig:
                 )
 
     def selected_methods(self) -> tuple[MethodConfig, ...]:
-        """The methods to run: `only`, or all of them."""
+        """Returns the methods to run: those of `only`, or all."""
         return tuple(m for m in self.methods if not self.only or m.name in self._only())
 
     def _only(self) -> list[str]:

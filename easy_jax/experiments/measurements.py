@@ -1,4 +1,4 @@
-"""What an experiment has measured, kept in `cells.jsonl` with all that it depends on."""
+"""Results of an experiment, stored in `cells.jsonl` with fingerprints of their inputs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +13,13 @@ _FIX = "delete it, and what it has is measured again, from the checkpoints"
 
 
 class Measurements:
-    """Rows of results, each measured once, sealed, and with fingerprints of its inputs.
+    """File of result rows, each with a checksum and fingerprints of its inputs.
 
     Args:
-      path: of the file with the rows.
-      inputs: called once, when there is something to compare or to write: fingerprints, by
-        name, of all that a row depends on and the configuration does not fix, such as given
-        weights and files of data. All processes call it.
+      path: the file with the rows.
+      inputs: returns fingerprints, by name, of everything that a row depends on besides the
+        configuration, such as pre-trained weights and data files. It is called at most once, in
+        all processes, when rows are compared or written.
     """
 
     def __init__(self, path: Path, inputs: Callable[[], dict[str, str]]):
@@ -28,12 +28,12 @@ class Measurements:
         self._found: dict[str, str] | None = None
 
     def read(self) -> list[Row]:
-        """The rows that are there.
+        """Returns the stored rows.
 
         Raises:
-          ArtefactError: a line that is damaged or was changed, or rows from other inputs than
-            there are now; those are named.
-          DisagreementError: several processes, and not the same inputs in all.
+          ArtefactError: a line is damaged or was changed, or a row was measured with other inputs
+            than the current ones; the message names those that differ.
+          DisagreementError: processes differ in their inputs.
         """
 
         def stored() -> list[Row]:
@@ -46,7 +46,7 @@ class Measurements:
         return rows
 
     def add(self, row: Row) -> Row:
-        """Writes a row of what has just been measured; returns it with its inputs."""
+        """Writes a newly measured row; returns it with the fingerprints of its inputs."""
         row = {**row, "inputs": self._inputs()}
         if processes.is_main_process():
             metrics_log.append_line(self.path, sealed.seal(row))

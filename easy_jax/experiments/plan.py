@@ -1,4 +1,4 @@
-"""The plan of an experiment: the stages and runs that a configuration asks for. Pure functions."""
+"""Plan of an experiment: pure functions from a configuration to its stages and runs."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from easy_jax.train.config import StageConfig
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageKey:
-    """The identity of a training stage.
+    """Identity of a training stage.
 
     Attributes:
-      name: what is trained, such as `probe`; stages that differ otherwise have another one.
-      seed, label_noise, learning_rate: None where the stage does not depend on it.
+      name: name of the stage, such as `probe`; contains all options that are not listed below.
+      seed, label_noise, learning_rate: the setting; None if the stage does not depend on it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class StageKey:
 
     @property
     def path(self) -> str:
-        """The directory of the stage's checkpoints, below `checkpoints/`; also its displayed name.
+        """Directory of the stage's checkpoints below `checkpoints/`, also its displayed name.
 
         Example:
           >>> StageKey("probe", seed=0, label_noise=0.3).path
@@ -46,11 +46,11 @@ class Stage:
     """One training stage of the plan.
 
     Attributes:
-      key: its identity.
-      seed: of its data, initialisation and order of examples.
-      start: the stage whose model it continues, None for a random initialisation.
-      new_head: whether the head is replaced by a fresh one for the target task.
-      config: how it is trained; None if the pre-trained weights are read from files instead.
+      key: the stage's identity.
+      seed: random seed of data, initialisation and order of examples.
+      start: the stage whose model it continues; None for a random initialisation.
+      new_head: whether the head is replaced by a randomly initialised one for the target task.
+      config: configuration of the training; None if pre-trained weights are read from files.
       weighting, weighting_options, trainable, frozen_norm, sfa_beta: as in `MethodConfig` and
         `ExperimentConfig`.
     """
@@ -68,7 +68,7 @@ class Stage:
 
     @property
     def label_noise(self) -> float | None:
-        """The share of wrong labels in its training data; None for the pre-training task."""
+        """Share of wrong labels in the training data; None for the pre-training task."""
         return self.key.label_noise
 
 
@@ -87,7 +87,7 @@ class Run:
 
 
 def plan(config: ExperimentConfig) -> dict[StageKey, Stage]:
-    """Returns all training stages, each after the one that it starts from; shared ones once."""
+    """Returns all training stages without repetition, each after the one that it starts from."""
     stages: dict[StageKey, Stage] = {}
     for run in runs(config):
         for stage in (*shared_stages(config, run.seed, run.label_noise), *run_stages(config, run)):
@@ -103,7 +103,7 @@ def runs(config: ExperimentConfig) -> Iterator[Run]:
     }
     for seed in config.seeds:
         for noise in config.data.label_noise:
-            # By rate, so that a stage that methods share is still in memory for the next of them.
+            # Rates in the outer loop: a stage that methods share is then still in memory.
             for rate in dict.fromkeys(rate for rates in rates_of.values() for rate in rates):
                 for method in config.selected_methods():
                     if rate in rates_of[method.name]:
@@ -111,7 +111,7 @@ def runs(config: ExperimentConfig) -> Iterator[Run]:
 
 
 def shared_stages(config: ExperimentConfig, seed: int, label_noise: float) -> tuple[Stage, Stage]:
-    """Returns pre-training and linear probe, which all runs of a seed and label noise share."""
+    """Returns pre-training and linear probe, which runs of equal seed and label noise share."""
     pretrain = Stage(
         key=pretrain_key(config, seed),
         seed=seed,
@@ -132,9 +132,9 @@ def shared_stages(config: ExperimentConfig, seed: int, label_noise: float) -> tu
 
 
 def run_stages(config: ExperimentConfig, run: Run) -> list[Stage]:
-    """Returns a run's own stages: fine-tuning and, if the method has one, the head alone.
+    """Returns a run's own stages: fine-tuning and, if the method has one, the head stage.
 
-    A linear probe with the learning rate of the experiment's probe is that stage.
+    If fine-tuning is identical to the experiment's linear probe, the probe's stage is returned.
     """
     method, seed, noise, rate = run.method, run.seed, run.label_noise, run.learning_rate
     pretrain, probe = shared_stages(config, seed, noise)
@@ -179,7 +179,7 @@ def weighting_of(method: MethodConfig | Stage) -> Weighting:
 
 
 def path_of(method: MethodConfig) -> str:
-    """Returns how a method trains, as a part of a directory's name."""
+    """Returns a method's options as a part of a directory's name."""
     anchored = method.anchor != "none"
     anchor = f"{stored_name(method.anchor)}{method.anchor_strength:g}" if anchored else ""
     during = sfa_beta(method) is not None or ema_decay(method) > 0
@@ -190,7 +190,7 @@ def path_of(method: MethodConfig) -> str:
 
 
 def sfa_beta(method: MethodConfig) -> float | None:
-    """Returns the share of the starting weights if a method averages during training."""
+    """Returns the share of the starting weights, or None if no averaging occurs in training."""
     return method.alpha if AVERAGINGS.find(method.averaging).when == "during" else None
 
 
@@ -200,12 +200,12 @@ def ema_decay(method: MethodConfig) -> float:
 
 
 def pretrain_key(config: ExperimentConfig, seed: int) -> StageKey:
-    """Returns the stage that all others of a seed start from; one for all seeds if it is read."""
+    """Returns the key of pre-training; one for all seeds if the weights are read from files."""
     return StageKey("pretrained") if config.model.path else StageKey("pretrain", seed)
 
 
 def probe_key(seed: int, label_noise: float) -> StageKey:
-    """Returns the linear probe whose losses give the weights."""
+    """Returns the key of the linear probe, whose losses give the weights."""
     return StageKey("probe", seed, label_noise)
 
 

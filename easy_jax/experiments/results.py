@@ -1,4 +1,4 @@
-"""Selects the results of an experiment with images and lays them out as tables of text."""
+"""Selection of the results of an experiment with images, and their layout as text tables."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,9 @@ class TableText:
     """A table as text.
 
     Attributes:
-      best: columns in which the largest leading number is the best.
-      least: columns in which the smallest leading number is the best.
+      title, header, lines: caption, column headings, and cells by line.
+      best: indices of columns in which the largest leading number is the best.
+      least: indices of columns in which the smallest leading number is the best.
     """
 
     title: str
@@ -48,15 +49,16 @@ def row_of(
     seconds: float,
     metrics: Sequence[str],
 ) -> Row:
-    """Returns the row of results of a run.
+    """Returns a run's row of results.
 
     Args:
       run: the run.
-      before: what `evaluate.classification` measured on the pre-training task before fine-tuning.
-      after: the same on the test data of `pretrain` and `target` after it; with groups on target.
-      validation: the same on validation data, without `pretrain` if that has none.
-      seconds: the time of training.
-      metrics: names of metrics to include beside accuracy.
+      before: result of `evaluate.classification` on the pre-training task before fine-tuning.
+      after: results on the test data of `pretrain` and `target` after fine-tuning; that of
+        `target` has groups.
+      validation: results on validation data, without `pretrain` if it has no validation data.
+      seconds: training time.
+      metrics: names of metrics to include in addition to accuracy.
     """
     old, target = after["pretrain"], after["target"]
     row = {
@@ -96,9 +98,9 @@ def select(config: ExperimentConfig, rows: Sequence[Row]) -> dict[str, Any]:
         target validation accuracy (of equal ones, the smallest rate).
       - `results_by_mean`: the same, chosen by the mean of both validation accuracies; only if the
         pre-training task has validation data.
-      - `grid`: the rows that `results` does not have.
+      - `grid`: the rows that are not in `results`.
       - `alpha_curves`: for each label noise and WiSE-FT method with more than one alpha, the means
-        over the seeds, at the learning rate that was chosen for the method configured first.
+        over the seeds, at the learning rate that was chosen for the first of these methods.
     """
     groups: dict[tuple[float, str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["learning_rate"]):
@@ -119,7 +121,7 @@ def all_rows(results: Mapping[str, Any]) -> list[Row]:
 
 
 def without_variants(results: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
-    """Leaves out the rows that repeat a method with another alpha."""
+    """Returns the rows without those of a method that only differs from an earlier one in alpha."""
     variants = {
         point["method"]
         for curve in results["alpha_curves"]
@@ -191,8 +193,8 @@ def chosen_tables(results: Mapping[str, Any]) -> list[TableText]:
 def all_tables(config: ExperimentConfig, results: Mapping[str, Any]) -> list[TableText]:
     """Returns `chosen_tables`, and tables of accuracy by decile and by learning rate.
 
-    Deciles are of the probed model's loss (arXiv:2502.02797, Table 5). A table by learning rate is
-    left out if there is only one rate.
+    Deciles are those of the probed model's loss (arXiv:2502.02797, Table 5). There is no table by
+    learning rate if there is only one rate.
     """
     rates = _rate_tables(config, results)
     return [*chosen_tables(results), *_decile_tables(results), *rates]
@@ -203,7 +205,7 @@ def _rate_tables(config: ExperimentConfig, results: Mapping[str, Any]) -> list[T
     rates = sorted({row["learning_rate"] for row in rows})
     if len(rates) == 1 or not results["grid"]:
         return []
-    # Selected rows come before the others: back to the order of the configuration.
+    # Selected rows come before the others: restore the order of the configuration.
     names = [method.name for method in config.selected_methods()]
     rows.sort(key=lambda row: names.index(row["method"]))
     header = ("method", *(f"{rate:g}" for rate in rates))
@@ -295,7 +297,7 @@ def _decile_tables(results: Mapping[str, Any]) -> list[TableText]:
 
 
 def legend(results: Mapping[str, Any]) -> str:
-    """Explains the columns; says the accuracy before fine-tuning."""
+    """Returns an explanation of the columns, with the accuracy before fine-tuning."""
     pretrain, target = results["tasks"]
     by_seed = {row["seed"]: row["pretrain_before"] for row in results["results"]}
     return (

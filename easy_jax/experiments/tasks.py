@@ -1,4 +1,4 @@
-"""The two tasks of an experiment with images."""
+"""Loading of the pre-training and the target task of an experiment with images."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from easy_jax.experiments.config import ExperimentConfig
 
 
 def load_tasks(config: ExperimentConfig, seed: int, label_noise: float) -> Tasks:
-    """Both tasks in a setting; only letters and digits depend on it.
+    """Loads both tasks; only letters and digits depend on `seed` and `label_noise`.
 
     Args:
-      config: validated. Where it gives pre-trained weights (`model.path`), the pre-training task
-        has test data only. `scoring.on_bad_example='drop'` leaves out of the target's training and
-        validation data the images that cannot be used.
-      seed: of rendering, split and wrong labels.
+      config: a validated configuration. With pre-trained weights (`model.path`), the pre-training
+        task has test data only. With `scoring.on_bad_example='drop'`, images that cannot be used
+        are left out of the target's training and validation data.
+      seed: random seed of rendering, split and wrong labels.
       label_noise: share of the target's training labels that are replaced by another class.
 
     Raises:
-      DataError: data that cannot be read, with path and fix.
+      DataError: the data cannot be read; the message gives the path and a solution.
 
     Example:
       >>> config = ExperimentConfig(data=GlyphDataConfig(pretrain_train=50))

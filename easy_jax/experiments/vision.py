@@ -50,7 +50,7 @@ TRAINABLE = {"all": nnx.Param, "head": resnet.head_params, "bn_head": resnet.tas
 
 
 class ImageExperiment:
-    """Carries out the plan of an experiment; its artefacts are in a workdir."""
+    """Runs the stages of an experiment with images; their artefacts are in a workdir."""
 
     def __init__(self, config: ExperimentConfig, workdir: Path, terminal: Terminal):
         self.config = config
@@ -115,7 +115,7 @@ class ImageExperiment:
         return results
 
     def _inputs(self) -> dict[str, str]:
-        """Returns fingerprints of what is read from files: weights and images."""
+        """Returns fingerprints of the weights and images that are read from files."""
         config = self.config
         found = {}
         if config.model.path:
@@ -149,9 +149,9 @@ class ImageExperiment:
         return result
 
     def _forget(self, stage: Stage) -> None:
-        """Drops the models that neither this stage nor a later one starts from."""
+        """Frees the models that neither this stage nor a later one starts from."""
         needed = {each.start for each in self.stages.values() if each.key not in self._trained}
-        # All runs with this seed and label noise are compared and averaged with these.
+        # These are used by all runs with this seed and label noise.
         needed |= {pretrain_key(self.config, stage.seed), stage.start}
         if stage.label_noise is not None:
             needed.add(probe_key(stage.seed, stage.label_noise))
@@ -264,7 +264,7 @@ class ImageExperiment:
         return self._data[1]
 
     def _list_left_out(self, tasks: Tasks) -> None:
-        """Writes which images `on_bad_example='drop'` left out of which split, and why."""
+        """Writes which images were left out by `on_bad_example='drop'`, by split, with reasons."""
         found = {
             f"{task}/{split}": reasons
             for task in ("pretrain", "target")
@@ -323,10 +323,10 @@ class ImageExperiment:
         split: Literal["validation", "test"],
         group_N: np.ndarray | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Returns the metrics of each task that has the split: of `pretrain`, of `target`, or both.
+        """Returns the metrics of `pretrain`, `target` or both: of each task that has the split.
 
-        On the pre-training task, the model has the task-specific parts of the pre-trained one. The
-        groups are of the target's examples.
+        On the pre-training task, the model has the task-specific parts of the pre-trained one.
+        `group_N` are groups of the target's examples.
         """
         tasks = self.data(stage)
 
@@ -367,7 +367,7 @@ class ImageExperiment:
         if stage.config is None:
             return 0
         data, pretraining = self.config.data, stage.label_noise is None
-        if isinstance(data, GlyphDataConfig):  # known before they are drawn
+        if isinstance(data, GlyphDataConfig):  # the size is known without loading the data
             size = data.pretrain_train if pretraining else data.target_train
         else:
             tasks = self.data(stage)

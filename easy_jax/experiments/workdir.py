@@ -1,4 +1,4 @@
-"""The folder of an experiment's outputs, which belongs to one configuration."""
+"""Workdirs: folders for all outputs of one experiment configuration."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ _FIX = "delete the workdir or choose another with --workdir"
 def open_workdir(
     config: ExperimentConfig | LanguageConfig, workdir: str | os.PathLike[str]
 ) -> Path:
-    """Makes a workdir for a configuration, or checks that an existing one belongs to it.
+    """Creates a workdir for a configuration, or checks that an existing one belongs to it.
 
     Raises:
-      ConfigError: its path cannot be used, it cannot be written, is not shared by all processes,
-        or belongs to another configuration (the fields that differ are named).
+      ConfigError: the path cannot be used or written, the folder is not shared by all processes,
+        or it belongs to another configuration (the message names the fields that differ).
     """
     workdir = files.path(workdir)
     files.check_folder(workdir)
@@ -38,7 +38,7 @@ def open_workdir(
         if not path.exists():
             sealed.write(path, ours)
         found = files.read_json(path, ConfigError, _FIX)
-        # Without a checksum it is of an older version, and compared all the same.
+        # Older versions wrote no checksum; their configurations are compared, too.
         return sealed.unseal(found, path, ConfigError, _FIX) if sealed.KEY in found else found
 
     try:
@@ -62,11 +62,11 @@ def open_workdir(
 
 
 def _today(config: Any, found: Any) -> Any:
-    """A stored configuration in the fields of today: those it does not have at their defaults.
+    """Converts a stored configuration to the current fields; missing ones get their defaults.
 
     Args:
-      config: the dataclass, or the tuple of them, that it is compared with.
-      found: as it was read.
+      config: the current configuration, a dataclass or a tuple of dataclasses.
+      found: the stored configuration, as it was read.
     """
     if isinstance(config, tuple) and isinstance(found, list) and len(config) == len(found):
         return [_today(*pair) for pair in zip(config, found, strict=True)]
@@ -84,10 +84,10 @@ def _today(config: Any, found: Any) -> Any:
 
 
 def _check_shared(workdir: Path) -> None:
-    """Raises ConfigError, in all processes, if one does not see what process 0 writes.
+    """Raises ConfigError, in all processes, if one does not see a file that process 0 writes.
 
-    It is written under a new name: a network file system may remember for a minute of a name
-    that was looked for before that it is not there.
+    The file's name is new each time: for a name that was looked up before, a network file system
+    may cache for a minute that it does not exist.
     """
     if jax.process_count() == 1:
         return

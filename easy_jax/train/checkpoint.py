@@ -1,4 +1,4 @@
-"""Checkpoints of a training stage: state, position in the data, and what it belongs to."""
+"""Checkpoints of a training stage: train state, position in the data and the run's identity."""
 
 import contextlib
 import json
@@ -27,18 +27,18 @@ _ANEW = "use another directory or, to start anew, delete this one (in Python: ov
 
 
 class CheckpointError(ValueError):
-    """A checkpoint belongs to another run, or cannot be written; the message says which."""
+    """Error raised if a checkpoint belongs to another run, or cannot be read or written."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is damaged, and the one before it is used."""
+    """Warning that a checkpoint is damaged and the previous one is used instead."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which does not ask whether the run is to be stopped.
+    """Orbax's checkpoint manager, with its check for preemption disabled.
 
-    It would ask with its own numbers of steps, and JAX's service remembers the latest number
-    it was asked with: `processes.should_stop` alone counts.
+    That check would query JAX's preemption service with Orbax's step numbers, and the service
+    remembers the latest number. Only `processes.should_stop` may query it.
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -47,22 +47,22 @@ class _Manager(ocp.CheckpointManager):
 
 
 class Checkpointer:
-    """Saves and restores one stage with Orbax, while training goes on.
+    """Writer and reader of one stage's checkpoints, which Orbax saves in the background.
 
-    An interrupted save is never taken for a checkpoint (Orbax renames a finished one into
-    place). Holds the train state (model, optimiser, step), the position of the Grain iterator,
-    which is the same number in every process, and `identity`: fingerprints of everything the
-    stage's result depends on; with checksums of all of these. Restores on any mesh and any number
-    of processes.
+    An interrupted save is never mistaken for a checkpoint, because Orbax renames a finished one
+    into place. A checkpoint holds the train state (model, optimiser, step), the position of the
+    Grain iterator, which is the same number in every process, and `identity`: fingerprints of
+    everything that the stage's result depends on. All of these have checksums. Checkpoints can
+    be restored on any mesh and any number of processes.
 
     Args:
-      directory: of this stage alone; shared by all processes.
-      identity: JSON-serialisable; a checkpoint with another identity is refused.
-      keep: how many checkpoints to keep, the latest; with one, there is none to go back to.
-      keep_best: keep the one with the lowest loss as well.
+      directory: where this stage's checkpoints are written; shared by all processes.
+      identity: JSON-serialisable description of the run; other runs' checkpoints are refused.
+      keep: number of latest checkpoints to keep; with 1, a damaged one has no replacement.
+      keep_best: whether to keep the checkpoint with the lowest loss as well.
 
     Raises:
-      CheckpointError: there are checkpoints, and none that can be read.
+      CheckpointError: the directory has checkpoints, but none of them can be read.
 
     Example:
       >>> import tempfile
@@ -97,11 +97,11 @@ class Checkpointer:
         )
 
     def latest_step(self) -> int | None:
-        """The step of the latest complete checkpoint, None if there is none."""
+        """Returns the step of the latest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """The step of the checkpoint with the lowest loss; with `keep_best`."""
+        """Returns the step of the checkpoint with the lowest loss; requires `keep_best`."""
         return self._manager.best_step()
 
     def save(
@@ -112,22 +112,22 @@ class Checkpointer:
         progress: dict[str, Any],
         loss: float,
     ) -> None:
-        """Begins to save state and position after `step` steps; both may change on return.
+        """Starts to save the state and the position; the caller may change both after the return.
 
         Args:
-          state: after `step` steps.
-          batches: a Grain iterator.
-          step: taken so far.
-          progress: JSON-serialisable; comes back from `restore`: time spent so far.
-          loss: by which `keep_best` chooses.
+          state: the train state after `step` steps.
+          batches: the Grain iterator that the training batches come from.
+          step: number of steps taken so far.
+          progress: JSON-serialisable values that `restore` returns, such as the seconds so far.
+          loss: the loss by which `keep_best` selects.
 
         Raises:
-          CheckpointError: this, or the save before, cannot be written.
-          LockError: another run has taken the directory over.
+          CheckpointError: this checkpoint, or the previous one, cannot be written.
+          LockError: another run has taken over the directory.
         """
         lock.check(self.directory)
         if jax.default_backend() == "cpu":
-            # There, a buffer on the device is what Orbax reads, and the next step donates it.
+            # On CPUs, Orbax reads the device's buffer itself, which the next step overwrites.
             state = _copied(state)
         record = {
             "identity": self._identity,
@@ -136,7 +136,7 @@ class Checkpointer:
             "step": step,
             "state": fingerprints.of_tree(state),
         }
-        record = json.loads(json.dumps(record))  # as it will be read
+        record = json.loads(json.dumps(record))  # with the types that reading returns
         with self._writing():
             self._manager.save(
                 step,
@@ -150,17 +150,17 @@ class Checkpointer:
     def restore(
         self, state: TrainState, batches: Iterator[Any]
     ) -> tuple[TrainState, dict[str, Any]]:
-        """The latest state that can be read, in the shardings of `state`, and its progress; moves
-        `batches` to its position.
+        """Returns the latest readable state, in the shardings of `state`, and its `progress`, and
+        sets `batches` to the saved position.
 
-        Checkpoints after it that cannot be read, by any of the processes, or that are not what was
-        saved, get another name, `damaged-STEP`: another one of that step can be saved.
+        Later checkpoints that some process cannot read, or whose checksums differ, are renamed to
+        `damaged-STEP`, so that a new checkpoint of that step can be saved.
 
         Raises:
-          CheckpointError: the identity differs, or none can be read.
+          CheckpointError: the identity differs, or no checkpoint can be read.
 
         Warns:
-          CheckpointWarning: of every checkpoint that is set aside.
+          CheckpointWarning: a checkpoint was damaged and has been renamed.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -187,7 +187,7 @@ class Checkpointer:
         raise self._none_left(damaged)
 
     def _set_aside(self, damaged: Mapping[Any, str], then: str) -> None:
-        """Renames damaged checkpoints, and tells how it goes on; all processes call it."""
+        """Renames damaged checkpoints, with warnings that end in `then`; a collective call."""
 
         def rename() -> str:
             for number, reason in damaged.items():
@@ -209,7 +209,7 @@ class Checkpointer:
             raise CheckpointError(f"{failed}. Delete it, and run the same command again")
 
     def _set_aside_unlisted(self, keep_best: bool) -> None:
-        """Sets aside what Orbax could not even list, if there are others."""
+        """Renames checkpoints that Orbax fails to list, unless no others are left."""
 
         def find() -> list[Any]:
             steps = checkpoint_reading.steps(self.directory)
@@ -233,7 +233,7 @@ class Checkpointer:
         )
 
     def _check_identity(self, found: dict[str, Any]) -> None:
-        """Raises CheckpointError unless a checkpoint's identity is ours."""
+        """Raises CheckpointError if a checkpoint's identity differs from this run's."""
         if found.get("format") != FORMAT_VERSION:
             raise CheckpointError(
                 f"the checkpoint in {self.directory} was written by another version of easy_jax "
@@ -252,10 +252,10 @@ class Checkpointer:
             )
 
     def close(self) -> None:
-        """Waits for a running save.
+        """Waits for a running save, and releases Orbax's manager.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: the checkpoint cannot be written.
         """
         processes.at("the end of a save")
         try:
@@ -268,13 +268,13 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
-        # What went wrong first is what is told.
+        # The first error is the one to report: do not replace it.
         with contextlib.suppress(CheckpointError) if error else contextlib.nullcontext():
             self.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Whatever goes wrong inside is the directory's fault, and told as such."""
+        """Reports errors inside the block as CheckpointError of the directory."""
         try:
             yield
         except jax.errors.JaxRuntimeError:
@@ -288,7 +288,7 @@ class Checkpointer:
 
 
 def clear(directory: str | os.PathLike[str]) -> None:
-    """Deletes the checkpoints in a directory, finished or not, and nothing else."""
+    """Deletes the checkpoints in a directory, complete or incomplete, and no other files."""
     directory = files.path(directory)
     if directory.exists():
         for each in directory.iterdir():

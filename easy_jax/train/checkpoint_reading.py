@@ -1,6 +1,7 @@
-"""Reading a checkpoint that may be damaged: what it holds, or in short what is wrong with it.
+"""Reading of checkpoints that may be damaged: returns the content, or a short reason for failure.
 
-Each process reads for itself: Orbax would have those that can read wait for one that cannot.
+Each process reads independently of the others: in Orbax's collective reads, processes that
+succeed would wait for one that fails.
 """
 
 import contextlib
@@ -18,20 +19,20 @@ import orbax.checkpoint as ocp
 
 from easy_jax.io import sealed
 
-_STRAGGLERS = 0.3  # seconds in which reads that are under way come to their end
+_STRAGGLERS = 0.3  # seconds to wait for reads that are still running after a failed one
 
 
-class Damage(Exception):  # noqa: N818, tells, and is not raised to the user
-    """What is wrong with a checkpoint, in short."""
+class Damage(Exception):  # noqa: N818, internal: users see its text only
+    """Short description of what is wrong with a checkpoint."""
 
 
 def is_step(name: str) -> bool:
-    """Whether a folder's name is that of a checkpoint, for Orbax."""
+    """Returns whether Orbax takes a folder of this name for a checkpoint."""
     return name.isascii() and name.isdigit()
 
 
 def steps(directory: Path) -> list[str]:
-    """The names of the checkpoints in a directory, the latest one first."""
+    """Returns the names of the checkpoints in a directory, the latest one first."""
     if not directory.exists():
         return []
     names = [each.name for each in directory.iterdir() if is_step(each.name) and each.is_dir()]
@@ -39,11 +40,11 @@ def steps(directory: Path) -> list[str]:
 
 
 def why_unlisted(folder: Path, with_loss: bool) -> str:
-    """Why Orbax would stumble over a checkpoint before it is asked for it; empty if it would not.
+    """Returns why Orbax would fail to list a checkpoint; empty if it can be listed.
 
     Args:
-      folder: of the checkpoint.
-      with_loss: whether it will look for the one with the lowest loss.
+      folder: the checkpoint's folder.
+      with_loss: whether Orbax also reads its loss, to find the checkpoint with the lowest one.
     """
     loss = folder / "metrics" / "metrics"
     try:
@@ -55,7 +56,7 @@ def why_unlisted(folder: Path, with_loss: bool) -> str:
 
     def read(reader: ocp.Checkpointer) -> None:
         reader.metadata(folder)
-        with contextlib.suppress(FileNotFoundError, ValueError):  # Orbax does without them
+        with contextlib.suppress(FileNotFoundError, ValueError):  # Orbax ignores these
             if not isinstance(json.loads(metadata.read_bytes()), dict | None):
                 raise Damage(f"{metadata.name} is not a JSON object")
 
@@ -63,7 +64,7 @@ def why_unlisted(folder: Path, with_loss: bool) -> str:
 
 
 def record_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """What a checkpoint says of itself, or None and the reason."""
+    """Returns a checkpoint's record (identity, position, step), or None and the reason."""
 
     def read(reader: ocp.Checkpointer) -> dict[str, Any]:
         wanted = ocp.args.Composite(record=ocp.args.JsonRestore())
@@ -77,7 +78,7 @@ def record_of(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def state_of(folder: Path, like: Any) -> tuple[Any, str]:
-    """The arrays of a checkpoint in the shardings of `like`, or None and the reason."""
+    """Returns a checkpoint's arrays in the shardings of `like`, or None and the reason."""
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
         like,
@@ -101,9 +102,9 @@ def _attempt(read: Callable[[ocp.Checkpointer], Any]) -> tuple[Any, str]:
             return read(reader), ""
         except MemoryError:
             raise
-        except Exception as error:  # whatever Orbax and TensorStore make of damage
+        except Exception as error:  # Orbax and TensorStore raise many types for damage
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise  # memory is short: nothing is wrong with the checkpoint
+                raise  # out of memory: nothing is wrong with the checkpoint
             reason = _reason(error)
         gc.collect()
         time.sleep(_STRAGGLERS)
@@ -111,7 +112,7 @@ def _attempt(read: Callable[[ocp.Checkpointer], Any]) -> tuple[Any, str]:
 
 
 def _reason(error: Exception) -> str:
-    """An error in short, on one line."""
+    """Returns an error's message, shortened to one line."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split()).removesuffix("; ").removesuffix(";")
     name = "" if isinstance(error, Damage) else f"{type(error).__name__}: "
@@ -120,10 +121,10 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Prints nothing of what Orbax says of damage, which is told in one line.
+    """Hides Orbax's own messages about damage, which the caller reports in one line.
 
-    It ends at the first array that cannot be read; the others that are under way then complain,
-    each with a traceback, of the loop that is gone.
+    Orbax stops at the first array that cannot be read. Each of the other pending reads then
+    fails with a traceback, because its event loop is closed.
     """
     hooks = sys.excepthook, sys.unraisablehook
 
@@ -139,7 +140,7 @@ def _quietly() -> Iterator[None]:
             hooks[1](raised)
 
     absl = logging.getLogger("absl")
-    logging.getLogger("asyncio").addFilter(_is_unrelated)  # for good: they are found late
+    logging.getLogger("asyncio").addFilter(_is_unrelated)  # stays: asyncio logs them late
     absl.addFilter(_is_unrelated)
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
     try:
@@ -150,7 +151,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_unrelated(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is of something else than a read that failed."""
+    """Returns whether a log record is about something other than a failed read."""
     if record.name == "absl":
         return "orbax" not in Path(record.pathname).parts
     error = str(record.exc_info[1]) if record.exc_info else ""

@@ -1,4 +1,4 @@
-"""Checks of what `score` and `fit` are called with, and of a state that is to be saved."""
+"""Checks of the arguments of `score` and `fit`, and of a train state before it is saved."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +21,13 @@ def check_call(who: str, model: Any, source: data.AnySource) -> None:
     """Checks that a model is an NNX module and that a source can be read.
 
     Args:
-      who: the function that was called, for the message.
+      who: the name of the function that was called, for the message.
+      model: the object that must be an NNX module.
+      source: the object that must be a data source.
 
     Raises:
       ContractError: the model is not a Flax NNX module.
-      DataError: what is given as source is none, or has fields in memory that are not numbers.
+      DataError: the source has no length or records, or an in-memory field that is not numeric.
 
     Example:
       >>> check_call("score", nnx.Linear(1, 1, rngs=nnx.Rngs(0)), iter([]))  # doctest: +ELLIPSIS
@@ -42,10 +44,12 @@ def check_match(
     loss_fn: Callable[..., Any],
     used_N: np.ndarray | None = None,
 ) -> None:
-    """Checks that a model is made for the data: vocabulary, number and names of classes, pixels.
+    """Checks that a model fits the data: vocabulary, number and names of classes, normalisation.
 
     Args:
-      loss_fn: `(model, batch) -> losses`.
+      model: the model to check.
+      source: the data that it is trained or scored on.
+      loss_fn: the loss function, `(model, batch) -> losses`.
       used_N: bool by example id: the examples whose labels and tokens are checked; default: all.
 
     Raises:
@@ -56,7 +60,7 @@ def check_match(
 
 
 def check_source(source: data.AnySource) -> None:
-    """Raises DataError for what is no source, and for fields in memory that are no numbers."""
+    """Raises DataError for an invalid data source, or for in-memory fields that are not numeric."""
     if isinstance(source, data.TokenSource):
         raise data.DataError(
             "a TokenSource has examples of different lengths; give "
@@ -79,7 +83,9 @@ def check_tokens(
     """Raises DataError, with the ids, for examples with tokens outside of the model's vocabulary.
 
     Args:
-      used_N: bool by example id: those that are looked at; default: all.
+      model: the model; it is not checked if it has no `config.vocab`.
+      source: the data; only packed text is checked.
+      used_N: bool by example id: the examples to check; default: all.
     """
     vocab = getattr(getattr(model, "config", None), "vocab", None)
     if isinstance(source, data.PackedSource) and isinstance(vocab, int):
@@ -87,10 +93,10 @@ def check_tokens(
 
 
 def check_finite(name: str, step: int, state: TrainState) -> None:
-    """Refuses to save a state with values that are not finite: it would be resumed from.
+    """Checks that a state is finite before it is saved, because training would resume from it.
 
     Raises:
-      TrainingError: names the arrays with such values.
+      TrainingError: some values are not finite; the message names their arrays.
     """
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_is_finite(state)))
     bad = [jax.tree_util.keystr(path) for path, finite in leaves if not finite]

@@ -1,7 +1,7 @@
-"""Whether a classifier and its data are made for each other: outputs, class names, pixels.
+"""Checks that a classifier fits its data: number of outputs, class names, image normalisation.
 
-Nothing here computes a loss: what a loss function makes of the model's outputs is read from an
-abstract trace, so that a head of another size is told before anything is compiled or scored.
+No loss is computed. The number of classes that a loss function uses is read from an abstract
+trace, so a head of the wrong size is reported before anything is compiled or scored.
 """
 
 import functools
@@ -29,24 +29,24 @@ def check_classifier(
     *,
     used_N: np.ndarray | None = None,
 ) -> None:
-    """Checks that a model's outputs, class names and pixels are those of the data.
+    """Checks that a model's outputs, class names and image normalisation match the data.
 
-    Does nothing for packed text, and for loss functions that are not built on
+    Does nothing for packed text, or for loss functions that do not call
     `losses.softmax_cross_entropy`.
 
     Args:
-      model: in any mode.
-      source: the data. Where it has no `num_classes`, its labels are looked at, if they are in
-        memory (`ArraySource`).
-      loss_fn: `(model, batch) -> ...`, such as `losses.classification_loss`.
-      used_N: bool by example id: those whose labels must be in range; default: all.
+      model: the classifier, in any mode.
+      source: the data. If it has no `num_classes`, its labels are checked instead, provided that
+        they are in memory (`ArraySource`).
+      loss_fn: the loss function, such as `losses.classification_loss`.
+      used_N: bool by example id: the examples whose labels must be in range; default: all.
 
     Raises:
-      DataError: another number of outputs than of classes, other class names or the same in
-        another order, labels out of range; with both numbers or names, and what to do.
+      DataError: the number of outputs, the class names or their order differ from the data's, or
+        labels are out of range; the message gives both numbers or names, and a solution.
 
     Warns:
-      DataWarning: the model wants images of another mean or standard deviation than the data's.
+      DataWarning: the model expects images with another mean or standard deviation.
 
     Example:
       >>> source = data.ArraySource({"x": np.zeros((2, 4), "f"), "label": np.arange(2)}, 2)
@@ -80,14 +80,14 @@ def check_classifier(
 
 
 def check_names(ours: Sequence[str], theirs: Sequence[str], model: str = "the model") -> None:
-    """Raises DataError where a model's classes and the data's have names, and other ones.
+    """Raises DataError if the class names of a model and of the data differ.
 
-    Names that count, `0`, `1`, `2` and so on, are what classes without names are called: they are
-    only compared with the same in another order.
+    Does nothing if either has no names. The names `0`, `1`, `2` and so on stand for classes
+    without names: only their order is checked, and only against the same names.
 
     Args:
-      ours, theirs: the model's and the data's, in order.
-      model: what the message calls it.
+      ours, theirs: class names of the model and of the data, in order.
+      model: a name of the model, for the message.
 
     Example:
       >>> check_names(["1", "2", "10"], ["1", "10", "2"])  # doctest: +ELLIPSIS
@@ -123,7 +123,7 @@ def check_names(ours: Sequence[str], theirs: Sequence[str], model: str = "the mo
 
 
 def natural_key(name: str) -> tuple[int, str]:
-    """Sorts names that are whole numbers by their value, and before all others."""
+    """Returns a sort key: integers by their value, before all other names."""
     return (int(name), name) if name.isdecimal() else (2**63, name)
 
 
@@ -149,8 +149,8 @@ def _check_labels(source: data.ArraySource, number: int, used_N: np.ndarray | No
 
 
 def difference_of_pixels(info: ClassifierInfo, source: Any) -> str:
-    """Where the images that a model wants are normalised otherwise than the data's: both; else
-    nothing."""
+    """Returns a message if the model expects another normalisation than the data's, else an
+    empty string."""
     for ours, name in ((info.mean, "mean"), (info.std, "std")):
         theirs = getattr(source, name, None)
         if not ours or theirs is None:
@@ -174,7 +174,7 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 def _outputs(
     model: nnx.Module, source: data.Source, loss_fn: Callable[..., Any]
 ) -> tuple[int, ...]:
-    """How many classes the loss function distinguishes, by call of `softmax_cross_entropy`."""
+    """Returns the number of classes in each call of `softmax_cross_entropy` by the loss."""
     graphdef, state = nnx.split(eval_mode(model))
     record = read_records(source, [0])
     batch = {**record, "mask": np.ones(1, bool), "weight": np.ones(1, np.float32)}
@@ -190,7 +190,7 @@ def _outputs(
 def _trace(
     graphdef: nnx.GraphDef[Any], loss_fn: Callable[..., Any]
 ) -> Callable[[nnx.State, Mapping[str, jax.Array]], list[jax.Array]]:
-    """The numbers come out as sizes of arrays: a trace that JAX has cached runs no Python."""
+    """Returns the numbers as sizes of arrays, because a cached trace runs no Python code."""
 
     def trace(state: nnx.State, batch: Mapping[str, jax.Array]) -> list[jax.Array]:
         with losses.recorded_outputs() as outputs:

@@ -9,12 +9,12 @@ from easy_jax.io.checks import choice, require
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StageConfig:
-    """One training stage: how long, in what batches, with which optimiser.
+    """Configuration of one training stage: its length, batches and optimiser.
 
     Attributes:
       epochs: passes over the data.
-      batch_size: examples per step over all devices and processes; rows, of packed text.
-      micro_batches: parts that a batch is computed in, one after the other, to save memory.
+      batch_size: examples per step over all devices and processes; for packed text, rows.
+      micro_batches: number of parts in which a batch is computed in sequence, to save memory.
       reduction: how per-example losses become one number (`easy_jax.core.step`).
       optimizer: the optimiser and its schedule.
 
@@ -44,7 +44,7 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScoringConfig:
-    """The frozen pass over the fine-tuning set."""
+    """Configuration of scoring, the pass of the frozen model over the fine-tuning set."""
 
     batch_size: int = 256
     rows_per_part: int = 100_000

@@ -1,4 +1,4 @@
-"""Measures what was learnt and what was forgotten: metrics of both tasks; swaps task parts."""
+"""Evaluation on the fine-tuning and the pre-training task, and replacement of a model's head."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ _Evaluator = Callable[[Any, Mapping[str, jax.Array]], dict[str, losses.PerExampl
 
 @dataclasses.dataclass(frozen=True)
 class _ImageMetrics:
-    """The evaluator `(model, batch) -> {name: (sum_B, count_B)}` of some of `METRICS`."""
+    """Evaluator `(model, batch) -> {name: (sum_B, count_B)}` of some of `METRICS`."""
 
     metrics: tuple[tuple[str, Metric], ...]
 
@@ -63,10 +63,10 @@ def classification(
 
     Args:
       model: an image classifier, `model(image, mask) -> logits`.
-      source: records with `image` and `label`.
-      batch_size: global.
-      mesh: default: all devices on the data axis.
-      group_N: int group of every example, counted from 0, none of them empty.
+      source: a source of records with the fields `image` and `label`.
+      batch_size: examples per batch, over all devices and processes.
+      mesh: the device mesh; default: all devices on the data axis.
+      group_N: int group of every example, counted from 0; no group may be empty.
       metrics: names of further metrics (`easy_jax.train.metrics.METRICS`).
 
     Returns:
@@ -74,8 +74,8 @@ def classification(
       number of examples; with groups, also `group_accuracy`, a list.
 
     Raises:
-      ConfigError: an unknown metric, or a batch size that does not divide over the mesh.
-      ContractError: a metric without one value for every example.
+      ConfigError: a metric is unknown, or the batch size does not divide over the mesh.
+      ContractError: a metric does not return one value for every example.
       DataError: the head has other classes than the data (`easy_jax.train.compatibility`).
 
     Example:
@@ -105,13 +105,14 @@ def loss_groups(loss_N: np.ndarray, groups: int = 10) -> np.ndarray:
     Ten groups are the deciles of arXiv:2502.02797, Table 5.
 
     Args:
-      loss_N: at least as many as groups; equal losses are taken in order.
+      loss_N: losses, at least as many as groups; equal losses are sorted by example id.
+      groups: number of groups.
 
     Returns:
       int [N], 0 for the smallest losses, `groups - 1` for the largest.
 
     Raises:
-      ValueError: fewer losses than groups, or one that is not finite.
+      ValueError: there are fewer losses than groups, or a loss is not finite.
 
     Example:
       >>> loss_groups(np.array([3.0, 1.0, 2.0, 4.0]), groups=2).tolist()
@@ -135,16 +136,16 @@ def language(
     """Measures the cross-entropy of a causal language model over every target token once.
 
     Args:
-      model: like `easy_jax.models.transformer.Transformer`.
+      model: a language model with the call of `easy_jax.models.transformer.Transformer`.
       source: packed examples.
-      batch_size: global, in rows.
-      mesh: default: all devices on the data axis.
+      batch_size: rows per batch, over all devices and processes.
+      mesh: the device mesh; default: all devices on the data axis.
 
     Returns:
       `nll`, nats per target token; `perplexity`, its exponential; `tokens`, their number.
 
     Raises:
-      ConfigError: a batch size that does not divide over the mesh.
+      ConfigError: the batch size does not divide over the mesh.
     """
     sums = _sums(model, source, _language_metrics, ("nll",), batch_size, mesh)
     nll, tokens = (float(each.item()) for each in sums["nll"])
@@ -163,16 +164,16 @@ def _sums(
     """Returns the sums of an evaluator's values and counts over each group of examples.
 
     Args:
-      names: of the values to take.
+      names: names of the evaluator's values to return.
       group_N: int group of every example; default: one group.
 
     Returns:
       `{name: (sum_G, count_G)}`, float64.
 
     Raises:
-      ConfigError: a batch size that does not divide over the mesh.
+      ConfigError: the batch size does not divide over the mesh.
       DisagreementError: processes have different numbers of examples.
-      Stopped: after a SIGTERM.
+      Stopped: the process has received a SIGTERM.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     sharding.check_batch_size(batch_size, mesh, "eval_batch_size")
@@ -216,7 +217,7 @@ def with_task_parts(
     """Replaces the task-specific parts of one model by those of another.
 
     For evaluation on the pre-training task, `body` is the fine-tuned and `task` the pre-trained
-    model, whose head and BatchNorm are put back (arXiv:2502.02797).
+    model, whose head and BatchNorm replace the fine-tuned ones (arXiv:2502.02797).
 
     Args:
       body: the model whose task-specific parts are replaced.

@@ -1,4 +1,4 @@
-"""One training stage: loader -> weighted step -> log and checkpoints. Resumable."""
+"""A resumable training stage: loader -> weighted step -> log and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -48,13 +48,13 @@ from easy_jax.train.weights import StageWeights, resolve
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A finished stage.
+    """Result of a finished training stage.
 
     Attributes:
       model_state: the trained model's variables, on the mesh.
-      steps: how many were taken in all.
-      seconds: spent in the stage's loop, over all its runs.
-      resumed_from: the step this call started from; `steps` if nothing was left to do.
+      steps: number of steps of the stage.
+      seconds: time spent in the training loop, over all runs of the stage.
+      resumed_from: the step that this call started from; `steps` if nothing was left to do.
 
     Example:
       >>> result = fit(model, source, "checkpoints", stage=stage, loss_fn=loss_fn)  # doctest: +SKIP
@@ -97,65 +97,66 @@ def fit(
     on_speed: Callable[[dict[str, float]], None] | None = None,
     hooks: Sequence[Hook] = (),
 ) -> Fit:
-    """Trains a model on weighted examples; called again, it continues or returns the result.
+    """Trains a model on weighted examples; resumes from the latest checkpoint in the directory.
 
-    All that the result depends on is recorded with it (`easy_jax.train.identity`): the model's
-    variables and structure, the data, the loss function's code and closed-over values, what is
-    trained, the weights, the stage and the seed. A directory with a checkpoint of
-    anything else is refused. A source without a method `fingerprint` is read once for this.
+    A finished stage is not trained again: its result is returned. Checkpoints record everything
+    that the result depends on (`easy_jax.train.identity`): the model's variables and structure,
+    the data, the loss function's code and closed-over values, the trainable parameters, the
+    weights, the stage and the seed. Checkpoints of any other run are refused. To compute the
+    fingerprint of the data, a source without a method `fingerprint` is read once.
 
     Args:
-      model: in the mode to train it in (`easy_jax.models.train_mode` or `eval_mode`); its
-        variables are copied, not changed.
+      model: the model, in the mode to train it in (`easy_jax.models.train_mode` or `eval_mode`);
+        its variables are copied, not changed.
       source: the training data.
-      directory: of this stage's checkpoints.
+      directory: where this stage's checkpoints are written.
       stage: epochs, batches, reduction and optimiser.
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`.
-      weight_N: by example id; default: 1. NaN leaves an example out.
-      token_weight: by example id, of the target tokens of a packed source; default: 1.
-      weighting: gives further weights (`easy_jax.weightings`), once from `table`, or in every step
-        from the current model.
-      table: of this source, where the weighting reads the frozen model's losses; examples that
-        scoring dropped are left out.
-      online: weighs every batch anew, on top of these.
+      loss_fn: the loss function, `(model, batch) -> (loss_sum_B, count_B)`.
+      weight_N: weights by example id; default: 1. NaN leaves an example out.
+      token_weight: weights of a packed source's target tokens by example id; default: 1.
+      weighting: rule for further weights (`easy_jax.weightings`), which are computed once from
+        `table`, or in every step from the current model.
+      table: the source's loss table, for weightings that read the frozen model's losses; examples
+        that scoring dropped are left out.
+      online: computes further weights for every batch, which are multiplied in.
       trainable: NNX filter of the parameters to train.
-      anchored: NNX filter of those that the anchor pulls back.
+      anchored: NNX filter of the parameters that the anchor pulls back.
       sfa_beta: if given, after every quarter of the steps the trainable parameters become
         `(1 - beta) * current + beta * starting` (SFA, arXiv:2502.02797).
-      seed: of the order of the examples.
-      mesh: default: all devices on the data axis.
-      name: in logs and errors.
-      overwrite: delete the checkpoints in the directory and start anew.
-      log: where metrics and speed go.
-      log_every_steps, save_every_steps: intervals.
-      keep, keep_best: how many checkpoints to keep, the latest (with one, there is none to go
-        back to if it is damaged); and whether to keep the one with the lowest mean loss since
-        the checkpoint before it, too.
+      seed: random seed of the order of the examples.
+      mesh: the device mesh; default: all devices on the data axis.
+      name: the stage's name in logs and errors.
+      overwrite: whether to delete the checkpoints in the directory and start from step 0.
+      log: where metrics and speed are written.
+      log_every_steps, save_every_steps: steps between two log entries and two checkpoints.
+      keep, keep_best: number of latest checkpoints to keep (with 1, a damaged one has no
+        replacement); and whether to keep the one with the lowest mean loss since the checkpoint
+        before it, too.
       on_epoch: called with the number of epochs done and the model's variables; may raise
         `Stopped`, and is not called again for that epoch.
-      progress: whether to show a bar, on standard error (elsewhere than in a terminal or a
-        notebook: a line a minute); or a function that is called with the number of steps done
-        since the last call.
+      progress: whether to show a progress bar on standard error (outside terminals and notebooks,
+        one line per minute); or a function that is called with the number of steps done since
+        the last call.
       on_speed: called every `log_every_steps` with `examples_per_second`, `steps_per_second` and
         `input_wait`, the share of time in which the devices waited for data
         (`easy_jax.io.throughput`).
-      hooks: called after those of `fit` itself (`easy_jax.train.hooks.Hook`).
+      hooks: further hooks (`easy_jax.train.hooks.Hook`), called after those of `fit` itself.
 
     Raises:
-      TrainingError: the loss, its gradient, or something that is about to be saved, is not finite.
-      ContractError: a model that is not NNX's; a loss function that returns anything but losses
-        and counts, or whose losses depend on the other examples of the batch.
-      CheckpointError: the directory has a checkpoint of another run (what differs is named), or
-        cannot be written.
-      LockError: another run is at work in the directory, or has taken it over.
-      DisagreementError: several processes, and not the same data, weights or checkpoints in all.
-      Stopped: after a SIGTERM, once the state is saved (`processes.stop_on_sigterm`).
-      ConfigError, DataError: as the loaders and the mesh; a head that is not of the data's classes
-        (`easy_jax.train.compatibility`).
+      TrainingError: the loss, its gradient, or a value that is about to be saved, is not finite.
+      ContractError: the model is not a Flax NNX module; or the loss function does not return
+        losses and counts, or its losses depend on the other examples of the batch.
+      CheckpointError: the directory has a checkpoint of another run (the message names what
+        differs), or cannot be written.
+      LockError: another run is using the directory, or has taken it over.
+      DisagreementError: processes differ in their data, weights or checkpoints.
+      Stopped: the process received a SIGTERM; the state is saved (`processes.stop_on_sigterm`).
+      ConfigError, DataError: the loader or the mesh refuses an argument, or the head has other
+        classes than the data (`easy_jax.train.compatibility`).
 
     Warns:
-      InputBoundWarning: the devices wait for data a fifth of the time.
-      LostUpdatesWarning: most parameters are too coarse for the learning rate.
+      InputBoundWarning: the devices spend more than a fifth of the time waiting for data.
+      LostUpdatesWarning: the learning rate is too small for the precision of most parameters.
 
     Example:
       >>> import tempfile
@@ -210,7 +211,7 @@ def _train(
     saving: "_Saving",
     hooks: Hook,
 ) -> Fit:
-    """The loop itself, from `loop.first` to `loop.total` or to where it is stopped."""
+    """Runs the training loop from step `loop.first` to `loop.total`, or until it is stopped."""
     hooks.on_start(loop)
     loop.throughput = Throughput(loop.name)
     loop.restart_clock()
@@ -270,7 +271,7 @@ def _start(
     total_steps: int,
     mesh: Mesh,
 ) -> tuple[TrainState, StepFn]:
-    """The state before the first step, on the mesh, and the compiled step."""
+    """Returns the state before the first step, on the mesh, and the compiled step."""
     rate = stage.optimizer.learning_rate
     optimizer, train_step = _compiled(
         nnx.graphdef(model),
@@ -292,7 +293,7 @@ def _start(
 def _restore(
     loop: Loop, checkpointer: Checkpointer, batches: Iterator[Any], run: dict[str, Any]
 ) -> None:
-    """Continues from the latest checkpoint, if there is one, which must be the same everywhere."""
+    """Restores the latest checkpoint, if there is one; its step must be equal in all processes."""
     latest = checkpointer.latest_step()
     processes.assert_equal_across_processes(
         f"the start of {loop.name}", **{**run, "steps": loop.total, "checkpoint": latest}
@@ -306,7 +307,7 @@ def _restore(
 def _placed(
     batch: dict[str, np.ndarray], loop: Loop, *, online: OnlineWeights | None, mesh: Mesh
 ) -> Mapping[str, jax.Array]:
-    """A batch on the devices, with the weights made by `online`; notes its ids in the loop."""
+    """Returns a batch on the devices, with the weights of `online`; stores its ids in `loop`."""
     loop.example_id = batch.pop("example_id")
     weights = [batch[name] for name in ("weight", "token_weight") if name in batch]
     loop.weightless = online is not None or not all(weight.any() for weight in weights)
@@ -316,7 +317,7 @@ def _placed(
 
 @dataclasses.dataclass(frozen=True)
 class _Saving:
-    """When checkpoints are written, and what with."""
+    """Schedule and writer of the checkpoints."""
 
     checkpointer: Checkpointer
     batches: Iterator[Any]
@@ -341,14 +342,14 @@ def _compiled(
     loss_fn: LossFn,
     anchored: Callable[[Any, Any], bool] | None,
     weighting: Weighting | None,
-    fingerprints: tuple[str | None, ...],  # of these: what one object does may have changed
+    fingerprints: tuple[str | None, ...],  # of the objects above, whose behaviour may change
     optimizer_config: OptimizerConfig,
     total_steps: int,
     reduction: Reduction,
     micro_batches: int,
     mesh: Mesh,
 ) -> tuple[optax.GradientTransformation, StepFn]:
-    """Optimiser and jitted step; stages that differ in learning rate or weights share them."""
+    """Returns optimiser and jitted step; stages with other learning rates or weights share them."""
     del fingerprints
     refresh_steps = 0 if weighting is None else weighting.old_steps()
     optimizer = optim.make_optimizer(optimizer_config, total_steps, anchored, refresh_steps)
@@ -373,11 +374,11 @@ def _check_first_batch(
     state: TrainState,
     batch: dict[str, np.ndarray],
 ) -> None:
-    """Checks that a loss function is per example; in eval mode, where BatchNorm couples nothing."""
+    """Checks, in eval mode (no BatchNorm statistics), that the loss function is per example."""
     if contract.knows(model, loss_fn):
         return
     graphdef = nnx.graphdef(eval_mode(model))
     score_step = forward.make_score_step(graphdef, loss_fn, mesh, run["the loss function"])
-    rows = len(batch["mask"]) // stage.micro_batches  # no more than training has room for
+    rows = len(batch["mask"]) // stage.micro_batches  # as many as training has memory for
     part = {name: array[:rows] for name, array in batch.items()}
     forward.check_first_batch(score_step, state.model_state(), part, mesh, name_of(loss_fn))

@@ -1,4 +1,4 @@
-"""One jitted, mesh-sharded forward pass over the data: scoring and evaluation run on it."""
+"""Jitted, mesh-sharded forward pass over the data, shared by scoring and evaluation."""
 
 import contextlib
 import functools
@@ -29,8 +29,8 @@ def make_score_step(
     """Returns the jitted forward pass `(state, batch) -> (loss_sum_B, count_B)`.
 
     It is cached: passes with the same model structure, loss and shapes share one compilation.
-    `loss`, the fingerprint of the loss function, distinguishes what one object computes before
-    and after a change of its attributes. On a mesh of CPUs the step cannot be called inside
+    `loss`, the fingerprint of the loss function, is part of the key, so that a callable whose
+    attributes have changed is compiled again. On a mesh of CPUs the step cannot be called inside
     another `jax.jit`.
     """
     del loss
@@ -47,12 +47,12 @@ def forward_step(
     """Jits `(state, batch) -> function(model, batch)`, without a cache.
 
     Args:
-      graphdef: of the model in eval mode.
+      graphdef: the graph definition of the model in eval mode.
       function: returns arrays with the leading axes of the batch's mask.
-      mesh: where state and batches are.
+      mesh: the device mesh that holds state and batches.
     """
 
-    def score_step(  # by this name `io.terminal` knows the compilation
+    def score_step(  # `io.terminal` recognises the compilation by this name
         state: nnx.State, batch: Mapping[str, jax.Array]
     ) -> tuple[jax.Array, ...]:
         with sharding.tracing_on(mesh):
@@ -75,19 +75,19 @@ def per_example(
 ) -> Iterator[tuple[Any, ...]]:
     """Runs a compiled step over a loader and yields `(ids, first, second)` of every batch.
 
-    Padding is removed, and every example comes once, in one of the processes. Results are read
-    one batch late, so that the devices stay busy. Scoring and evaluation both run on this.
+    Padding is removed, and every example is yielded once, by one of the processes. Results are
+    read one batch late, so that the devices stay busy.
 
     Args:
       step: `(state, batch) -> (first, second)`: arrays whose leading axes are those of the
-        batch's mask. A third array has a value for every token of packed rows; then a list of
-        arrays follows, with each example's values at its target tokens.
+        batch's mask. It may return a third array, with a value for every token of packed rows;
+        then a list with each example's values at its target tokens is yielded as well.
       state: the model's variables in eval mode, on the mesh.
-      loader: a scoring loader of `sharding.process_rows`.
-      mesh: where the batches go.
-      name: of the pass, for the warning that devices wait for data.
-      check: the name of a loss function, to check on the first batch that it is per example
-        (`contract.check_apart`).
+      loader: a scoring loader of the rows `sharding.process_rows`.
+      mesh: the device mesh on which the batches are placed.
+      name: the name of the pass, for the warning that devices wait for data.
+      check: the name of the loss function, to check on the first batch that it is per example
+        (`contract.check_apart`); empty for no check.
     """
     pending: tuple[data.loader.Batch, tuple[jax.Array, ...]] | None = None
     throughput = Throughput(name)
@@ -114,7 +114,7 @@ def check_first_batch(
     mesh: Mesh,
     name: str,
 ) -> None:
-    """`contract.check_apart` of a compiled score step; `name` is the loss function's."""
+    """Runs `contract.check_apart` on a compiled score step of the loss function `name`."""
 
     def run(arrays: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         results = score_step(state, sharding.shard_batch(arrays, mesh))
@@ -128,7 +128,7 @@ def _collect(
 ) -> tuple[Any, ...]:
     first, second, *tokens = (sharding.local_rows(array) for array in result)
     mask = batch["mask"]
-    if jax.process_count() > 1:  # other processes may hold some of the rows, too
+    if jax.process_count() > 1:  # some rows may be replicated in other processes
         owned_b = sharding.owned_rows(result[0].shape[0], mesh)
         mask = mask & owned_b.reshape(-1, *[1] * (mask.ndim - 1))
     rows = (batch["example_id"][mask], first[mask], second[mask])

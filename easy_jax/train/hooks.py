@@ -1,7 +1,8 @@
-"""Hooks of the training loop: what happens beside the steps.
+"""Hooks of the training loop, such as logging, progress and evaluation.
 
-`fit` and one's own loop call the same five methods. Hooks of a loop share a `Loop`, which says
-where it is; they read metrics one step late, so that the devices stay busy.
+`fit` and custom training loops call the same five methods. The hooks of a loop share a `Loop`,
+which holds its current step and state; they read metrics one step late, so that the devices
+stay busy.
 """
 
 import contextlib
@@ -27,25 +28,26 @@ from easy_jax.parallel import processes
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names stage, step and examples."""
+    """Error raised if training cannot continue; the message names stage, step and examples."""
 
 
 @dataclasses.dataclass
 class Loop:
-    """A training loop as its hooks see it.
+    """State of a training loop, which its hooks read and may change.
 
     Attributes:
-      name: of the stage, in logs and errors.
-      total: steps of the whole stage, `epochs` in all.
-      state: after the last step; a hook may replace it.
-      first: how many steps were done before this run.
-      step: the number of the last step, from 1.
-      epoch: how many epochs are done.
-      metrics: of the last step, arrays on the devices.
-      example_id: the last batch's, on the host; negative for padding.
+      name: the stage's name in logs and errors.
+      total, epochs: steps and epochs of the stage.
+      state: the train state after the last step; a hook may replace it.
+      first: number of steps done before this run.
+      step: number of the last step, from 1.
+      epoch: number of epochs done.
+      metrics: metrics of the last step, arrays on the devices.
+      example_id: example ids of the last batch, on the host; negative for padding.
       weightless: whether all weights that the host gave the last batch are 0.
-      stopped: set by a hook to save and stop after this step.
-      seconds: spent in the loop up to the last pause; `saved_seconds`: up to the last checkpoint.
+      stopped: set to True by a hook to save and stop after this step.
+      seconds: time spent in the loop up to the last pause.
+      saved_seconds: time spent in the loop up to the last checkpoint.
       throughput: measures the loop's speed.
     """
 
@@ -66,7 +68,7 @@ class Loop:
     _clock: float = dataclasses.field(default_factory=time.perf_counter)
 
     def ends_epoch(self) -> bool:
-        """Whether the last step was the last of an epoch; counts it."""
+        """Returns whether the last step ended an epoch; updates `epoch` if so."""
         ends = _epoch_ends(self.total, self.epochs)
         self.epoch = ends.get(self.step, self.epoch)
         return self.step in ends
@@ -76,12 +78,12 @@ class Loop:
         self._clock = time.perf_counter()
 
     def elapsed(self) -> float:
-        """Seconds in the loop, over all its runs, without what was spent in `paused`."""
+        """Returns the seconds spent in the loop, over all runs, excluding time in `paused`."""
         return self.seconds + time.perf_counter() - self._clock
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Stops the clock, and allows transfers between host and devices."""
+        """Context that stops the clock and allows transfers between host and devices."""
         self.seconds = self.elapsed()
         with jax.transfer_guard("allow"):
             yield
@@ -91,15 +93,15 @@ class Loop:
 
 @functools.lru_cache(maxsize=8)
 def _epoch_ends(total: int, epochs: int) -> dict[int, int]:
-    """The last step of each epoch, with the number of epochs done after it."""
+    """Returns `{last step of an epoch: number of epochs done after it}`."""
     return {round(total / epochs * epoch): epoch for epoch in range(1, epochs + 1)}
 
 
 class Hook:
-    """Something that happens beside the steps; every method does nothing unless overridden.
+    """Base class of hooks; every method does nothing unless overridden.
 
-    Called in every process. Of `loop.metrics`, read those of the step before: reading the last
-    ones waits for the devices.
+    Hooks are called in every process. Read `loop.metrics` one step late: reading those of the
+    last step waits for the devices.
 
     Example:
       >>> class Count(Hook):
@@ -118,23 +120,23 @@ class Hook:
     """
 
     def on_start(self, loop: Loop) -> None:
-        """Called before the first step of this run; `loop.first` steps are done."""
+        """Called before the first step of this run, after `loop.first` earlier steps."""
 
     def on_step(self, loop: Loop) -> None:
         """Called after every step has been dispatched."""
 
     def on_epoch(self, loop: Loop) -> None:
-        """Called after the last step of an epoch; `loop.epoch` are done."""
+        """Called after the last step of an epoch; `loop.epoch` epochs are done."""
 
     def on_save(self, loop: Loop) -> None:
-        """Called before a checkpoint is written, also before the loop stops."""
+        """Called before a checkpoint is written, including the last one before the loop stops."""
 
     def on_stop(self, loop: Loop) -> None:
-        """Called after the last step, or when the loop was stopped and has saved."""
+        """Called after the last step, or after a stopped loop has saved its checkpoint."""
 
 
 class Hooks(Hook):
-    """Several hooks as one, called in order."""
+    """Hook that calls several hooks in order."""
 
     def __init__(self, hooks: Iterable[Hook]):
         self._hooks = tuple(hooks)
@@ -161,7 +163,7 @@ class Hooks(Hook):
 
 
 class Averaging(Hook):
-    """SFA (arXiv:2502.02797): after every quarter of the steps the parameters become
+    """Hook for SFA (arXiv:2502.02797): after every quarter of the steps the parameters become
     `(1 - beta) * current + beta * starting`."""
 
     def __init__(self, start: nnx.State, beta: float):
@@ -180,17 +182,17 @@ def _average(params: Any, start: Any, beta: float) -> Any:
 
 
 class Metrics(Hook):
-    """Checks and logs each step's metrics, one step late; all of them before a checkpoint.
+    """Hook that checks and logs each step's metrics, one step late or before a checkpoint.
 
     Raises:
-      TrainingError: a loss or a gradient norm that is not finite, with the ids of the examples.
+      TrainingError: a loss or gradient norm is not finite; the message gives the example ids.
     """
 
     def __init__(self, log: MetricsLog | None, every: int):
         self._log, self._every = log, every
         self._pending: tuple[Loop, dict[str, jax.Array]] | None = None
         self._losses: list[float] = []  # since the last checkpoint
-        self._told = False  # of a step without any weight
+        self._told = False  # whether a batch whose weights are all 0 has been reported
 
     def on_step(self, loop: Loop) -> None:
         self._record()
@@ -254,7 +256,7 @@ def _check_metrics(loop: Loop, loss: float, norm: float) -> None:
 
 
 class Speed(Hook):
-    """Logs examples and steps a second, and the share of time in which devices waited for data."""
+    """Hook that logs examples and steps per second, and the share of time waiting for data."""
 
     def __init__(
         self,
@@ -278,7 +280,7 @@ class Speed(Hook):
 
 
 class Bar(Hook):
-    """Advances a progress bar."""
+    """Hook that advances a progress bar."""
 
     def __init__(self, part: Part):
         self._part = part
@@ -291,9 +293,9 @@ class Bar(Hook):
 
 
 class Evaluation(Hook):
-    """Calls a function with the number of epochs done and the model's variables.
+    """Hook that calls a function after each epoch, with the number of epochs and the variables.
 
-    The clock stands still meanwhile; if the function raises `Stopped`, the loop saves and stops.
+    Its time is not counted; if the function raises `Stopped`, the loop saves and stops.
     """
 
     def __init__(self, function: Callable[[int, nnx.State], None]):

@@ -1,4 +1,4 @@
-"""What the result of a training stage depends on: a checkpoint records it and is compared by it."""
+"""Identity of a training stage: everything its result depends on, recorded in checkpoints."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,14 +33,16 @@ def of_stage(
     sfa_beta: float | None,
     seed: int,
 ) -> dict[str, Any]:
-    """The arguments of `easy_jax.fit` that decide its result, each by a fingerprint or as it is.
+    """Returns the arguments of `easy_jax.fit` that decide its result, as fingerprints or values.
 
-    The keys are the words in which a refusal names what differs. A source without a fingerprint of
-    its own is read once, from the first record to the last.
+    The keys are the words that error messages use for the arguments that differ. A source
+    without a method `fingerprint` is read once.
 
     Args:
-      weights: given, or of a weighting.
-      online: makes weights of every batch; the others as in `fit`.
+      model, source, stage, loss_fn: as in `easy_jax.fit`.
+      weights: the weights of the stage, given by the caller or computed by a weighting.
+      online: computes further weights for every batch.
+      trainable, anchored, sfa_beta, seed: as in `easy_jax.fit`.
 
     Example:
       >>> source = data.ArraySource({"x": np.zeros((2, 1), "f")})
@@ -81,10 +83,10 @@ def of_stage(
 def weights_fingerprint(
     weight_N: np.ndarray | None, token_weight: data.Ragged | None = None
 ) -> str:
-    """Fingerprint of the weights as training uses them; `none` for plain training."""
+    """Returns a fingerprint of the weights as training uses them; `none` without weights."""
     arrays = {}
     if weight_N is not None:
-        with np.errstate(over="ignore"):  # the loader refuses what overflows, by id
+        with np.errstate(over="ignore"):  # the loader refuses weights that overflow
             arrays["weight"] = np.asarray(weight_N, np.float32)
     if token_weight is not None:
         arrays |= {"token_weight": token_weight.values, "offsets": token_weight.offsets}
@@ -92,7 +94,7 @@ def weights_fingerprint(
 
 
 def _stored(stage: StageConfig) -> dict[str, Any]:
-    """A stage as checkpoints store it, under the first name of its anchor."""
+    """Returns a stage as checkpoints store it, with the original name of its anchor."""
     fields = dataclasses.asdict(stage)
     fields["optimizer"]["anchor"] = stored_name(stage.optimizer.anchor)
     if not stage.optimizer.ema_decay:  # a field that earlier versions did not have
@@ -101,14 +103,14 @@ def _stored(stage: StageConfig) -> dict[str, Any]:
 
 
 def _some_of(paths: list[Any], state: nnx.State) -> str:
-    """How many of a model's parameters these are, and which."""
+    """Returns the number of these parameters, the model's total, and a hash of their names."""
     names = sorted(".".join(map(str, path)) for path in paths)
     total = len(nnx.to_flat_state(nnx.filter_state(state, nnx.Param)))
     return f"{len(names)} of {total}, {fingerprints.of_json(names)}"
 
 
 def _arrangement(source: data.AnySource) -> dict[str, Any]:
-    """What training sees of a source and scoring does not: rows of packed text, random views."""
+    """Returns the source's settings that only affect training: packed rows, augmentation."""
     if isinstance(source, data.PackedSource):
         return {"rows": [source.row_length, source.max_segments]}
     views = getattr(source, "views", None)

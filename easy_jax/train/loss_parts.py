@@ -1,7 +1,7 @@
-"""The rows of a loss table (`easy_jax.train.loss_table`): Parquet files of several processes.
+"""Rows of a loss table (`easy_jax.train.loss_table`): Parquet files written by each process.
 
-An example has one row. It may stand twice if two runs once scored into one directory at the same
-time: where both rows are the same, one of them is left out wherever rows are read.
+Each example has one row. If two runs have scored into one directory at the same time, there may
+be two; readers then skip the second, provided that both are equal.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class LossTableError(ValueError):
-    """A loss table is missing, damaged, incomplete or of something else."""
+    """Error raised if a loss table is missing, damaged, incomplete or of another model or data."""
 
 
 def write_part(
     directory: Path, process: int, rows: Rows, token_losses: Sequence[np.ndarray] | None = None
 ) -> None:
-    """Appends a part, whole or not at all."""
+    """Writes a further part atomically."""
     numbers = [int(p.stem[-5:]) for p in directory.glob(f"part-{process:05d}-*.parquet")]
-    number = max(numbers, default=-1) + 1  # not their count: one may have been deleted
+    number = max(numbers, default=-1) + 1  # not the count: a part may have been deleted
     path = directory / f"part-{process:05d}-{number:05d}.parquet"
     columns, schema = [pa.array(column) for column in rows], SCHEMA
     if token_losses is not None:
@@ -48,7 +48,7 @@ def write_part(
 
 
 def _checksum(batches: Iterable[pa.RecordBatch]) -> str:
-    """Of the rows, in order, however they come in batches."""
+    """Returns a checksum of the rows in order, independent of their division into batches."""
     digests: dict[str, Any] = {}
 
     def add(name: str, values: pa.Array) -> None:
@@ -64,21 +64,21 @@ def _checksum(batches: Iterable[pa.RecordBatch]) -> str:
 
 
 def iter_rows(directory: Path) -> Iterator[Rows]:
-    """Streams the rows of all parts of a table, complete or not; each example once."""
+    """Streams the rows of all parts of a table, complete or incomplete; each example once."""
     for batch in _unique(_iter_batches(directory, SCHEMA.names)):
         ids, loss, count = (column.to_numpy() for column in batch.columns)
         yield ids, loss, count
 
 
 def iter_token_losses(directory: Path) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Streams `(example_id, losses of its target tokens)` of all parts."""
+    """Streams `(example_ids, target token losses of each example)` of all parts."""
     for batch in _unique(_iter_batches(directory, ["example_id", "token_losses"])):
         ids, lists = batch.columns
         yield ids.to_numpy(), np.split(lists.flatten().to_numpy(), lists.offsets.to_numpy()[1:-1])
 
 
 def _unique(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Leaves out rows whose id has come before, which `seen_ids` has found to be the same."""
+    """Drops repeated rows of an example; `seen_ids` has checked that they are equal."""
     seen_N = np.zeros(0, bool)
     for batch in batches:
         ids = batch.column(0).to_numpy()
@@ -100,7 +100,7 @@ def _iter_batches(directory: Path, columns: list[str] | None = None) -> Iterator
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """A part, to be read; what is wrong with it is told with its path."""
+    """Opens a part for reading; errors are reported with its path."""
     try:
         with (
             path.open("rb") as opened,
@@ -121,7 +121,7 @@ def _opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 def check_parts(directory: Path) -> None:
-    """Raises LossTableError for a part that is not as it was written."""
+    """Raises LossTableError if a part was changed after it was written."""
     for path in sorted(directory.glob("part-*.parquet")):
         with _opened(path) as file:
             expected = (file.schema_arrow.metadata or {}).get(sealed.KEY.encode(), b"")
@@ -133,10 +133,10 @@ def check_parts(directory: Path) -> None:
 
 
 def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
-    """Boolean by id: which rows are there.
+    """Returns which examples have a row, bool by example id.
 
     Raises:
-      LossTableError: a part that is damaged, an id out of range, or one that has different rows.
+      LossTableError: a part is damaged, an id is out of range, or an id has different rows.
     """
     check_parts(directory)
     seen_N, twice_N = np.zeros(num_examples, bool), np.zeros(num_examples, bool)
@@ -157,9 +157,9 @@ def seen_ids(directory: Path, num_examples: int) -> np.ndarray:
 
 
 def _check_same(directory: Path, twice_N: np.ndarray) -> None:
-    """Raises LossTableError unless all rows of an example are the same.
+    """Raises LossTableError unless all rows of each of these examples are equal.
 
-    Two runs that scored into one directory at once have left those.
+    Repeated rows come from two runs that scored into one directory at the same time.
     """
     rows: dict[int, Any] = {}
     different = set()
@@ -175,10 +175,15 @@ def _check_same(directory: Path, twice_N: np.ndarray) -> None:
 
 
 class PartWriter:
-    """Collects rows, sorts them by id, and writes a part when there are enough.
+    """Writer that collects rows, sorts them by example id, and writes them in parts.
 
-    Packing hands examples over a little out of order. A row is written when all that come
-    before it have been seen, so that the table is in order over its parts, too.
+    Packing yields examples slightly out of order. A row is written once all rows with smaller
+    ids have been seen, so that ids are also sorted across parts.
+
+    Args:
+      directory: the loss table's directory.
+      rows_per_part: number of collected rows at which a part is written.
+      todo: sorted ids of the examples that this process scores.
     """
 
     def __init__(self, directory: Path, rows_per_part: int, todo: np.ndarray):
@@ -204,7 +209,7 @@ class PartWriter:
         self._buffer.sort(key=lambda row: row[0])
         found = np.array([row[0] for row in self._buffer], np.int64)
         in_turn = found == self._todo[: len(found)]
-        # At the end nothing is waited for: other processes have seen the rest.
+        # At the end, do not wait for missing ids: other processes have scored them.
         ready = len(found) if last or in_turn.all() else int(np.argmin(in_turn))
         rows = [row for row in self._buffer[:ready] if row[1]]
         self._buffer, self._todo = self._buffer[ready:], self._todo[ready:]

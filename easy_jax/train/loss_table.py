@@ -1,14 +1,14 @@
-"""The loss table: what the frozen model thinks of every example, as Parquet and JSON.
+"""Loss tables: the frozen model's loss on every example, stored as Parquet and JSON.
 
-A directory with
+A loss table is a directory with
   part-PPPPP-KKKKK.parquet   example_id int64, loss float32, count float32; part K of process P;
-                             for text, if asked for, token_losses list<float32>
-  dropped-PPPPP.json         ids that process P left out
-  metadata.json              fingerprints of model and data, loss, size; once complete, quantiles
-                             and the fingerprint of all losses
-Parts are written whole or not at all, so an interrupted table is resumed at its missing rows;
-the metadata come first, so that it is known what a part is of. Every file carries a checksum of
-itself: a part, of its rows, in the schema's metadata.
+                             for text, on request, token_losses list<float32>
+  dropped-PPPPP.json         ids of examples that process P dropped
+  metadata.json              fingerprints of model, data and loss function, number of examples;
+                             once complete, quantiles and the fingerprint of all losses
+Parts are written atomically, so an interrupted table is resumed at its missing rows. The metadata
+are written first, so that every part's model and data are known. Each file has a checksum of its
+content; that of a part is in the schema's metadata.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class LossTable:
-    """A complete loss table on disk. `LossTable.open(directory)` makes one.
+    """A complete loss table on disk, opened with `LossTable.open(directory)`.
 
     Attributes:
-      directory: where it is.
+      directory: the table's directory.
       metadata: the content of `metadata.json`.
 
     Example:
@@ -61,7 +61,7 @@ class LossTable:
         """Opens a complete table.
 
         Raises:
-          LossTableError: no table there, an incomplete one, or missing or ambiguous rows.
+          LossTableError: there is no table, it is incomplete, or rows are missing or ambiguous.
         """
         directory = files.path(directory)
         metadata = read_metadata(directory)
@@ -77,8 +77,8 @@ class LossTable:
         return table
 
     def check_rows(self) -> None:
-        """Raises LossTableError unless every example that was not dropped has one row, and the
-        losses are those that were scored."""
+        """Raises LossTableError unless every example that was not dropped has one row, and no
+        loss was changed after scoring."""
         self.check_ids()
         if self.fingerprint() != self.metadata["losses"]:
             raise LossTableError(
@@ -100,20 +100,20 @@ class LossTable:
 
     @property
     def num_examples(self) -> int:
-        """Examples of the data set, dropped ones included."""
+        """Number of examples of the data set, including dropped ones."""
         return self.metadata["num_examples"]
 
     @property
     def temperature(self) -> float:
-        """The exact median of all losses, dropped examples left out."""
+        """Exact median of all losses, without dropped examples."""
         return self.metadata["median"]
 
     @property
     def token_temperature(self) -> float:
-        """The exact median of the losses of all target tokens.
+        """Exact median of the losses of all target tokens.
 
         Raises:
-          LossTableError: a table without token losses.
+          LossTableError: the table has no token losses.
         """
         if "token_median" not in self.metadata:
             raise LossTableError(
@@ -123,13 +123,13 @@ class LossTable:
         return self.metadata["token_median"]
 
     def check(self, **expected: str) -> None:
-        """Refuses a table of something else.
+        """Checks that the table is of the expected model, data or loss function.
 
         Args:
           **expected: entries of the metadata, such as `model`, `data`, `loss`.
 
         Raises:
-          LossTableError: names every entry that differs.
+          LossTableError: an entry differs; the message names all of these.
         """
         check_metadata(self.directory, self.metadata, expected)
 
@@ -138,20 +138,20 @@ class LossTable:
         return iter_rows(self.directory)
 
     def loss_N(self) -> np.ndarray:
-        """float32 losses by example id; NaN for dropped examples."""
+        """Returns the float32 losses by example id; NaN for dropped examples."""
         loss_N = np.full(self.num_examples, np.nan, np.float32)
         for ids, loss, _ in self.rows():
             loss_N[ids] = loss
         return loss_N
 
     def flow_weights(self, tau: float | None = None) -> np.ndarray:
-        """FLOW's weights by example id, float32 [num_examples]; NaN for dropped examples.
+        """Returns FLOW's weights by example id, float32 [num_examples]; NaN for dropped examples.
 
         Args:
           tau: the temperature; default: the median, `self.temperature`.
 
         Raises:
-          LossTableError: a temperature of zero.
+          LossTableError: the temperature is not positive and finite.
         """
         tau = self._positive(self.temperature if tau is None else tau)
         weight_N = np.full(self.num_examples, np.nan, np.float32)
@@ -172,7 +172,7 @@ class LossTable:
         return weight_N
 
     def token_losses(self) -> Ragged:
-        """float32 losses of the target tokens by example id; none for dropped examples."""
+        """Returns the target tokens' float32 losses by example id; empty for dropped examples."""
         self.token_temperature  # noqa: B018, raises where there are none
         parts = [np.zeros(0, np.float32)] * self.num_examples
         for ids, losses in iter_token_losses(self.directory):
@@ -182,13 +182,14 @@ class LossTable:
         return Ragged(np.concatenate(parts), offsets)
 
     def flow_token_weights(self, tau: float | None = None) -> Ragged:
-        """Token-wise FLOW's weights by example id; none for dropped examples.
+        """Returns token-wise FLOW's weights by example id; empty for dropped examples.
 
         Args:
           tau: the temperature; default: the median over tokens, `self.token_temperature`.
 
         Raises:
-          LossTableError: a table without token losses, or a temperature of zero.
+          LossTableError: the table has no token losses, or the temperature is not positive and
+            finite.
         """
         tau = self._positive(self.token_temperature if tau is None else tau)
         losses = self.token_losses()
@@ -216,22 +217,22 @@ class LossTable:
         return tau
 
     def fingerprint(self) -> str:
-        """Hash of the losses by id: the same for any partition into parts."""
+        """Returns a hash of the losses by id, independent of the division into parts."""
         return fingerprints.of_arrays({"loss": self.loss_N()})
 
 
 def _float32(tau: float) -> float:
-    """The temperature in the losses' precision; as it is where that would make 0 or infinity."""
+    """Rounds the temperature to float32, unless that would give 0, a subnormal or infinity."""
     with np.errstate(over="ignore", under="ignore"):
         rounded = float(np.float32(tau))
     return rounded if np.finfo(np.float32).tiny <= rounded < np.inf else tau
 
 
 def read_metadata(directory: Path) -> dict[str, Any] | None:
-    """The metadata of a table, complete or not; None if there is none.
+    """Returns the metadata of a table, complete or incomplete; None if there is no table.
 
     Raises:
-      LossTableError: it cannot be read, or there are rows that it does not describe.
+      LossTableError: the metadata cannot be read, or there are rows without metadata.
     """
     path = directory / "metadata.json"
     if not path.exists():
@@ -256,20 +257,20 @@ def _fix(directory: Path) -> str:
 
 
 def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
-    """Writes metadata.json, sealed, whole or not at all."""
+    """Writes metadata.json atomically, with a checksum."""
     sealed.write(directory / "metadata.json", metadata)
 
 
 def write_dropped(directory: Path, process: int, ids: set[int]) -> None:
-    """Writes which examples a process has left out."""
+    """Writes the ids of the examples that a process has dropped."""
     sealed.write(directory / f"dropped-{process:05d}.json", {"dropped_ids": sorted(ids)})
 
 
 def read_dropped(directory: Path) -> set[int]:
-    """The ids that any process has left out.
+    """Returns the ids of the examples that any process has dropped.
 
     Raises:
-      LossTableError: a file that cannot be read, or was changed.
+      LossTableError: a file cannot be read, or was changed.
     """
     found: set[int] = set()
     for path in sorted(directory.glob("dropped-*.json")):
@@ -293,14 +294,14 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
 
 
 def clear(directory: Path) -> None:
-    """Deletes the table in a directory, complete or not, and nothing else."""
-    for pattern in ("part-*.parquet", "dropped-*.json", "metadata.json"):  # the description last
+    """Deletes the table in a directory, complete or incomplete, and no other files."""
+    for pattern in ("part-*.parquet", "dropped-*.json", "metadata.json"):  # the metadata last
         for path in directory.glob(pattern):
             path.unlink()
 
 
 def summarise(directory: Path, token_losses: bool = False) -> dict[str, Any]:
-    """Exact quantiles and medians of the losses, in two streaming passes."""
+    """Computes exact quantiles and medians of the losses in streaming passes over the parts."""
 
     def losses() -> Iterator[np.ndarray]:
         for _, loss, _ in iter_rows(directory):
@@ -332,15 +333,15 @@ def _median(chunks: Callable[[], Iterator[np.ndarray]]) -> float:
 def order_statistics(
     chunks: Callable[[], Iterator[np.ndarray]], ranks: Sequence[int]
 ) -> list[float]:
-    """Exact order statistics of a stream of non-negative float32 values, in constant memory.
+    """Computes exact order statistics of a stream of non-negative float32 values.
 
     The bit patterns of non-negative floats sort like the floats, so a histogram of the
-    upper 16 bits finds the bucket of a rank and one of the lower 16 bits the value. The
-    histograms add up over parts, processes and hosts.
+    upper 16 bits finds the bucket of a rank and one of the lower 16 bits the value. Memory
+    is constant, and histograms can be summed over parts, processes and hosts.
 
     Args:
-      chunks: called twice; streams float32 arrays without NaN.
-      ranks: zero-based.
+      chunks: function that is called twice; streams float32 arrays without NaN.
+      ranks: zero-based ranks.
 
     Returns:
       The values at these ranks.

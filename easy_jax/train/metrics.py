@@ -1,7 +1,7 @@
-"""Metrics of image classifiers: each is one function of logits and labels, averaged over examples.
+"""Metrics of image classifiers: functions of logits and labels, averaged over examples.
 
-A new metric is one entry of `METRICS`; `config.metrics` names those that an experiment measures
-beside accuracy, on both tasks, and its tables get a column for each.
+To add a metric, register it in `METRICS`. `config.metrics` names the metrics that an experiment
+measures on both tasks in addition to accuracy; its tables get a column for each.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from easy_jax.io.registry import Registry
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """A quantity that is measured for every example on its own.
+    """A quantity that is measured for each example separately.
 
     Attributes:
-      title: heads a column of a table, with the unit.
+      title: column heading in tables, with the unit.
       per_example: `(logits_BK, label_B) -> value_B`: float logits [B, K], int labels [B], and one
         float value per example. A data set's value is their mean.
-      better: which values are better.
+      better: whether higher or lower values are better.
 
     Example:
       >>> half = Metric("probability above 1/2 (%)", lambda logits_BK, label_B: 100.0 * (

@@ -1,4 +1,4 @@
-"""Scoring: one frozen, jitted, mesh-sharded pass over the data, into a loss table."""
+"""Scoring: a jitted, mesh-sharded pass of the frozen model over the data, into a loss table."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from easy_jax.train.loss_table import LossTable
 
 
 class ScoringError(ValueError):
-    """Some examples have no usable loss; the message lists their ids."""
+    """Error raised if examples have no usable loss; the message lists their ids."""
 
 
 @lock.alone()
@@ -44,46 +44,46 @@ def score(
 ) -> LossTable:
     """Scores every example once with the frozen model; returns the loss table.
 
-    Complete tables are opened, not made again; interrupted ones are continued at their
+    A complete table is opened, not computed again; an interrupted one is continued at its
     missing rows. The model runs in eval mode, whatever mode it is in.
 
-    Memory of each process, beside the data: 18 bytes for every example of the data set (its id
-    twice, 8 bytes each, and a flag), 42 for a moment at the start, and for packed text some 36
-    more; and until a part is written, up to 260 bytes for each of its rows, and with token losses
-    120 more and 8 for each of them.
+    Memory per process, in addition to the data: 18 bytes per example of the data set (its id
+    twice, 8 bytes each, and a flag), briefly 42 at the start, and about 36 more for packed text.
+    Until a part is written, up to 260 bytes for each of its rows; with token losses, 120 more per
+    row and 8 per token.
 
     Args:
       model: the pre-trained (for vision: linear-probed) model.
       source: the fine-tuning data.
-      directory: of the table; made if it does not exist.
-      loss_fn: `(model, batch) -> (loss_sum_B, count_B)`, one entry per example, unreduced; the
-        loss is their quotient. Losses alone count 1 each.
-      batch_size: global; padded at the end, padding never reaches the table. Rows, not
-        examples, of a packed source.
-      mesh: default: all devices on the data axis.
-      on_bad_example: examples whose loss is not finite or whose count is 0 (no target
-        token) are an error, after the good ones have been saved; or dropped and counted. The
+      directory: where the table is written; created if it does not exist.
+      loss_fn: the loss function, `(model, batch) -> (loss_sum_B, count_B)`, one entry per example,
+        unreduced; the loss is their quotient. If it returns losses only, each count is 1.
+      batch_size: examples per batch, over all devices and processes; for a packed source, rows.
+        The last batch is padded; the table has no rows for padding.
+      mesh: the device mesh; default: all devices on the data axis.
+      on_bad_example: what to do with examples whose loss is not finite or whose count is 0 (no
+        target token): raise an error, after the other ones have been saved, or drop them. The
         table's `dropped_ids` are these and those of the source.
-      token_losses: keep every target token's loss as well, for token-wise weights. The loss
-        function then returns them as a third array, as `easy_jax.causal_lm_token_losses` does.
-      overwrite: delete the table in the directory and start anew.
+      token_losses: whether to store every target token's loss as well, for token-wise weights. The
+        loss function then returns them as a third array, like `easy_jax.causal_lm_token_losses`.
+      overwrite: whether to delete the table in the directory and start from the first example.
       rows_per_part: rows between two saves.
-      progress: whether to show a bar, on standard error (elsewhere than in a terminal or a
-        notebook: a line a minute); or a function that is called with the number of examples
-        scored after every batch.
+      progress: whether to show a progress bar on standard error (outside terminals and notebooks,
+        one line per minute); or a function that is called with the number of examples scored
+        after every batch.
 
     Raises:
-      LossTableError: the directory has a table of another model, data set or loss function (its
-        code and the values it closes over count; see `easy_jax.io.code_fingerprint`).
-      ScoringError: bad examples, by id.
-      LockError: another run is at work in the directory.
-      ContractError: a model that is not NNX's; a loss function that returns anything else, or whose
-        losses depend on the other examples of the batch, as a mean repeated does.
-      DisagreementError: several processes, and not the same model, data or rows in all.
-      ConfigError: a batch size that does not divide over the mesh.
-      DataError: what the loaders refuse; a head that is not of the data's classes
-        (`easy_jax.train.compatibility`); labels or tokens that the model has no output for.
-      ValueError: a loss function with token losses where none are asked for, or without.
+      LossTableError: the directory has a table of another model, data set or loss function, which
+        is compared by its code and closed-over values (`easy_jax.io.code_fingerprint`).
+      ScoringError: there are bad examples; the message gives their ids.
+      LockError: another run is using the directory.
+      ContractError: the model is not a Flax NNX module; or the loss function does not return
+        losses and counts, or its losses depend on other examples of the batch, like a batch mean.
+      DisagreementError: processes differ in their model, data or rows.
+      ConfigError: the batch size does not divide over the mesh.
+      DataError: the loader refuses the data, the head has other classes than the data
+        (`easy_jax.train.compatibility`), or labels or tokens exceed the model's outputs.
+      ValueError: the loss function returns token losses but `token_losses` is False, or vice versa.
 
     Example:
       >>> import tempfile
@@ -150,7 +150,7 @@ def _identity(
     loss_fn: Callable[..., tuple[jax.Array, ...]],
     token_losses: bool,
 ) -> dict[str, Any]:
-    """Returns what a loss table depends on; stored with it, and compared when it is opened."""
+    """Returns everything a loss table depends on, which is stored in it and compared later."""
     return {
         "model": fingerprints.of_state(state),
         "structure": code_fingerprint.of_structure(graphdef),
@@ -164,7 +164,7 @@ def _identity(
 def _judged(
     ids: np.ndarray, loss_sum: np.ndarray, count: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Which examples have a usable loss, the losses, and of the others what is wrong."""
+    """Returns which examples have a usable loss, all losses, and `{bad id: what is wrong}`."""
     with np.errstate(invalid="ignore", divide="ignore"):
         loss = loss_sum / count
     usable = np.isfinite(loss) & (loss >= 0)  # the median's histogram has no negatives
@@ -179,7 +179,7 @@ def _judged(
 
 @dataclasses.dataclass
 class _Job:
-    """A loss table in the making: what of it is there, what is written first and last."""
+    """Progress of scoring: reads an existing table, and writes its metadata and summary."""
 
     directory: Path
     source: data.AnySource
@@ -192,10 +192,10 @@ class _Job:
     dropped: set[int] = dataclasses.field(default_factory=set)
 
     def read(self) -> tuple[np.ndarray, LossTable | None]:
-        """Which examples are done, bool by id; and the table, if it is complete.
+        """Returns which examples are done, bool by id; and the table, if it is complete.
 
         Raises:
-          LossTableError: the directory has a table with other inputs.
+          LossTableError: the directory has a table of another model, data or loss function.
         """
         directory, size = self.directory, len(self.source)
         metadata = processes.broadcast(
@@ -204,12 +204,12 @@ class _Job:
         if metadata is not None:
             loss_table.check_metadata(directory, metadata, self.identity)
         done_N = loss_parts.seen_ids(directory, size)
-        # Examples dropped before are looked at again where they are to be errors now.
+        # If bad examples are errors now, those that an earlier run dropped are scored again.
         self.dropped = loss_table.read_dropped(directory) if self.drop else set()
         self.absent = np.setdiff1d(np.arange(size), data.present_ids(self.source))
         done_N[[*self.dropped, *self.absent]] = True
         found = f"{done_N.sum()} of {size}, {fingerprints.of_arrays({'done': done_N})}"
-        # Before anybody writes.
+        # Checked before any process writes.
         processes.assert_equal_across_processes("reading the loss table", rows=found)
         if metadata is not None and metadata["complete"] and done_N.all():
             table = LossTable(directory, metadata)
@@ -220,7 +220,7 @@ class _Job:
         return done_N, None
 
     def loader_and_writer(self, todo: np.ndarray) -> tuple[data.Loader, loss_parts.PartWriter]:
-        """Reads the examples that are missing, and writes this process's part of their rows."""
+        """Returns a loader of the missing examples, and a writer of this process's rows."""
         rows = sharding.process_rows(self.batch_size, self.mesh)
         loader = data.scoring_loader(self.source, self.batch_size, ids=todo, rows=rows)
         owned = rows[sharding.owned_rows(self.batch_size, self.mesh)]
@@ -228,10 +228,10 @@ class _Job:
         return loader, loss_parts.PartWriter(self.directory, self.rows_per_part, ids)
 
     def begin(self, has_token_losses: bool, name: str) -> None:
-        """Writes the metadata, once the first batch has been scored.
+        """Writes the metadata; called after the first batch has been scored.
 
-        Not earlier: a call with a mistake would leave a table that refuses the next. Not later: a
-        part must never be there without it.
+        Written earlier, the metadata of an incorrect call would make the corrected call fail.
+        Written later, there could be a part without metadata.
         """
         wanted = self.identity["token_losses"]
         if has_token_losses != wanted:
@@ -253,7 +253,7 @@ class _Job:
         processes.barrier("the end of scoring")
         metadata = processes.broadcast("the loss table's summary", self._summary)
         table = LossTable(self.directory, metadata)
-        if not processes.is_main_process():  # it has
+        if not processes.is_main_process():  # the main process has, in `_summary`
             table.check_rows()
         return table
 
@@ -264,7 +264,7 @@ class _Job:
         ends = {"complete": True, "dropped_ids": dropped_ids}
         metadata = {**self._header, **summary, **ends}
         table = LossTable(self.directory, metadata)
-        table.check_ids()  # the median is of all rows, or of none
+        table.check_ids()  # no summary of a table with missing rows
         metadata["losses"] = table.fingerprint()
         loss_table.write_metadata(self.directory, metadata)
         return metadata
@@ -275,7 +275,7 @@ class _Job:
 
 
 def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
-    """Raises ScoringError in every process if one of them has met a bad example."""
+    """Raises ScoringError in every process if any of them has found a bad example."""
     first = sorted(bad.items())[:10]
     parts = processes.gather("bad examples", {"count": len(bad), "first": first})
     count = sum(part["count"] for part in parts)

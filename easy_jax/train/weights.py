@@ -1,4 +1,4 @@
-"""What a stage of training multiplies its losses by: weights that are given, and a weighting's."""
+"""Weights of a training stage: those that the caller gives, times those of a weighting."""
 
 import dataclasses
 from typing import Any
@@ -15,13 +15,13 @@ from easy_jax.train.loss_table import LossTable
 
 @dataclasses.dataclass(frozen=True)
 class StageWeights:
-    """Weights by example id, and what is left to compute in every step.
+    """Weights by example id, and a weighting that is computed in every step.
 
     Attributes:
       weight_N: float weights of examples; NaN leaves an example out; None: all 1.
       token_weight: weights of target tokens; None: all 1.
-      weighting: computes further weights from the current model, in every step; None: none.
-      frozen_nll: the frozen model's losses that it reads, of target tokens or [N] of examples.
+      weighting: computes further weights from the current model in every step; None: no further.
+      frozen_nll: the frozen model's losses for `weighting`, of target tokens or [N] of examples.
     """
 
     weight_N: np.ndarray | None = None
@@ -30,7 +30,7 @@ class StageWeights:
     frozen_nll: data.Ragged | np.ndarray | None = None
 
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint records of a weighting of the current model."""
+        """Returns the entries of a checkpoint's identity for `weighting`; empty without one."""
         if self.weighting is None:
             return {}
         return {"the weighting": identity_of(self.weighting), "frozen losses": self._frozen()}
@@ -38,12 +38,12 @@ class StageWeights:
     def used_N(self) -> np.ndarray | None:
         """Returns which examples are trained on, bool by example id; None: all."""
         used_N = None if self.weight_N is None else ~np.isnan(self.weight_N)
-        if self.token_weight is not None:  # an example without any was dropped while scoring
+        if self.token_weight is not None:  # examples without any were dropped by scoring
             used_N = np.diff(self.token_weight.offsets) > 0 if used_N is None else used_N
         return used_N
 
     def mean_batch(self, source: data.AnySource, epochs: int, steps: int) -> float:
-        """Returns the mean number of examples in a step; those without a weight do not count."""
+        """Returns the mean number of examples in a step, not counting those with weight NaN."""
         present = data.present_ids(source)
         weight_n = np.ones(len(present))
         if self.weight_N is not None:
@@ -60,9 +60,9 @@ class StageWeights:
 
 
 def identity_of(weighting: Weighting) -> str:
-    """Returns a weighting's name and options, and of own ones a hash of what they compute.
+    """Returns a weighting's name and options; for custom ones, with a hash of their code.
 
-    The same in every process: functions are named by their code.
+    It is the same in every process, because functions are identified by their code.
 
     Example:
       >>> from easy_jax.core import weightings
@@ -98,14 +98,14 @@ def resolve(
 
     Args:
       weighting, table, source, seed: as in `easy_jax.fit`.
-      given: the weights that its caller gave, which are multiplied in.
+      given: the weights from the caller of `fit`, which are multiplied in.
       online: whether the frozen model computes weights in every step.
 
     Raises:
-      ConfigError: a weighting that needs a loss table, or the frozen model in every step, and
-        there is none; a table of another number of examples.
-      DataError: weights for another number of examples or tokens than the table has.
-      LossTableError: a weighting of tokens, and a table without token losses.
+      ConfigError: the weighting needs a loss table, or the frozen model in every step, which is
+        missing; or the table has another number of examples.
+      DataError: the given weights and the table differ in their numbers of examples or tokens.
+      LossTableError: the weighting needs token losses, which the table does not have.
     """
     if table is not None and table.num_examples != len(source):
         raise ConfigError(
@@ -123,7 +123,7 @@ def resolve(
     if weighting is None or weighting.level == "none":
         return product(given, found)
     if not weighting.reads_model():
-        assert table is not None  # what reads no model reads the table
+        assert table is not None  # a weighting reads either a model or the table
         return product(given, weighting.of_table(table, seed))
     fitted = weighting if table is None else weighting.fit(table)
     frozen_nll = None
@@ -135,10 +135,10 @@ def resolve(
 
 
 def product(given: StageWeights, found: Weights) -> StageWeights:
-    """Returns the products of given weights and those of a weighting.
+    """Returns the products of the given weights and those of a weighting.
 
     Raises:
-      DataError: they are for another number of examples or tokens.
+      DataError: their numbers of examples or tokens differ.
     """
     weight_N, token_weight = given.weight_N, given.token_weight
     if weight_N is None or found.weight_N is None:

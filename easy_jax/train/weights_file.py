@@ -1,4 +1,4 @@
-"""The weights of a scored data set as a file that other trainers read: Parquet or JSON lines."""
+"""Export of a scored data set's weights as Parquet or JSON lines, for use in other trainers."""
 
 import io
 import json
@@ -32,30 +32,30 @@ def export_weights(
     token_weight: Ragged | None = None,
     seed: int = 0,
 ) -> Path:
-    """Writes ids, frozen losses and weights of all examples, one row for each.
+    """Writes the ids, frozen losses and weights of all examples to a file, one row per example.
 
-    The columns are `example_id`; the data's own `columns`; `loss`, the mean over an example's
-    target tokens in nats; `count`, their number; where there are weights of examples, `weight`;
-    where the table has the losses of tokens, the list `token_losses`; and where there are weights
-    of tokens, the list `token_weights`. Lists have one value for each target token, in order: the
-    tokens of the response and the EOS. Examples that scoring dropped have null for all of these.
+    The columns are `example_id`; the given `columns`; `loss`, the mean over an example's target
+    tokens in nats; `count`, their number; with example weights, `weight`; if the table has token
+    losses, the list `token_losses`; and with token weights, the list `token_weights`. Lists have
+    one value for each target token, in order: the tokens of the response and the EOS. For
+    examples that scoring dropped, all columns but `example_id` and the given ones are null.
 
     Args:
       table: the loss table of the data.
-      path: of the file, `.parquet` or `.jsonl`; it is replaced.
+      path: the file to write, `.parquet` or `.jsonl`; an existing file is replaced.
       weighting: a name or an object of `easy_jax.weightings` that reads only the frozen losses.
       columns: further columns by name, with a value for every example, such as the texts.
-      weight_N, token_weight: weights of your own, multiplied in, as in `easy_jax.fit`.
-      seed: of controls that draw at random.
+      weight_N, token_weight: additional weights, multiplied in, as in `easy_jax.fit`.
+      seed: random seed, for control weightings that draw at random.
 
     Returns:
       The path of the file.
 
     Raises:
-      ConfigError: another ending; a weighting that reads the current model, whose weights change
-        in every step; a name of `columns` that is one of those above.
-      DataError: columns of another length than the table.
-      LossTableError: a weighting of tokens, and a table without token losses.
+      ConfigError: the path has another suffix; the weighting reads the current model, so that its
+        weights change in every step; or one of `columns` has the name of a column above.
+      DataError: the number of values in a column is not that of the table's examples.
+      LossTableError: the weighting needs token losses, which the table does not have.
 
     Example:
       >>> import tempfile
@@ -90,7 +90,7 @@ def export_weights(
 
 
 def check(weighting: Weighting, target: Path) -> None:
-    """Raises ConfigError for a weighting that cannot be exported, or another ending."""
+    """Raises ConfigError if the weighting cannot be exported, or the path has another suffix."""
     if target.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"{target} ends in {target.suffix!r}; it must be .parquet or .jsonl")
     if weighting.needs - {"frozen"}:
@@ -126,7 +126,7 @@ def _with_nulls(values_N: np.ndarray, dropped_N: np.ndarray) -> pa.Array:
 
 
 def _lists(ragged: Ragged, dropped_N: np.ndarray) -> pa.Array:
-    """Lists of float32; null for the examples that scoring dropped."""
+    """Returns an array of float32 lists; null for the examples that scoring dropped."""
     offsets = pa.array(ragged.offsets, pa.int32(), mask=np.append(dropped_N, False))
     return pa.ListArray.from_arrays(offsets, pa.array(ragged.values, pa.float32()))
 

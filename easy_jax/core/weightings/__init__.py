@@ -1,6 +1,6 @@
-"""Weightings: from losses to the weights of examples and tokens.
+"""Weightings: rules that compute weights of examples and tokens from their losses.
 
-`names()` and `get(name, **options)` give the weightings that a configuration can name, and
+`names()` and `get(name, **options)` return the weightings that a configuration can name, and
 `register` adds one. Rules that read only the frozen model's losses are in `frozen`, those that
 read the current model in `current`, controls of any of them in `controls`, and the registration
 of your own in `own`.

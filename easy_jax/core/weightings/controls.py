@@ -1,4 +1,4 @@
-"""Controls: weights made of another weighting's that lack one of its properties."""
+"""Controls: another weighting's weights, changed so that they lack one of their properties."""
 
 import dataclasses
 import functools
@@ -18,17 +18,18 @@ Kind = Literal["uniform", "shuffled", "mean_one"]
 
 @dataclasses.dataclass(frozen=True)
 class Control(Weighting):
-    """A control of another weighting: its weights without one of their properties.
+    """Control of another weighting: its weights without one of their properties.
 
-    `uniform` keeps the size of the steps and not which examples or tokens count; `shuffled` keeps
-    the distribution of the weights too; `mean_one` keeps which count and not the smaller steps.
-    Means and permutations are over the data set for rules of frozen losses, and over the target
-    tokens (or examples) of the global batch for rules that read the current model.
+    `uniform` keeps the mean weight, and so the size of the steps, but favours no examples or
+    tokens; `shuffled` keeps the distribution of the weights as well, but assigns them at random;
+    `mean_one` keeps the ratios of the weights, but not the smaller steps. Means and permutations
+    are over the data set for rules of frozen losses, and over the target tokens (or examples) of
+    the global batch for rules that read the current model.
 
     Attributes:
-      kind: which control.
-      of: the weighting.
-      seed: of the permutations; for a data set it is added to that of the experiment.
+      kind: the control, `uniform`, `shuffled` or `mean_one`.
+      of: the weighting whose weights are changed.
+      seed: random seed of the permutations; for a data set, the experiment's seed is added.
 
     Example:
       >>> stats = TokenStats(-jnp.log(jnp.array([0.25, 0.75])))
@@ -49,12 +50,12 @@ class Control(Weighting):
 
     @property
     def level(self) -> Level:  # type: ignore[override]
-        """That of the other weighting."""
+        """Level of the other weighting."""
         return self.of.level
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What the other weighting needs, and the whole batch if it reads the current model."""
+        """Needs of the other weighting, and the whole batch if it reads the current model."""
         return self.of.needs | ({"batch"} if self.of.reads_model() else set())
 
     def old_steps(self) -> int:
@@ -87,7 +88,7 @@ class Control(Weighting):
             values = control_weights(token_weight.values, self.kind, seed)
             return Weights(weight_N, dataclasses.replace(token_weight, values=values))
         assert weight_N is not None
-        scored_N = ~np.isnan(weight_N)  # dropped examples stay left out
+        scored_N = ~np.isnan(weight_N)  # dropped examples keep NaN
         weight_N[scored_N] = control_weights(weight_N[scored_N], self.kind, seed)
         return Weights(weight_N)
 
@@ -103,27 +104,27 @@ def _shuffled(weight: jax.Array, where: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def _control(kind: Kind, of: str = "flow", seed: int = 0, **options: Any) -> Control:
-    """Makes a control of a weighting that is given by its name and its options."""
+    """Returns a control of a weighting that is given by its name and its options."""
     return Control(kind, get(of, **options), seed)
 
 
 def control_weights(
     weight_N: np.ndarray, kind: Literal["uniform", "shuffled", "mean_one"], seed: int
 ) -> np.ndarray:
-    """Controls that separate which examples FLOW favours from the smaller step it takes.
+    """Returns control weights that separate FLOW's choice of examples from its smaller steps.
 
     Args:
       weight_N: FLOW's weights.
-      kind: `uniform`, their mean for every example: the smaller step alone; `shuffled`,
-        the same weights on random examples; `mean_one`, divided by their mean: the choice
-        of examples without the smaller step.
-      seed: of the shuffle.
+      kind: `uniform`, the mean weight for every example: only the smaller steps; `shuffled`, the
+        same weights on random examples; `mean_one`, the weights divided by their mean: the choice
+        of examples without the smaller steps.
+      seed: random seed of the shuffle.
 
     Returns:
       Weights of the same shape and dtype.
 
     Raises:
-      ValueError: an unknown kind; `mean_one` of weights whose mean is not positive.
+      ValueError: the kind is unknown; or, for `mean_one`, the mean of the weights is not positive.
 
     Example:
       >>> control_weights(np.array([1.0, 3.0]), "uniform", seed=0)

@@ -1,9 +1,9 @@
 """Weightings that read the current model: computed in every step, between loss and gradient.
 
 Throughout, p is the current model's probability of the target, p0 the frozen model's, H the
-entropy of the current model's distribution and C its collision probability. All weights are
-constants to the gradient, and losses are divided by the number of target tokens, not by the sum of
-the weights, so that smaller weights are smaller steps; the control `mean_one` separates the two.
+entropy of the current model's distribution and C its collision probability. No gradient passes
+through the weights. Losses are divided by the number of target tokens, not by the sum of the
+weights, so smaller weights give smaller steps; the control `mean_one` separates the two effects.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from easy_jax.core.weightings.rule import WEIGHTINGS, Level, Weighting
 from easy_jax.io.checks import require
 from easy_jax.kernels.token_stats import TokenStats
 
-_TINY = 1e-6  # nats; a median below it is one of a model that is certain of everything
+_TINY = 1e-6  # nats; lower limit of the median, for a model that is certain of all targets
 
 
 def _check_positive(name: str, value: float) -> None:
@@ -33,8 +33,8 @@ def _check_positive(name: str, value: float) -> None:
 class Dft(Weighting):
     """Dynamic fine-tuning: w = p.
 
-    Its one option is `floor`. The gradient is that of minimising -p. It hurts a model that does
-    not know the task yet: where all targets are improbable, little is learnt. Source:
+    Its only option is `floor`. The gradient is that of minimising -p. It harms models that do not
+    know the task yet: where all targets are improbable, little is learnt. Source:
     arXiv:2508.05629.
 
     Example:
@@ -52,9 +52,9 @@ class Dft(Weighting):
 class Power(Weighting):
     """A power of the probability: w = p^exponent.
 
-    The gradient is that of minimising (1 - p^a) / a, a the exponent; 0 is plain fine-tuning and 1
-    is `dft`. Source: arXiv:2510.00526, which advises large exponents for strong base models and
-    small ones for weak.
+    The gradient is that of minimising (1 - p^a) / a, where a is the exponent; 0 is plain
+    fine-tuning and 1 is `dft`. Source: arXiv:2510.00526, which recommends large exponents for
+    strong base models and small ones for weak base models.
 
     Attributes:
       exponent: a, at least 0.
@@ -81,8 +81,8 @@ class Power(Weighting):
 class Talr(Weighting):
     """Token-adaptive loss reweighting: w = max(p^(1 / tau), floor), with a floor of 0.01.
 
-    tau (`temperature`) is by default the median, over the sequences of the global batch, of their
-    mean loss under the current model; then a step needs a forward pass over the whole batch before
+    By default, tau (`temperature`) is the median, over the sequences of the global batch, of their
+    mean loss under the current model; a step then needs a forward pass over the whole batch before
     its gradient. Source: arXiv:2509.20758.
 
     Attributes:
@@ -104,7 +104,7 @@ class Talr(Weighting):
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """The whole batch, unless the temperature is given."""
+        """Needs of the rule: includes the whole batch unless the temperature is given."""
         return frozenset({"current"} | ({"batch"} if self.temperature is None else set()))
 
     def rule(self, stats: TokenStats) -> jax.Array:
@@ -123,9 +123,9 @@ class Talr(Weighting):
 class Deft(Weighting):
     """Dynamic entropy fine-tuning: w = p^C, C the collision probability of the distribution.
 
-    Its one option is `floor`. The gradient is that of minimising (1 - p^C) / C with C fixed: close
-    to plain fine-tuning where the model is unsure, and to `dft` where it is certain. Source:
-    arXiv:2602.11424.
+    Its only option is `floor`. The gradient is that of minimising (1 - p^C) / C with C fixed:
+    close to plain fine-tuning where the model is uncertain, and to `dft` where it is certain.
+    Source: arXiv:2602.11424.
 
     Example:
       >>> stats = TokenStats(-jnp.log(jnp.array([0.25, 0.25])), collision=jnp.array([0.5, 1.0]))
@@ -146,11 +146,11 @@ class Deft(Weighting):
 class Eaft(Weighting):
     """Entropy-adaptive fine-tuning: w = min(1, H / ln 20).
 
-    Its one option is `floor`. It spares tokens of which the model is certain and that the data
-    contradict. Source: arXiv:2601.02151. The authors take the entropy of the 20 largest logits,
-    renormalised, over ln 20; this is the entropy of the whole distribution, which the fused head
-    has at no extra pass. LLaMA-Factory divides by 3.0, which is ln 20 rounded; axolotl does not
-    divide.
+    Its only option is `floor`. It gives small weights to tokens where the model is certain, which
+    the data may contradict. Source: arXiv:2601.02151. The authors use the entropy of the 20
+    largest logits, renormalised, over ln 20; this rule uses the entropy of the full distribution,
+    which the fused head computes without an extra pass. LLaMA-Factory divides by 3.0, which is
+    ln 20 rounded; axolotl does not divide.
 
     Example:
       >>> stats = TokenStats(jnp.ones(2), entropy=jnp.log(jnp.array([1.0, 400.0])))
@@ -171,11 +171,11 @@ class Eaft(Weighting):
 class ProFit(Weighting):
     """Trains on probable tokens only: w = [p >= threshold].
 
-    Source: arXiv:2601.09195. A token below the threshold gets no gradient, and rises above it only
-    with the others.
+    Source: arXiv:2601.09195. A token below the threshold gets no gradient; its probability can
+    only rise through training on other tokens.
 
     Attributes:
-      threshold: the least probability that is trained on.
+      threshold: minimum probability of the tokens that are trained on.
 
     Example:
       >>> ProFit(threshold=0.1)(TokenStats(-jnp.log(jnp.array([0.9, 0.01])))).tolist()
@@ -198,12 +198,13 @@ class ProFit(Weighting):
 class Iw(Weighting):
     """Importance-weighted fine-tuning by sequence: w_i = clip(exp(scale * mean(log p/p0)), 0, limit).
 
-    The mean is over an example's target tokens. It grows on what has already been learnt, so that
-    training sharpens. Source: arXiv:2507.12856; scale and limit are those of the authors' runs.
+    The mean is over an example's target tokens. Weights grow for examples that have been learnt,
+    so that training sharpens the distribution. Source: arXiv:2507.12856; the defaults of scale and
+    limit are those of the authors' runs.
 
     Attributes:
-      scale: of the mean log ratio.
-      limit: no weight is larger.
+      scale: factor of the mean log ratio.
+      limit: maximum weight.
 
     Example:
       >>> stats = TokenStats(jnp.array([1.0, 0.0]), frozen_nll=jnp.array([1.0, 9.0]))
@@ -235,7 +236,7 @@ class IwToken(Weighting):
     Source: arXiv:2507.12856, with the authors' limits.
 
     Attributes:
-      low, high: limits of the weights.
+      low, high: minimum and maximum weight.
 
     Example:
       >>> stats = TokenStats(jnp.array([1.0, 0.0]), frozen_nll=jnp.array([1.0, 9.0]))
@@ -263,12 +264,12 @@ class IwToken(Weighting):
 class Excess(Weighting):
     """Rho-1's selective language modelling: w = 1 for the largest excess losses of the batch.
 
-    The excess is the current model's loss less that of a reference model, which was trained on
-    good data: `frozen_nll` must be of this reference. A share of the global batch's target tokens
-    is chosen, rounded up; among equals, those that come first. Source: arXiv:2404.07965.
+    The excess is the current model's loss minus that of a reference model trained on high-quality
+    data, so `frozen_nll` must be that of the reference model. A share of the global batch's target
+    tokens is selected, rounded up; of equal ones, the first. Source: arXiv:2404.07965.
 
     Attributes:
-      share: of the target tokens that are trained on.
+      share: share of the target tokens that are trained on.
 
     Example:
       >>> stats = TokenStats(jnp.array([1.0, 3.0]), frozen_nll=jnp.array([1.0, 1.0]))
@@ -289,17 +290,18 @@ class Excess(Weighting):
         excess = jnp.where(where, (stats.nll - frozen(stats)).reshape(-1), -jnp.inf)
         count = jnp.sum(where, dtype=jnp.float32)
         chosen = jnp.ceil(self.share * count - 1e-3)
-        rank = jnp.argsort(jnp.argsort(-excess, stable=True))  # by place among equals
+        rank = jnp.argsort(jnp.argsort(-excess, stable=True))  # equal ones by position
         return (rank < chosen).astype(jnp.float32).reshape(stats.nll.shape)
 
 
 @WEIGHTINGS.register("psft")
 @dataclasses.dataclass(frozen=True)
 class Psft(Weighting):
-    """Proximal fine-tuning: w = r [r <= limit], r = p / p_old, p_old the model of some steps ago.
+    """Proximal fine-tuning: w = r [r <= limit], r = p / p_old.
 
-    The gradient is that of minimising -min(r, clip(r, 0.8, limit)): a token's probability stops
-    rising once it has risen by the limit since then. Source: arXiv:2508.17784.
+    p_old is the target's probability under the model some steps ago. The gradient is that of
+    minimising -min(r, clip(r, 0.8, limit)): a token's probability is not raised further once its
+    ratio r exceeds the limit. Source: arXiv:2508.17784.
 
     Attributes:
       limit: the largest ratio r with a weight.

@@ -1,7 +1,7 @@
 """Exponential weights of losses: temperature, FLOW, KL-DRO, and the objective FLOW minimises.
 
-Pure functions of arrays (arXiv:2502.02797, algorithm 1 and proposition 4.3). Values are checked
-whenever they are concrete; under `jit`, where they are not, the caller checks.
+Pure functions of arrays (arXiv:2502.02797, algorithm 1 and proposition 4.3). Concrete values are
+checked; under `jit`, where values are not concrete, the caller must check them.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 Values = ArrayLike | Sequence[Any]
-_ORDINARY = 1e-30, 1e30  # beyond, XLA may take a value, or one over it, for 0
+_ORDINARY = 1e-30, 1e30  # outside, XLA may round a value, or its reciprocal, to 0
 _LARGEST = 87.0  # exp(-87) is 1.6e-38
 
 
 def temperature(loss_N: Values) -> jax.Array:
-    """The temperature tau: the exact median of the losses.
+    """Returns the temperature tau: the exact median of the losses.
 
     Args:
       loss_N: per-example losses in nats, at least one, finite and non-negative.
@@ -27,8 +27,8 @@ def temperature(loss_N: Values) -> jax.Array:
       The median, a positive scalar; the mean of the two middle values if N is even.
 
     Raises:
-      ValueError: no losses, a non-finite or negative one (positions listed), or a median
-        of zero, for which the weights are undefined.
+      ValueError: there are no losses, some are non-finite or negative (the message lists their
+        positions), or the median is zero, for which the weights are undefined.
 
     Example:
       >>> float(temperature([0.5, 4.0, 1.0]))
@@ -42,7 +42,7 @@ def temperature(loss_N: Values) -> jax.Array:
 
 
 def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
-    """FLOW's weights, w = exp(-loss / tau): 1 for a loss of 0, 1/e at the median.
+    """Returns FLOW's weights, w = exp(-loss / tau): 1 for a loss of 0, 1/e at the median.
 
     Args:
       loss_N: per-example losses of the frozen model, in nats.
@@ -65,18 +65,18 @@ def flow_weights(loss_N: Values, tau: ArrayLike | None = None) -> jax.Array:
 def flow_weights_token(
     token_loss: Values, target_mask: Values, tau: ArrayLike | None = None
 ) -> jax.Array:
-    """Token-wise FLOW: w_it = exp(-nll_it / tau_tok), tau_tok the median over target tokens.
+    """Returns token-wise FLOW's weights: w_it = exp(-nll_it / tau_tok).
 
     Args:
       token_loss: per-token losses in nats, any shape.
-      target_mask: boolean, of the same shape: which tokens are targets.
-      tau: the temperature; default: the median over the target tokens.
+      target_mask: boolean, of the same shape; True for target tokens.
+      tau: the temperature tau_tok; default: the median over the target tokens.
 
     Returns:
       Weights of the same shape; 0 where the mask is False.
 
     Raises:
-      ValueError: as `flow_weights`, over the target tokens; or shapes that differ.
+      ValueError: as `flow_weights`, over the target tokens; or the shapes differ.
 
     Example:
       >>> w = flow_weights_token([[1.0, 1.0, 9.0]], [[True, True, False]])
@@ -98,10 +98,10 @@ def flow_weights_token(
 
 
 def kl_dro_weights(loss_N: Values, tau: ArrayLike) -> jax.Array:
-    """KL-DRO's weights, for contrast: softmax(+loss / tau), which favours hard examples.
+    """Returns KL-DRO's weights, softmax(+loss / tau), which favour hard examples.
 
-    The mirror image of FLOW (Qi et al. 2021): the maximiser over the simplex of
-    `sum pi f - tau sum pi log pi`. In its method f is the loss of the *current* model.
+    They are the opposite of FLOW's (Qi et al. 2021): the maximiser over the simplex of
+    `sum pi f - tau sum pi log pi`. In KL-DRO f is the loss of the *current* model.
 
     Args:
       loss_N: per-example losses.
@@ -118,12 +118,12 @@ def kl_dro_weights(loss_N: Values, tau: ArrayLike) -> jax.Array:
       [0.2689, 0.7311]
     """
     loss_N = _as_losses(loss_N)
-    # The largest goes first, or the quotient may overflow.
+    # Subtract the largest first, otherwise the quotient may overflow.
     return jax.nn.softmax((loss_N - jnp.max(loss_N)) / _check_temperature(tau, "tau"))
 
 
 def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Array:
-    """What normalised FLOW weights minimise: sum pi f + tau sum pi log pi (Prop. 4.3).
+    """Computes the objective of normalised FLOW weights: sum pi f + tau sum pi log pi (Prop. 4.3).
 
     Args:
       pi_N: a point of the probability simplex; 0 log 0 counts as 0.
@@ -134,7 +134,7 @@ def entropic_objective(pi_N: Values, loss_N: Values, tau: ArrayLike) -> jax.Arra
       The objective, a scalar in nats. Its minimum is -tau log sum exp(-f / tau).
 
     Raises:
-      ValueError: a negative entry of `pi_N`.
+      ValueError: `pi_N` has a negative or NaN entry.
 
     Example:
       >>> round(float(entropic_objective([0.5, 0.5], [0.0, 0.0], tau=1.0)), 4)  # -log 2
@@ -172,7 +172,7 @@ def _is_ordinary(tau: ArrayLike) -> bool:
 
 
 def _exponential(loss: jax.Array, tau: ArrayLike) -> jax.Array:
-    """exp(-loss / tau), also where XLA would take tau, one over it or the result for 0."""
+    """Returns exp(-loss / tau), also where XLA would round tau, 1 / tau or the result to 0."""
     checked = _check_temperature(tau, "tau")
     weight = jnp.exp(-loss / checked)
     if not (_is_concrete(loss) and _is_concrete(tau)):
@@ -186,7 +186,7 @@ def _exponential(loss: jax.Array, tau: ArrayLike) -> jax.Array:
 
 
 def _check_temperature(tau: ArrayLike, what: str) -> jax.Array:
-    # NumPy, not jnp: under jit a comparison by jnp is traced even where tau is concrete.
+    # NumPy, not jnp: under jit, jnp comparisons are traced even if tau is concrete.
     if _is_concrete(tau) and not (np.isfinite(tau) and np.asarray(tau) > 0):
         advice = (
             ". If the median is zero, so are at least half of the losses: give a temperature of "

@@ -1,4 +1,4 @@
-"""Weightings that read the frozen model's losses only: computed once, on the loss table."""
+"""Weightings that only read the frozen model's losses; computed once, from the loss table."""
 
 import dataclasses
 from typing import Any, ClassVar, Literal
@@ -21,13 +21,13 @@ from easy_jax.kernels.token_stats import TokenStats
 
 
 def frozen(stats: TokenStats) -> jax.Array:
-    """Returns the frozen model's losses, which the caller needs."""
+    """Returns the frozen model's losses, which must not be None."""
     assert stats.frozen_nll is not None
     return stats.frozen_nll
 
 
 def check_share(share: float) -> None:
-    """Requires a share in (0, 1]."""
+    """Raises ConfigError unless a share is in (0, 1]."""
     require(0.0 < share <= 1.0, "the option share", share, "above 0 and at most 1")
 
 
@@ -36,12 +36,12 @@ def check_share(share: float) -> None:
 class Flow(Weighting):
     """FLOW by example: w_i = exp(-f_i / tau).
 
-    f_i is the frozen model's mean loss of example i, tau (`temperature`) by default the median of
-    all examples'. Source: arXiv:2502.02797, algorithm 1. It hurts where what is to be learnt is
-    only in the examples that the model finds hard.
+    f_i is the frozen model's mean loss of example i, and tau (`temperature`) is by default the
+    median over all examples. Source: arXiv:2502.02797, algorithm 1. It is harmful if only examples
+    of high loss contain what the model should learn.
 
     Attributes:
-      temperature: tau, nats; None: the median.
+      temperature: tau, in nats; None: the median.
 
     Example:
       >>> losses = jnp.array([0.0, 1.0, 2.0])
@@ -60,7 +60,7 @@ class Flow(Weighting):
         require(bool(ok), "the option temperature", tau, "positive and finite, in nats")
 
     def rule(self, stats: TokenStats) -> jax.Array:
-        """See `Weighting.rule`. Without a temperature, the median of these statistics is taken."""
+        """See `Weighting.rule`; without a temperature, uses the median of these statistics."""
         loss = frozen(stats)
         if self.temperature is None:
             return jnp.exp(-loss / reductions.median(loss, reductions.mask(stats)))
@@ -72,7 +72,7 @@ class Flow(Weighting):
         return dataclasses.replace(self, temperature=tau)
 
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
-        """See `Weighting.of_table`; warns of weights that are all equal, or 0."""
+        """See `Weighting.of_table`; warns if all weights are equal, or some are 0."""
         return Weights(np.maximum(table.flow_weights(self.temperature), np.float32(self.floor)))
 
 
@@ -81,11 +81,12 @@ class Flow(Weighting):
 class FlowToken(Flow):
     """FLOW by token: w_t = exp(-f_t / tau).
 
-    f_t is the frozen model's loss of token t, tau (`temperature`) by default the median over all
-    target tokens. Source: arXiv:2502.02797. Denominators count the tokens, whatever their weights.
+    f_t is the frozen model's loss of token t, and tau (`temperature`) is by default the median over
+    all target tokens. Source: arXiv:2502.02797. Losses are divided by the number of tokens, not by
+    the sum of the weights.
 
     Attributes:
-      temperature: tau, nats; None: the median.
+      temperature: tau, in nats; None: the median.
 
     Example:
       >>> losses = jnp.array([0.0, 1.0])
@@ -101,7 +102,7 @@ class FlowToken(Flow):
         return dataclasses.replace(self, temperature=tau)
 
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
-        """See `Weighting.of_table`; warns of examples without any weight."""
+        """See `Weighting.of_table`; warns of examples whose token weights are all 0."""
         weights = table.flow_token_weights(self.temperature)
         if self.floor:
             values = np.maximum(weights.values, np.float32(self.floor))
@@ -114,11 +115,12 @@ class FlowToken(Flow):
 class FlowOnline(Flow):
     """FLOW on each training batch: w_i = exp(-f(x_i) / tau), x_i the transformed image.
 
-    The frozen model computes f in every step, on what is trained on; tau is the loss table's
-    median. Source: the authors' code (`vision/FLOW_ft.py`). It costs a forward pass a step.
+    The frozen model computes f in every step, on the transformed images; tau is the median of the
+    loss table. Source: the authors' code (`vision/FLOW_ft.py`). Each step needs an additional
+    forward pass.
 
     Attributes:
-      temperature: tau, nats; None: the median.
+      temperature: tau, in nats; None: the median.
 
     Example:
       >>> FlowOnline().needs == {"frozen", "frozen_model"}
@@ -132,7 +134,7 @@ class FlowOnline(Flow):
         require(self.floor == 0.0, "the option floor", self.floor, "0 for flow_online")
 
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
-        """Returns 1 for every example: the frozen model's weights come on top, in each step."""
+        """Returns 1 for every example; the weights are computed in each step (`OnlineWeights`)."""
         return Weights(all_but_dropped(table))
 
 
@@ -141,11 +143,11 @@ class FlowOnline(Flow):
 class Stm(Weighting):
     """Selective token masking: w_t = [p0_t >= threshold], p0 the frozen model's probability.
 
-    The default, 0.4, is the authors' perplexity of 2.5. Source: arXiv:2501.14315. It hurts where
-    the new task's words are improbable to the frozen model: these are never learnt.
+    The default, 0.4, is the authors' perplexity of 2.5. Source: arXiv:2501.14315. It is harmful if
+    the new task's words are improbable under the frozen model: they are never learnt.
 
     Attributes:
-      threshold: the least probability that is trained on.
+      threshold: minimum probability of the tokens that are trained on.
 
     Example:
       >>> losses = -jnp.log(jnp.array([0.5, 0.3]))
@@ -166,22 +168,22 @@ class Stm(Weighting):
 
 
 def require_probability(threshold: float) -> None:
-    """Requires a threshold in [0, 1]."""
+    """Raises ConfigError unless a threshold is in [0, 1]."""
     require(0.0 <= threshold <= 1.0, "the option threshold", threshold, "a probability")
 
 
 @WEIGHTINGS.register("easiest")
 @dataclasses.dataclass(frozen=True)
 class Easiest(Weighting):
-    """Trains on the share of examples that the frozen model finds easiest: w_i = [f_i <= q].
+    """Trains on the share of examples of lowest frozen loss: w_i = [f_i <= q].
 
-    q is the quantile `share` of the losses f, fixed on the loss table. `by` is `example` or
-    `token`. A hard form of FLOW; what is not selected is never learnt.
+    q is the quantile `share` of the losses f in the loss table. This is FLOW with a hard
+    threshold; examples that are not selected are never trained on.
 
     Attributes:
-      share: of the examples or tokens.
-      by: what is counted, `example` or `token`.
-      threshold: q, nats, in place of the share.
+      share: share of the examples or tokens that are trained on.
+      by: what is selected, `example` or `token`.
+      threshold: q, in nats, instead of the share.
 
     Example:
       >>> losses = jnp.array([0.5, 3.0, 1.0])
@@ -202,11 +204,11 @@ class Easiest(Weighting):
 
     @property
     def level(self) -> Level:  # type: ignore[override]
-        """See `by`."""
+        """Level of the weights, `by`."""
         return self.by
 
     def rule(self, stats: TokenStats) -> jax.Array:
-        """See `Weighting.rule`. Without `fit`, the quantile of these statistics is taken."""
+        """See `Weighting.rule`; without `fit`, uses the quantile of these statistics."""
         loss = frozen(stats)
         if self.threshold is None:
             limit = reductions.quantile(loss, reductions.mask(stats), self._quantile())
@@ -233,9 +235,9 @@ class Easiest(Weighting):
 @WEIGHTINGS.register("hardest")
 @dataclasses.dataclass(frozen=True)
 class Hardest(Easiest):
-    """Trains on the share of examples that the frozen model finds hardest: w_i = [f_i >= q].
+    """Trains on the share of examples of highest frozen loss: w_i = [f_i >= q].
 
-    q is the quantile `1 - share` of the losses. The opposite of `easiest`, as a comparison.
+    q is the quantile `1 - share` of the losses. It is the opposite of `easiest`, for comparison.
 
     Attributes:
       share, by, threshold: as in `Easiest`.

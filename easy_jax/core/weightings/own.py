@@ -1,4 +1,4 @@
-"""Weightings of one's own: functions of `TokenStats`, registered by a decorator."""
+"""Custom weightings: functions of `TokenStats`, registered by a decorator."""
 
 import dataclasses
 import inspect
@@ -23,25 +23,26 @@ def register(
     level: Level | None = None,
     needs: tuple[str, ...] | None = None,
 ) -> Any:
-    """Registers an own weighting: a function of `TokenStats`, or a subclass of `Weighting`.
+    """Registers a custom weighting: a function of `TokenStats`, or a subclass of `Weighting`.
 
-    A function's keyword-only parameters are its options. Used as a decorator, with or without
-    arguments, for example in a configuration's file.
+    A function's keyword-only parameters are its options. This can be used as a decorator, with or
+    without arguments, for example in a configuration file.
 
     Args:
-      entry: what is registered; or its name, as in `@register("confident")`.
-      name: default: the function's name, or the class's in snake_case.
-      level: of a function, `token` (the default) or `example`.
-      needs: of a function; default: found by calling it once with recorded statistics. A function
-        that reduces over the batch must say so: `needs=("current", "batch")`.
+      entry: the function or class; or its name, as in `@register("confident")`.
+      name: the weighting's name; default: the function's name, or the class's in snake_case.
+      level: what a function weights, `token` (the default) or `example`.
+      needs: inputs that a function reads, out of `NEEDS`; default: the statistics that it reads in
+        a trace. For a function that reduces over the batch, `needs=("current", "batch")` is
+        required.
 
     Returns:
       The function or class itself.
 
     Raises:
-      ValueError: a name that easy_jax itself uses; an own one is replaced.
-      ConfigError: an unknown entry of `needs`; a class that is no `Weighting`, or whose level and
-        needs are given here and not as its attributes.
+      ValueError: the name is one of easy_jax's own weightings; custom ones are replaced.
+      ConfigError: an entry of `needs` is unknown; a class is not a subclass of `Weighting`, or its
+        level and needs are given here instead of as attributes.
 
     Example:
       >>> from easy_jax.core.weightings import get
@@ -78,7 +79,7 @@ def register(
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class OwnRule(Weighting):
-    """A weighting made of a function by `register`."""
+    """Weighting that `register` creates from a function."""
 
     function: Callable[..., jax.Array]
     name: str
@@ -98,7 +99,7 @@ class OwnRule(Weighting):
 def _constructor(
     function: Callable[..., jax.Array], name: str, level: Level, needs: frozenset[str] | None
 ) -> Callable[..., Weighting]:
-    """Returns what makes a weighting of a function and options, with the options' signature."""
+    """Returns a constructor of a function's weighting, with the options as its signature."""
     parameters = list(inspect.signature(function).parameters.values())
     options = [each for each in parameters[1:] if each.kind is each.KEYWORD_ONLY]
 
@@ -119,7 +120,7 @@ def _constructor(
 
 
 class _Recorder(TokenStats):
-    """Statistics that note which of their fields are read."""
+    """Statistics that record which of their fields are read."""
 
     def __init__(self) -> None:
         object.__setattr__(self, "read", set())
@@ -136,7 +137,7 @@ class _Recorder(TokenStats):
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(TokenStats))
-# A leaf could not pass through the weightings that an own rule may call.
+# Registered as a node, since a leaf could not pass through weightings that a custom rule calls.
 jax.tree_util.register_pytree_node(_Recorder, lambda each: ((), each), lambda each, _: each)
 
 

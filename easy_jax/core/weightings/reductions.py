@@ -1,4 +1,4 @@
-"""Reductions over the entries of `TokenStats` that are targets; all work under `jax.jit`."""
+"""Reductions over the target entries of `TokenStats`; they can be used under `jax.jit`."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def mean(value: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def quantile(value: jax.Array, where: jax.Array, share: float) -> jax.Array:
-    """Returns a quantile of the entries where `where` is True, as `numpy.quantile`; 0 without any.
+    """Returns a quantile, as `numpy.quantile`, of entries where `where` is True; 0 without any.
 
     Example:
       >>> value = jnp.array([1.0, 9.0, 3.0])
@@ -41,9 +41,9 @@ def median(value: jax.Array, where: jax.Array) -> jax.Array:
 
 
 def example_means(value: jax.Array, stats: TokenStats) -> tuple[jax.Array, jax.Array]:
-    """Returns the mean over each example's target tokens, and which examples have any.
+    """Returns the mean over each example's target tokens, and which examples have target tokens.
 
-    Of `[rows, tokens]` without `segment_ids`, each row is an example; of `[N]`, each entry.
+    In `[rows, tokens]` without `segment_ids`, each row is an example; in `[N]`, each entry.
 
     Returns:
       `(mean, is_there)` of one shape: `[rows, segments]`, or `[N]`.
@@ -66,7 +66,7 @@ def example_means(value: jax.Array, stats: TokenStats) -> tuple[jax.Array, jax.A
 
 
 def _by_segment(value_RT: jax.Array, segment_RT: jax.Array) -> jax.Array:
-    """Sums over the tokens of every segment 0 (the padding), 1, 2, ..., [rows, tokens + 1]."""
+    """Sums over the tokens of segments 0 (the padding), 1, 2, ...: [rows, tokens + 1]."""
     rows, length = value_RT.shape
     zero = jnp.zeros((rows, length + 1), jnp.float32)
     row_RT = jnp.broadcast_to(jnp.arange(rows)[:, None], value_RT.shape)

@@ -1,4 +1,4 @@
-"""What a weighting is, the registry of those that a configuration can name, and own rules.
+"""Base class of weightings, their registry, and custom weightings.
 
 A weighting is a pure function of `TokenStats` to weights. One that reads only the frozen model's
 losses is evaluated once, on the loss table (`of_table`); one that reads the current model is
@@ -21,9 +21,9 @@ from easy_jax.kernels import token_stats
 from easy_jax.kernels.token_stats import TokenStats
 
 Level = Literal["none", "example", "token"]
-# What a weighting can need: the frozen model's losses; the current model's loss, statistics of its
-# distribution; the loss of the model some steps ago; the whole global batch at once; and, for
-# random transforms of images, the frozen model itself in every step.
+# Possible needs of a weighting: losses of the current model, the frozen model and the model some
+# steps ago; statistics of the current model's distribution; the whole global batch at once; and,
+# for random transforms of images, the frozen model itself in every step.
 STATISTICS = {"current": "nll", "frozen": "frozen_nll", "old": "old_nll"} | {
     name: name for name in token_stats.OF_DISTRIBUTION
 }
@@ -32,8 +32,8 @@ NEEDS = (*STATISTICS, "batch", "frozen_model")
 
 @runtime_checkable
 class Scored(Protocol):
-    """A complete loss table, as `easy_jax.LossTable` is; it also has the medians `temperature` and,
-    with token losses, `token_temperature`."""
+    """Protocol of a complete loss table, such as `easy_jax.LossTable`; it also has the medians
+    `temperature` and, with token losses, `token_temperature`."""
 
     def loss_N(self) -> np.ndarray: ...
 
@@ -45,11 +45,11 @@ class Scored(Protocol):
 
 
 class Weights(NamedTuple):
-    """Weights of a data set, as `easy_jax.fit` takes them.
+    """Weights of a data set, in the form of the arguments of `easy_jax.fit`.
 
     Attributes:
-      weight_N: of examples, by id, float32; NaN leaves an example out. None: all 1.
-      token_weight: of target tokens, by example id (`easy_jax.Ragged`). None: all 1.
+      weight_N: float32 weights by example id; NaN leaves an example out. None: all 1.
+      token_weight: weights of target tokens by example id (`easy_jax.Ragged`). None: all 1.
     """
 
     weight_N: np.ndarray | None = None
@@ -58,15 +58,15 @@ class Weights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Weighting:
-    """A rule that gives examples or tokens their weights; its options are its fields.
+    """Base class of rules that compute weights of examples or tokens; its fields are options.
 
-    A subclass defines `rule`. Its docstring has the formula, its source, and when it hurts.
-    Instances are hashable: they are compiled into the training step.
+    A subclass defines `rule`. Its docstring gives the formula, the source, and when it is harmful.
+    Instances must be hashable, because they are compiled into the training step.
 
     Attributes:
-      floor: no weight is smaller.
-      level: what gets a weight: examples, from means over their target tokens, or tokens.
-      needs: what `rule` reads, of `NEEDS`.
+      floor: minimum weight.
+      level: what is weighted: examples, from means over their target tokens, or tokens.
+      needs: the inputs that `rule` reads, out of `NEEDS`.
 
     Example:
       >>> @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Weighting:
         No gradient passes through them.
 
         Raises:
-          ConfigError: statistics that the rule needs and that are None.
+          ConfigError: statistics that the rule needs are None.
         """
         missing = [
             STATISTICS[name]
@@ -109,20 +109,20 @@ class Weighting:
         return jnp.maximum(weight, self.floor) if self.floor else weight
 
     def rule(self, stats: TokenStats) -> jax.Array:
-        """Returns the weight of every entry, before floor and mask."""
+        """Returns the weight of every entry, before `floor` and mask are applied."""
         raise NotImplementedError
 
     def fit(self, table: Any) -> "Weighting":
-        """Returns the weighting with all that depends on the data set fixed, such as a median."""
+        """Returns the weighting with options computed from the loss table, such as a median."""
         del table
         return self
 
     def of_table(self, table: Scored, seed: int = 0) -> Weights:
-        """Returns the weights of a scored data set, of a rule that reads only frozen losses.
+        """Returns the weights of a scored data set; for rules that only read frozen losses.
 
         Args:
-          table: of the frozen model's losses.
-          seed: of what is drawn at random.
+          table: the loss table of the frozen model.
+          seed: random seed, for rules that draw at random.
         """
         del seed
         fitted = self.fit(table)
@@ -139,7 +139,7 @@ class Weighting:
         return Weights(all_but_dropped(table), dataclasses.replace(losses, values=values))
 
     def reads_model(self) -> bool:
-        """Whether weights depend on the current model, and so are computed in every step."""
+        """Returns whether weights depend on the current model and are computed in every step."""
         return bool(self.needs - {"frozen", "frozen_model"})
 
     def old_steps(self) -> int:
@@ -147,11 +147,11 @@ class Weighting:
         return getattr(self, "refresh_steps", 8) if "old" in self.needs else 0
 
     def needs_pass(self) -> bool:
-        """Whether a step takes a forward pass over the global batch before its gradient."""
+        """Returns whether a step needs a forward pass over the global batch before its gradient."""
         return self.reads_model() and ("batch" in self.needs or self.level == "example")
 
     def reads_distribution(self) -> bool:
-        """Whether more is read of the current model's distribution than the target's loss."""
+        """Returns whether the rule reads statistics of the current model's distribution."""
         return not self.needs.isdisjoint(token_stats.OF_DISTRIBUTION)
 
     def __mul__(self, other: "Weighting") -> "Weighting":
@@ -164,7 +164,7 @@ def _frozen(loss: np.ndarray) -> TokenStats:
 
 
 def all_but_dropped(table: Scored) -> np.ndarray:
-    """1, and NaN for the examples that scoring dropped."""
+    """Returns a weight of 1 for each example, and NaN for those that scoring dropped."""
     return np.where(np.isnan(table.loss_N()), np.nan, 1.0).astype(np.float32)
 
 
@@ -186,12 +186,12 @@ class Product(Weighting):
 
     @property
     def level(self) -> Level:  # type: ignore[override]
-        """The level of both."""
+        """Level of both weightings."""
         return self.first.level
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
-        """What either needs."""
+        """Union of the needs of both weightings."""
         return self.first.needs | self.second.needs
 
     def old_steps(self) -> int:
@@ -246,8 +246,8 @@ def get(name: str, /, **options: Any) -> Weighting:
       **options: fields of the weighting; each has a default.
 
     Raises:
-      ConfigError: an unknown name, with the nearest one; an option that the weighting does not
-        have; a value out of its range.
+      ConfigError: the name is unknown (the message gives the nearest one), the weighting does not
+        have an option, or a value is out of range.
 
     Example:
       >>> get("power", exponent=0.5)
@@ -259,7 +259,7 @@ def get(name: str, /, **options: Any) -> Weighting:
     entry = WEIGHTINGS.find(name)
     known = inspect.signature(entry).parameters
     if any(each.kind is each.VAR_KEYWORD for each in known.values()):
-        return entry(**options)  # passes them on, and they are checked there
+        return entry(**options)  # the entry passes options to `get`, which checks them
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
