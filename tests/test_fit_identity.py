@@ -166,7 +166,7 @@ def test_a_loss_that_changes_in_a_process_is_compiled_anew(tmp_path):
     loss.factor = 3.0
     with pytest.raises(CheckpointError, match="run: the loss function: 'Loss "):
         fit(tmp_path / "one", loss_fn=loss)
-    with pytest.raises(LossTableError, match="is of something else: loss is 'Loss "):
+    with pytest.raises(LossTableError, match="was computed with different inputs: loss is 'Loss "):
         ej.score(linear(), data(), tmp_path / "table", loss_fn=loss, batch_size=8)
     _, three = fit(tmp_path / "three", loss_fn=loss)
     _, expected = fit(tmp_path / "expected", loss_fn=Loss(3.0))
@@ -182,7 +182,7 @@ def test_a_table_knows_the_model_s_structure(tmp_path):
     table = ej.score(linear(), data(), tmp_path, loss_fn=squared, batch_size=8)
     again = ej.score(linear(), data(), tmp_path, loss_fn=squared, batch_size=8)
     assert again.metadata == table.metadata
-    with pytest.raises(LossTableError, match="is of something else: structure is "):
+    with pytest.raises(LossTableError, match="was computed with different inputs: structure is "):
         ej.score(linear(precision="highest"), data(), tmp_path, loss_fn=squared, batch_size=8)
 
 

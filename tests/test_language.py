@@ -218,7 +218,7 @@ def test_a_loss_table_of_another_model_or_data_set(change, named, folder, tmp_pa
     shutil.copytree(folder, copy)
     train.run(_config(copy), tmp_path / "run", until="score")
     change(copy)
-    with pytest.raises(LossTableError, match=f"is of something else: {named} is"):
+    with pytest.raises(LossTableError, match=f"was computed with different inputs: {named} is"):
         train.run(_config(copy), tmp_path / "run", until="score")
 
 

@@ -413,7 +413,7 @@ def test_what_does_not_belong_to_the_training_data_is_refused(tmp_path):
     fields = dict(source.fields, y=-source.fields["y"])
     other = ej.score(model, ArraySource(fields), tmp_path / "other", loss_fn=_squares, batch_size=8)
     fewer = ej.score(model, _source(8), tmp_path / "fewer", loss_fn=_squares, batch_size=8)
-    with pytest.raises(LossTableError, match="other is of something else: data is"):
+    with pytest.raises(LossTableError, match="other was computed with different inputs: data is"):
         run(weighting=weightings.Flow(), table=other)
     with pytest.raises(ConfigError, match="is of 8 examples, and the training data have 32"):
         run(weighting=weightings.Dft(), table=fewer)

@@ -224,7 +224,7 @@ def test_the_first_twenty_are_shown_and_all_are_counted(tmp_path):
     assert message.startswith(f"cannot use 26 of 27 examples of {path}: field 'a' is int, not a ")
     assert "string (15): line 1, " in message and "; not JSON (9): line 16 [" in message
     assert "line 20 [" in message and "line 21 [" not in message
-    assert "; not a JSON object (2): .... Mend the data" in message and "\n" not in message
+    assert "; not a JSON object (2): .... Fix the data" in message and "\n" not in message
 
 
 def test_parquet_folders_name_the_file_of_a_bad_row(tmp_path):

@@ -322,7 +322,7 @@ def test_reading_and_tokenising_tell_their_bad_records_together(tmp_path):
     message = (
         rf"^cannot use 4 of 6 examples of {config.path}: not JSON \(1\): line 2 \[.*\]; "
         r"blank response \(1\): line 3; no target token within max_length 6 \(1\): line 4 "
-        r"\[7 prompt tokens\]; no field 'r' \(1\): line 5 \[it has \['q'\]\]\. Mend the data, "
+        r"\[7 prompt tokens\]; no field 'r' \(1\): line 5 \[it has \['q'\]\]\. Fix the data, "
     )
     with pytest.raises(DataError, match=message):
         instructions.load(config, TEXT, words())

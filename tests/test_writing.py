@@ -57,7 +57,7 @@ def test_a_full_disk_while_scoring(name, fill, tmp_path):
         _score(tmp_path / "run")
     assert str(told.value) == (
         f"{tmp_path / 'run' / name} cannot be written: No space left on device. What was complete "
-        "before is kept; make room (or mend what is named) and run the same command again"
+        "before is kept; make room (or fix what is named) and run the same command again"
     )
     kept = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     assert sorted(kept) == (["metadata.json", "part-00000-00000.parquet"] if "part" in name else [])

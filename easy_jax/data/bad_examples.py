@@ -96,7 +96,7 @@ class BadExamples:
         summary = self.summary(size)
         if self.on_bad_example == "error":
             raise DataError(
-                f"cannot use {summary}. Mend the data, or go on without these: scoring."
+                f"cannot use {summary}. Fix the data, or go on without these: scoring."
                 "on_bad_example='drop' in a configuration, bad=BadExamples('drop') in a call"
             )
         if len(self) == size:

@@ -94,7 +94,7 @@ def load_all(wanted: Sequence[tuple[ImageDataConfig, Split]]) -> list[ImageSourc
             )
     if errors:
         raise DataError(
-            f"{told(list(errors.values()), sum(counts.values()))}. Mend or remove them, or set "
+            f"{told(list(errors.values()), sum(counts.values()))}. Fix or remove them, or set "
             "on_bad_example='drop' to leave them out"
         )
     for place, (where, bad) in enumerate(found):
@@ -111,7 +111,7 @@ def _check_left(source: ImageSource, split: Split, where: str) -> None:
     label_N = source.labels()
     if len(source) == 0:
         raise DataError(
-            f"{where}: no image is left that can be used: {first_of(list(source.left_out))}; mend "
+            f"{where}: no image is left that can be used: {first_of(list(source.left_out))}; fix "
             "them, or add images"
         )
     if split == "train" and label_N is not None:

@@ -46,7 +46,7 @@ def writing(target: Location) -> Iterator[None]:
     except OSError as error:
         raise WriteError(
             f"{os.fspath(target)} cannot be written: {error.strerror or error}. What was complete "
-            "before is kept; make room (or mend what is named) and run the same command again"
+            "before is kept; make room (or fix what is named) and run the same command again"
         ) from error
 
 

@@ -283,7 +283,7 @@ class Checkpointer:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory}: {reason}. Those before it "
-                "are kept; make room (or mend what is named) and run the same command again"
+                "are kept; make room (or fix what is named) and run the same command again"
             ) from error
 
 

@@ -143,7 +143,7 @@ def _check_labels(source: data.ArraySource, number: int, used_N: np.ndarray | No
         check_labels(label_N, number, used_N)
     except data.DataError as error:
         raise data.DataError(
-            f"the model has {_count(number, 'output')}, and {error}. Mend the labels, or give the "
+            f"the model has {_count(number, 'output')}, and {error}. Fix the labels, or give the "
             "model a head of as many outputs as there are classes (easy_jax.new_head)"
         ) from error
 

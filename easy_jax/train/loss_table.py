@@ -288,7 +288,7 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
     ]
     if wrong:
         raise LossTableError(
-            f"the loss table in {directory} is of something else: {'; '.join(wrong)}. "
+            f"the loss table in {directory} was computed with different inputs: {'; '.join(wrong)}. "
             "Score again into another directory, or delete this one (in Python: overwrite=True)"
         )
 

@@ -284,6 +284,6 @@ def _raise_bad(bad: dict[int, str], num_examples: int) -> None:
         some = "; ".join(f"id {i} {why}" for i, why in worst)
         raise ScoringError(
             f"{count} of {num_examples} examples cannot be scored: {some}"
-            f"{'; ...' if count > 10 else ''}. Mend the data, or set on_bad_example='drop' "
+            f"{'; ...' if count > 10 else ''}. Fix the data, or set on_bad_example='drop' "
             "to leave them out of training"
         )
