@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 import easy_jax as ej
 from easy_jax import Reading
 from easy_jax.data.image_folders import FolderImages
-from easy_jax.data.images import Views
+from easy_jax.data.images import Transforms
 
 NUM_IMAGES = 1024
 BATCH_SIZE = 64
@@ -83,7 +83,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_photos(folder)
-        source = ej.ImageSource(FolderImages(folder / "train"), Views())
+        source = ej.ImageSource(FolderImages(folder / "train"), Transforms())
 
         def ours(reading: Reading) -> Callable[[], Iterable[object]]:
             return lambda: ej.training_loader(source, BATCH_SIZE, epochs=2, seed=0, reading=reading)

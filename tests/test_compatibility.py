@@ -17,7 +17,7 @@ import easy_jax as ej
 from easy_jax.config import RESNETS, ConfigError
 from easy_jax.data import ArraySource, DataError, DataWarning, Splits
 from easy_jax.data.image_folders import FolderImages
-from easy_jax.data.images import Views
+from easy_jax.data.images import Transforms
 from easy_jax.experiments.image_networks import ImageNetworks
 from easy_jax.models.classifier import ClassifierInfo
 from easy_jax.models.resnet import head_params
@@ -54,7 +54,7 @@ def points(classes=3, num_classes=None, size=12):
 @pytest.fixture
 def images(tmp_path):
     folder = write_folder(tmp_path / "train", classes=("cat", "dog"), per_class=4)
-    return ej.ImageSource(FolderImages(folder), Views(image_size=8, resize_size=9))
+    return ej.ImageSource(FolderImages(folder), Transforms(image_size=8, resize_size=9))
 
 
 @pytest.fixture

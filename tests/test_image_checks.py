@@ -27,7 +27,7 @@ from easy_jax.config import (
 )
 from easy_jax.data import DataError, DataWarning, ImageSource
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
-from easy_jax.data.images import FORMATS, Views, decode
+from easy_jax.data.images import FORMATS, Transforms, decode
 from easy_jax.experiments.plan import Stage, probe_key
 from easy_jax.experiments.tasks import load_tasks
 from easy_jax.experiments.vision import ImageExperiment
@@ -166,11 +166,11 @@ def test_damage_in_parquet_and_tfds(tmp_path):
     examples[2:4] = [(b"", 2), (examples[3][0][:200], 0)]
     write_parquet(tmp_path / "train.parquet", examples)
     write_tfds(tmp_path, "broken", "1.0.0", 3, {"train": examples[:2] + examples[3:]})
-    views = Views(image_size=16, resize_size=18)
-    bad, rotated = ImageSource(ParquetImages(tmp_path, "train", 3), views).examine()
+    transforms = Transforms(image_size=16, resize_size=18)
+    bad, rotated = ImageSource(ParquetImages(tmp_path, "train", 3), transforms).examine()
     assert {i: error.kind for i, error in bad.items()} == {2: "empty", 3: "damaged"}
     assert bad[3].where == f"{tmp_path}/train.parquet, row 3" and rotated == 0
-    bad, _ = ImageSource(TfdsImages("broken", "train", tmp_path), views).examine()
+    bad, _ = ImageSource(TfdsImages("broken", "train", tmp_path), transforms).examine()
     assert list(bad) == [2]
 
 

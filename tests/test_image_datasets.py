@@ -17,7 +17,7 @@ from easy_jax.config import (
     TransferDataConfig,
 )
 from easy_jax.data import DataError, Reading, known_images, load_images
-from easy_jax.data.images import Views
+from easy_jax.data.images import Transforms
 from easy_jax.experiments.tasks import load_tasks
 
 # Data sets.
@@ -132,15 +132,15 @@ def test_imagenet_is_tested_on_its_validation_split(tmp_path):
 def test_views_of_the_paper(tmp_path, tfds_images):
     flowers = data_config(tfds_images, name="oxford_flowers102", format="tfds", image_size=224)
     source = load_images(flowers, "train")
-    assert source.views == Views(224, 256, "bilinear", True, 0.2)
+    assert source.transforms == Transforms(224, 256, "bilinear", True, 0.2)
     np.testing.assert_allclose(source[0]["image_mean"], (0.485, 0.456, 0.406), rtol=1e-6)
     write_parquet(tmp_path / "train.parquet", jpegs(20))
     cifar = data_config(tmp_path, name="cifar10", format="parquet", image_size=224)
     source = load_images(cifar, "train")
-    assert source.views == Views(224, 224, "bilinear", True, 0.0)
+    assert source.transforms == Transforms(224, 224, "bilinear", True, 0.0)
     np.testing.assert_allclose(source[0]["image_std"], (0.2470, 0.2435, 0.2616), rtol=1e-6)
     made = data_config(tmp_path, name="cifar10", format="parquet", resize_size=18, augment=False)
-    assert load_images(made, "train").views == Views(16, 18, "bilinear", False, 0.0)
+    assert load_images(made, "train").transforms == Transforms(16, 18, "bilinear", False, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from image_data import encoded, jpegs, picture, write_folder, write_parquet
 from easy_jax.data import DataError, ImageSource, Reading, scoring_loader, training_loader
 from easy_jax.data.image_folders import FolderImages
 from easy_jax.data.image_stores import ParquetImages, TfdsImages
-from easy_jax.data.images import Views
+from easy_jax.data.images import Transforms
 
-VIEWS = Views(image_size=16, resize_size=20)
+VIEWS = Transforms(image_size=16, resize_size=20)
 
 
 @pytest.fixture
@@ -79,23 +79,23 @@ def test_fingerprints_hold_what_scoring_sees(folder):
 
     different = [
         fingerprint(),
-        fingerprint(Views(16, 21)),
-        fingerprint(Views(15, 20)),
-        fingerprint(Views(16, 20, "bicubic")),
+        fingerprint(Transforms(16, 21)),
+        fingerprint(Transforms(15, 20)),
+        fingerprint(Transforms(16, 20, "bicubic")),
         fingerprint(mean=(0.5, 0.5, 0.5)),
         fingerprint(std=(0.5, 0.5, 0.5)),
         fingerprint(positions=np.arange(17)),
     ]
     assert len(set(different)) == len(different)
     same = [
-        fingerprint(Views(16, 20, color_jitter=0.4)),
-        fingerprint(Views(16, 20, augment=False)),
+        fingerprint(Transforms(16, 20, color_jitter=0.4)),
+        fingerprint(Transforms(16, 20, augment=False)),
         fingerprint(reading=Reading(threads=7)),
     ]
     assert set(same) == {different[0]}
 
 
-# Views in the loaders.
+# Transforms in the loaders.
 
 
 def by_place(loader):
@@ -206,3 +206,14 @@ def test_stores_reach_worker_processes(tmp_path, tfds_images, kind):
     )
     for ours, theirs in zip(others, alone, strict=True):
         np.testing.assert_array_equal(ours["image"], theirs["image"])
+
+
+def test_former_names_of_transforms(tmp_path):
+    from easy_jax.data import images
+
+    write_folder(tmp_path, classes=("a", "b"), per_class=2)
+    with pytest.warns(DeprecationWarning, match="Views is now .*Transforms"):
+        views = images.Views(16, 20)
+    with pytest.warns(DeprecationWarning, match=r"\(views=\) is now ImageSource\(transforms=\)"):
+        source = ImageSource(FolderImages(tmp_path), views=views)
+    assert source.transforms == Transforms(16, 20)

@@ -27,7 +27,7 @@ from easy_jax.config import (
 )
 from easy_jax.core import losses
 from easy_jax.core.online_weights import OnlineWeights
-from easy_jax.data.images import training_view, uniforms
+from easy_jax.data.images import training_transform, uniforms
 from easy_jax.io.sealed import ArtefactError
 from easy_jax.models import resnet
 from easy_jax.models.modes import eval_mode
@@ -68,8 +68,8 @@ def test_online_weights_are_of_the_view_trained_on(photos):
     views = []
     for example_id in ids[batch["mask"]].tolist():
         encoded, _ = source.store.read([source._positions[example_id]])[0]
-        image = data.images.decode(encoded, "", source.views.resize_size)
-        view = training_view(image, source.views, uniforms(3, 1, example_id))
+        image = data.images.decode(encoded, "", source.transforms.resize_size)
+        view = training_transform(image, source.transforms, uniforms(3, 1, example_id))
         views.append((np.asarray(view) / 255.0 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225))
     logits_BK = np.float64(nnx.jit(model)(np.float32(views)))
     label_B = batch["label"][batch["mask"]]

@@ -10,7 +10,7 @@ from image_data import encoded, picture
 from PIL import Image, ImageEnhance
 
 from easy_jax.data import DataError, images
-from easy_jax.data.images import Views, decode, scoring_view, training_view, uniforms
+from easy_jax.data.images import Transforms, decode, scoring_transform, training_transform, uniforms
 
 GREY = np.array([0.299, 0.587, 0.114])
 
@@ -64,8 +64,8 @@ def test_the_scoring_view_is_the_middle_of_the_resized_image(
     width, height, resize_size, size, interpolation
 ):
     array = picture(1, width, height)
-    views = Views(size, resize_size, interpolation)
-    view = scoring_view(Image.fromarray(array), views)
+    transforms = Transforms(size, resize_size, interpolation)
+    view = scoring_transform(Image.fromarray(array), transforms)
     new_width = resize_size * width // min(width, height)
     new_height = resize_size * height // min(width, height)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
@@ -79,9 +79,9 @@ def test_the_scoring_view_is_the_middle_of_the_resized_image(
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_training_view_is_a_cut_flipped_or_not(interpolation, flip):
     array = picture(2, 60, 45)
-    views = Views(24, 30, interpolation, color_jitter=0.0)  # resized to 40 x 30
+    transforms = Transforms(24, 30, interpolation, color_jitter=0.0)  # resized to 40 x 30
     uniform = np.array([0.99, 0.5, 0.4 if flip else 0.6, 0.0, 0.0, 0.0])
-    view = pixels(training_view(Image.fromarray(array), views, uniform))
+    view = pixels(training_transform(Image.fromarray(array), transforms, uniform))
     # 17 places to the right and 7 down: int(0.99 * 17) and int(0.5 * 7).
     expected = cut(array, 30, 24, 16, 3, interpolation)
     assert np.abs((view[:, ::-1] if flip else view) - expected).max() <= 1.5
@@ -89,9 +89,9 @@ def test_a_training_view_is_a_cut_flipped_or_not(interpolation, flip):
 
 def test_crops_reach_every_corner_and_no_further():
     image = Image.fromarray(picture(3, 60, 45))
-    views = Views(24, 30, color_jitter=0.0)
+    transforms = Transforms(24, 30, color_jitter=0.0)
     for u, v in ((0.0, 0.0), (1 - 2**-53, 1 - 2**-53)):
-        view = training_view(image, views, np.array([u, v, 0.9, 0.0, 0.0, 0.0]))
+        view = training_transform(image, transforms, np.array([u, v, 0.9, 0.0, 0.0, 0.0]))
         left, top = (0, 0) if u == 0.0 else (16, 6)
         expected = cut(pixels(image), 30, 24, left, top, "bilinear")
         assert np.abs(pixels(view) - expected).max() <= 1.5
@@ -99,17 +99,19 @@ def test_crops_reach_every_corner_and_no_further():
 
 def test_an_image_of_the_right_size_is_not_touched():
     array = picture(4, 32, 32)
-    views = Views(32, 32, color_jitter=0.0)
-    np.testing.assert_array_equal(pixels(scoring_view(Image.fromarray(array), views)), array)
-    flipped = training_view(Image.fromarray(array), views, np.zeros(6))
+    transforms = Transforms(32, 32, color_jitter=0.0)
+    np.testing.assert_array_equal(
+        pixels(scoring_transform(Image.fromarray(array), transforms)), array
+    )
+    flipped = training_transform(Image.fromarray(array), transforms, np.zeros(6))
     np.testing.assert_array_equal(pixels(flipped), array[:, ::-1])
 
 
 def test_without_augmentation_training_views_are_scoring_views():
     image = Image.fromarray(picture(5))
-    views = Views(12, 16, augment=False)
-    training = training_view(image, views, np.full(6, 0.7))
-    np.testing.assert_array_equal(pixels(training), pixels(scoring_view(image, views)))
+    transforms = Transforms(12, 16, augment=False)
+    training = training_transform(image, transforms, np.full(6, 0.7))
+    np.testing.assert_array_equal(pixels(training), pixels(scoring_transform(image, transforms)))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +147,9 @@ def test_jitter_is_that_of_image_editors():
 
 def test_training_views_jitter_by_at_most_the_given_share():
     image = Image.new("RGB", (40, 40), (100, 100, 100))
-    views = Views(32, 36, color_jitter=0.2)
+    transforms = Transforms(32, 36, color_jitter=0.2)
     extremes = [
-        pixels(training_view(image, views, np.array([0.5, 0.5, 0.5, u, 0.5, 0.5]))).max()
+        pixels(training_transform(image, transforms, np.array([0.5, 0.5, 0.5, u, 0.5, 0.5]))).max()
         for u in (0.0, 0.5, 1 - 2**-53)
     ]
     assert extremes == [80, 100, 120]
@@ -281,9 +283,11 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same():
     array = np.stack([np.sin(3 * x * y), np.cos(x + 2 * y), np.sin(5 * x)], axis=-1)
     array = (127 + 90 * array + rng.normal(0, 8, (600, 800, 3))).clip(0, 255).astype(np.uint8)
     data = encoded(array, quality=90)
-    views = Views(64, 72)
-    whole, small = decode(data, "it"), decode(data, "it", views.resize_size)
+    transforms = Transforms(64, 72)
+    whole, small = decode(data, "it"), decode(data, "it", transforms.resize_size)
     assert (whole.size, small.size) == ((800, 600), (200, 150))
-    distance = np.abs(pixels(scoring_view(whole, views)) - pixels(scoring_view(small, views)))
+    distance = np.abs(
+        pixels(scoring_transform(whole, transforms)) - pixels(scoring_transform(small, transforms))
+    )
     assert distance.mean() < 1.0 and distance.max() <= 8.0
     assert decode(data, "it", 151).size == (800, 600)  # below twice the target at a half

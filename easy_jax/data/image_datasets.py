@@ -12,7 +12,7 @@ from easy_jax.data.formats import IMAGE_FORMATS
 from easy_jax.data.image_source import ImageSource
 from easy_jax.data.image_splits import cut, told
 from easy_jax.data.image_stores import ImageStore
-from easy_jax.data.images import ImageError, Views
+from easy_jax.data.images import ImageError, Transforms
 from easy_jax.data.known_images import DATA_SETS, ImageDataSet
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, DataWarning, first_of
@@ -137,7 +137,7 @@ def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
         del splits["test"]
     store = _open(config, data_set, splits.get(split, "train"))
     size = config.image_size
-    views = Views(
+    transforms = Transforms(
         image_size=size,
         resize_size=config.resize_size or (size * 8 // 7 if data_set.photos else size),
         interpolation=config.interpolation,
@@ -151,7 +151,7 @@ def _open_split(config: ImageDataConfig, split: Split) -> ImageSource:
         positions = cut(store, split, share, config.test_share, config.path)
     return ImageSource(
         store,
-        views,
+        transforms,
         mean=config.mean or data_set.mean,
         std=config.std or data_set.std,
         positions=positions,

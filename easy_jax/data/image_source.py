@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 from easy_jax.data import images
 from easy_jax.data.image_stores import ImageStore
-from easy_jax.data.images import ImageError, Views
+from easy_jax.data.images import ImageError, Transforms
 from easy_jax.data.loader import Batch
 from easy_jax.data.reading import Reading
 from easy_jax.data.sources import DataError, Record
@@ -28,7 +29,8 @@ class ImageSource:
 
     Args:
       store: encoded images and labels.
-      views: how the views are cut out of them.
+      transforms: how images are resized, cropped and augmented; default: `Transforms()`.
+      views: the former name of `transforms`.
       mean, std: per channel, of images in [0, 1]; default: ImageNet's.
       positions: positions in the store of the source's examples, in order; default: all.
       max_pixels: an image with more is an error.
@@ -47,7 +49,7 @@ class ImageSource:
       >>> folder = Path(tempfile.mkdtemp())
       >>> (folder / "red").mkdir()
       >>> Image.new("RGB", (40, 30), "red").save(folder / "red" / "1.png")
-      >>> source = ImageSource(FolderImages(folder), Views(image_size=8, resize_size=9))
+      >>> source = ImageSource(FolderImages(folder), Transforms(image_size=8, resize_size=9))
       >>> record = source[0]
       >>> record["image"].shape, record["image"][0, 0].tolist(), int(record["label"])
       ((8, 8, 3), [255, 0, 0], 0)
@@ -56,16 +58,20 @@ class ImageSource:
     def __init__(
         self,
         store: ImageStore,
-        views: Views,
+        transforms: Transforms | None = None,
         *,
         mean: Sequence[float] = images.IMAGENET_MEAN,
         std: Sequence[float] = images.IMAGENET_STD,
         positions: np.ndarray | None = None,
         max_pixels: int = images.MAX_PIXELS,
         reading: Reading | None = None,
+        views: Transforms | None = None,
     ):
+        if views is not None:
+            message = "ImageSource(views=) is now ImageSource(transforms=)"
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
         self.store = store
-        self.views = views
+        self.transforms = transforms or views or Transforms()
         self.num_classes = store.num_classes
         self.classes = store.classes
         self.reading = Reading() if reading is None else reading
@@ -83,14 +89,16 @@ class ImageSource:
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """Returns the records at these positions as scoring sees them, each field stacked."""
-        return self._batch(positions, lambda row, image: images.scoring_view(image, self.views))
+        return self._batch(
+            positions, lambda row, image: images.scoring_transform(image, self.transforms)
+        )
 
     def training_batch(self, positions: Sequence[int], epochs: Sequence[int], seed: int) -> Batch:
         """Returns the records for training, each a pure function of (seed, epoch, position)."""
 
         def view(row: int, image: Image.Image) -> Image.Image:
             uniform = images.uniforms(seed, epochs[row], positions[row])
-            return images.training_view(image, self.views, uniform)
+            return images.training_transform(image, self.transforms, uniform)
 
         return self._batch(positions, view)
 
@@ -148,22 +156,22 @@ class ImageSource:
 
         The settings that only training uses, `augment` and `color_jitter`, are not part of it.
         """
-        views = dataclasses.asdict(self.views)
+        transforms = dataclasses.asdict(self.transforms)
         names = ("image_size", "resize_size", "interpolation", "rotate")
-        fixed = {name: views[name] for name in names}
+        fixed = {name: transforms[name] for name in names}
         arrays = {"positions": self._positions, "mean": self.mean, "std": self.std}
         return fingerprints.of_json(
             {"store": self.store.fingerprint(), "arrays": fingerprints.of_arrays(arrays), **fixed}
         )
 
     def _decode(self, encoded: bytes, where: str, *, rotate: bool) -> Image.Image:
-        size, limit = self.views.resize_size, self.max_pixels
+        size, limit = self.transforms.resize_size, self.max_pixels
         return images.decode(encoded, where, size, rotate=rotate, max_pixels=limit)
 
     def _batch(
         self, positions: Sequence[int], view: Callable[[int, Image.Image], Image.Image]
     ) -> Batch:
-        size, count = self.views.image_size, len(positions)
+        size, count = self.transforms.image_size, len(positions)
         image_BHWC = np.empty((count, size, size, 3), np.uint8)
         label_B = np.empty(count, np.int32)
         stored = self._positions[positions].tolist()
@@ -174,7 +182,7 @@ class ImageSource:
                     f"{where} has label {label}; the data set has {self.num_classes} classes (0 "
                     f"to {self.num_classes - 1})"
                 )
-            image = self._decode(encoded, where, rotate=self.views.rotate)
+            image = self._decode(encoded, where, rotate=self.transforms.rotate)
             image_BHWC[row] = np.asarray(view(row, image))
             label_B[row] = label
         return {

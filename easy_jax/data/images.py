@@ -1,4 +1,4 @@
-"""Decoding of images, and the views of an image that a model gets.
+"""Decoding of images, and the transforms that make what a model gets of them.
 
 A view is a uint8 square. The scoring view of an image is always the same. A training view is a
 pure function of the image and a few uniform numbers, which are a pure function of (seed, epoch,
@@ -11,6 +11,7 @@ device; the compiler fuses the two operations into the first convolution.
 
 import dataclasses
 import io
+import warnings
 from typing import Any, Literal
 
 import numpy as np
@@ -62,14 +63,14 @@ class ImageError(DataError):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Views:
-    """Settings for the views of images, which are squares of equal size.
+class Transforms:
+    """Settings of the transforms of images into squares of equal size.
 
     Attributes:
       image_size: side of a view, in pixels.
       resize_size: length of the shorter side before the crop; at least `image_size`.
       interpolation: of the resize; both methods widen their filter when they shrink an image.
-      augment: random training views; if False, training uses the scoring views.
+      augment: whether training transforms are random; if False, training uses those of scoring.
       color_jitter: j: brightness, contrast and saturation are each multiplied by a factor from
         [1 - j, 1 + j].
       rotate: turn images upright by their EXIF orientation first.
@@ -193,33 +194,35 @@ def uniforms(seed: int, epoch: int, example_id: int) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def scoring_view(image: Image.Image, views: Views) -> Image.Image:
+def scoring_transform(image: Image.Image, transforms: Transforms) -> Image.Image:
     """Returns the fixed view: shorter side resized, central square."""
-    size = views.image_size
-    width, height = _resized(image.size, views.resize_size)
-    return _cut(image, views, round((width - size) / 2), round((height - size) / 2))
+    size = transforms.image_size
+    width, height = _resized(image.size, transforms.resize_size)
+    return _cut(image, transforms, round((width - size) / 2), round((height - size) / 2))
 
 
-def training_view(image: Image.Image, views: Views, uniform: np.ndarray) -> Image.Image:
+def training_transform(
+    image: Image.Image, transforms: Transforms, uniform: np.ndarray
+) -> Image.Image:
     """Returns a random view: resized, random square, flip, colours (arXiv:2502.02797).
 
     Args:
       image: RGB.
-      views: the settings; without `augment`, this is the scoring view.
+      transforms: the settings; without `augment`, this is `scoring_transform`.
       uniform: [NUM_UNIFORMS] in [0, 1), of `uniforms`.
     """
-    if not views.augment:
-        return scoring_view(image, views)
-    size = views.image_size
-    width, height = _resized(image.size, views.resize_size)
+    if not transforms.augment:
+        return scoring_transform(image, transforms)
+    size = transforms.image_size
+    width, height = _resized(image.size, transforms.resize_size)
     left, top = (
         int(u * (side - size + 1)) for u, side in zip(uniform[:2], (width, height), strict=True)
     )
-    view = _cut(image, views, left, top)
+    view = _cut(image, transforms, left, top)
     if uniform[2] < 0.5:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if views.color_jitter:
-        view = jitter(view, *(1.0 + views.color_jitter * (2.0 * uniform[3:] - 1.0)))
+    if transforms.color_jitter:
+        view = jitter(view, *(1.0 + transforms.color_jitter * (2.0 * uniform[3:] - 1.0)))
     return view
 
 
@@ -249,12 +252,12 @@ def _resized(size: tuple[int, int], shorter: int) -> tuple[int, int]:
     return shorter * width // height, shorter
 
 
-def _cut(image: Image.Image, views: Views, left: int, top: int) -> Image.Image:
+def _cut(image: Image.Image, transforms: Transforms, left: int, top: int) -> Image.Image:
     """Returns a square of the resized image.
 
     Pillow resizes only this square, but its filter also reads pixels beyond the square's edge."""
-    size = views.image_size
-    width, height = _resized(image.size, views.resize_size)
+    size = transforms.image_size
+    width, height = _resized(image.size, transforms.resize_size)
     x, y = image.width / width, image.height / height
     box = (
         left * x,
@@ -262,4 +265,13 @@ def _cut(image: Image.Image, views: Views, left: int, top: int) -> Image.Image:
         min((left + size) * x, image.width),
         min((top + size) * y, image.height),
     )
-    return image.resize((size, size), _RESAMPLE[views.interpolation], box)
+    return image.resize((size, size), _RESAMPLE[transforms.interpolation], box)
+
+
+def __getattr__(name: str) -> Any:
+    """Finds `Views`, the former name of `Transforms`."""
+    if name == "Views":
+        message = "easy_jax.data.images.Views is now easy_jax.data.images.Transforms"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return Transforms
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

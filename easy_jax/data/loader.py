@@ -133,10 +133,10 @@ def training_loader(
 
     Args:
       source: the data; a field `weight`, if it has one, is multiplied into `weight_N`. If it
-        has random views (`training_batch`), these are read.
+        has random transforms (`training_batch`), these are read.
       batch_size: global, over all processes.
       epochs: passes over the data.
-      seed: of the order and the views; equal seeds give equal batches on any number of
+      seed: of the order and the transforms; equal seeds give equal batches on any number of
         processes.
       weight_N: float weights by example id, of length `len(source)`; default: 1. An entry
         that is NaN is an example dropped while scoring: it is left out of training.
@@ -190,7 +190,7 @@ def training_loader(
         token_values = {name: each for name, each in given.items() if isinstance(each, Ragged)}
         dataset = _packed(source, packed, batch_size, share, weight_N, token_values)
         return Loader(dataset, reading)
-    records = functools.partial(_read_views, source, seed)
+    records = functools.partial(_read_transformed, source, seed)
     frozen_N = None if frozen_nll is None else np.asarray(frozen_nll, np.float32)
     read = _Reader(records, batch_size, share, weight_N, frozen_N)
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
@@ -338,8 +338,8 @@ def read_records(source: Source, positions: list[int]) -> Batch:
     return stack([source[position] for position in positions], positions)
 
 
-def _read_views(source: Source, seed: int, positions: list[int], epochs: list[int]) -> Batch:
-    """Returns the records at these positions, in the views of these epochs if there are any."""
+def _read_transformed(source: Source, seed: int, positions: list[int], epochs: list[int]) -> Batch:
+    """Returns the records at these positions, with the transforms of these epochs if any."""
     if hasattr(source, "training_batch"):
         return dict(source.training_batch(positions, epochs, seed))
     return read_records(source, positions)

@@ -34,12 +34,12 @@ class Source(Protocol):
     `__getitems__(positions) -> list of records`, to read a batch at once, and
     `fingerprint() -> str`, to identify the data without reading everything.
 
-    Optional, for random views: `training_batch(positions, epochs, seed) -> record of stacked
+    Optional, for random transforms: `training_batch(positions, epochs, seed) -> record of stacked
     arrays`, which training reads instead of the above. Row i is a view of example positions[i]
     in epoch epochs[i], a pure function of these two and the seed: it must not depend on the
     other rows, on earlier calls, or on the thread or process it runs in. Scoring and evaluation
-    never call it, so their records are fixed. Such a source also has `views`, a dataclass of all
-    settings that determine the views; training does not continue if they differ.
+    never call it, so their records are fixed. Such a source also has `transforms`, a dataclass of
+    all settings that determine them; training does not continue if they differ.
 
     Optional: `dropped_ids`, positions without a usable example. They are never read, and the
     other examples keep their ids.

@@ -113,5 +113,5 @@ def _arrangement(source: data.AnySource) -> dict[str, Any]:
     """Returns the source's settings that only affect training: packed rows, augmentation."""
     if isinstance(source, data.PackedSource):
         return {"rows": [source.row_length, source.max_segments]}
-    views = getattr(source, "views", None)
-    return {} if views is None else {"views": dataclasses.asdict(views)}
+    transforms = getattr(source, "transforms", getattr(source, "views", None))  # the former name
+    return {} if transforms is None else {"views": dataclasses.asdict(transforms)}

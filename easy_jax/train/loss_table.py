@@ -288,8 +288,9 @@ def check_metadata(directory: Path, found: dict[str, Any], expected: dict[str, A
     ]
     if wrong:
         raise LossTableError(
-            f"the loss table in {directory} was computed with different inputs: {'; '.join(wrong)}. "
-            "Score again into another directory, or delete this one (in Python: overwrite=True)"
+            f"the loss table in {directory} was computed with different inputs: "
+            f"{'; '.join(wrong)}. Score again into another directory, or delete this one "
+            "(in Python: overwrite=True)"
         )
 
 
