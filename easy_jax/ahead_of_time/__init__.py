@@ -1,1 +1,1 @@
-"""Compiling for TPUs that are not there: does it fit, and what does a step cost."""
+"""Compilation for TPUs that this machine does not have: whether steps fit, and their cost."""

@@ -1,4 +1,4 @@
-"""TPU chips and slices: what their makers publish, and what libtpu's compiler assumes of them.
+"""Published figures of TPU chips and slices, and what libtpu's compiler assumes about them.
 
 Peak, HBM and links are the published figures. The clock is the one at which the matrix units
 reach the peak: libtpu counts in its cycles. Usable HBM is what the compiler reports when a
@@ -16,16 +16,18 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip.
+    """Figures of one chip.
 
     Attributes:
-      peak_flops: bfloat16 operations per second.
+      peak_flops: peak bfloat16 operations per second.
       clock: cycles per second.
-      hbm_bytes: of HBM that a program may use.
-      hbm_bandwidth: bytes per second.
+      hbm_bytes: bytes of HBM that a program may use.
+      hbm_bandwidth: bytes per second to and from HBM.
       link_bandwidth: bytes per second of one interconnect link in one direction.
-      dimensions: of the torus; `wraps_at`: chips along an axis from which it is closed to a ring.
-      accelerator: the prefix of libtpu's `TPU_ACCELERATOR_TYPE`; `cores` per chip in its name.
+      dimensions: number of axes of the torus.
+      wraps_at: number of chips along an axis from which on the axis is closed to a ring.
+      accelerator: prefix of libtpu's `TPU_ACCELERATOR_TYPE`.
+      cores: number of cores per chip that the name counts.
     """
 
     peak_flops: float
@@ -61,11 +63,11 @@ class Topology:
 
     @property
     def accelerator_type(self) -> str:
-        """libtpu's name of the slice, `v5litepod-16`."""
+        """Returns libtpu's name of the slice, such as `v5litepod-16`."""
         return f"{self.chip.accelerator}-{self.num_chips * self.chip.cores}"
 
     def bandwidth(self, group: int) -> float:
-        """Bytes per second that a chip sends in a collective over a group of chips.
+        """Returns the bytes per second that a chip sends in a collective over a group of chips.
 
         A group of all chips uses every axis of the torus, any smaller one is taken to lie
         along a single axis. A ring is used in both directions, a line in one.
@@ -79,7 +81,7 @@ def parse_topology(name: str) -> Topology:
     """Reads `CHIP:AxB` or `CHIP:AxBxC`.
 
     Raises:
-      ConfigError: another form, or a chip that is not known.
+      ConfigError: the text has another form, or the chip is unknown.
 
     Example:
       >>> parse_topology("v5e:4x4").num_chips

@@ -1,7 +1,7 @@
 """`easy-jax compile`: the programs of a configuration, compiled for a topology of TPUs.
 
-libtpu does not live well beside another backend, and reads its settings when it is loaded: the
-command starts itself again in a process of its own, set up before anything of JAX is imported.
+libtpu conflicts with other backends in one process, and reads its settings when it is loaded.
+The command therefore restarts itself in a new process, configured before JAX is imported.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ WHAT = ("all", "train", "score")
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """What libtpu needs to compile for chips that are not there, quietly."""
+    """Returns the environment variables with which libtpu compiles without a TPU, without logs."""
     return {
         _CHILD: topology.name,
         "JAX_PLATFORMS": "cpu",
@@ -43,10 +43,10 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def restart(topology_name: str) -> None:
-    """Replaces this process by one that is set up for libtpu, unless it is one.
+    """Replaces this process by one that is configured for libtpu, unless it is one already.
 
     Raises:
-      ConfigError: a topology that is not known, or no libtpu.
+      ConfigError: the topology is unknown, or libtpu is not installed.
     """
     topology = parse_topology(topology_name)
     if importlib.util.find_spec("libtpu") is None:
@@ -57,10 +57,10 @@ def restart(topology_name: str) -> None:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The chips of a topology, described, not there.
+    """Returns descriptions of the chips of a topology, as JAX devices.
 
     Raises:
-      ConfigError: libtpu knows no such topology.
+      ConfigError: libtpu does not know the topology.
     """
     # By default libtpu takes a host to have 2x2 chips, of which smaller slices have fewer.
     host = [*(min(2, size) for size in topology.sizes[:2]), 1]
@@ -83,18 +83,19 @@ def run(
     as_json: bool = False,
     directory: str | None = None,
 ) -> bool:
-    """Compiles, prints the table, and says whether everything fits.
+    """Compiles the steps, prints a table of their cost, and returns whether all of them fit.
 
     Args:
-      config: of an experiment. Neither data nor weights are read: of a language model only
-        `config.json` of its folder, and nothing for the models that are known by name.
-      topology_name: such as `v5e:4x4`.
-      what: `train`, `score` or `all`.
-      with_largest_batch: also look for the largest batch per chip that fits; each try compiles.
-      as_json: print JSON, not a table. `directory`: also write it there, to `compile.json`.
+      config: an experiment's configuration. Neither data nor weights are read; for a language model
+        only `config.json` in its folder, and nothing for the models that are known by name.
+      topology_name: name of the topology, such as `v5e:4x4`.
+      what: steps to compile: `train`, `score` or `all`.
+      with_largest_batch: whether to search for the largest batch per chip; each try compiles.
+      as_json: whether to print JSON instead of a table.
+      directory: where `compile.json` is written; default: nowhere.
 
     Raises:
-      ConfigError: a bad configuration, batch or topology.
+      ConfigError: the configuration, batch or topology is invalid.
     """
     config = config.validate()
     topology = parse_topology(topology_name)
@@ -133,7 +134,7 @@ def run(
 
 
 def _largest_batch(step: Lowering, result: Measured, topology: Topology, mesh: Mesh) -> int:
-    """Rows a chip, given what came out for the configuration's own batch."""
+    """Returns the largest number of rows per chip that fits, starting from the configured batch."""
     unit = sharding.num_shares(mesh) * step.micro_batches
 
     def fits(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a compiled program costs: a walk over its schedule, loop bodies counted trip by trip.
+"""Cost of a compiled program, summed over its schedule, with loop bodies counted on every trip.
 
 XLA's own `cost_analysis()` counts a loop's body once, and a model scanned over its layers is
 one loop. Here every instruction counts as often as it runs:
@@ -58,16 +58,19 @@ _FREE = frozenset(
 
 @dataclasses.dataclass
 class Cost:
-    """Per chip and step.
+    """Cost per chip and step.
 
     Attributes:
-      flops: operations, kernels included; `kernel_flops`: of Pallas kernels alone.
-      cycles_seconds: of all but kernels. `kernel_seconds`: theirs.
-      hbm_bytes: read and written.
-      unhidden_seconds: waiting for the interconnect.
-      collectives: kind -> how often; `collective_bytes`: kind -> bytes sent.
-      kernels: Pallas kernel -> how often.
-      unknown_loops: loops whose number of trips is not in the program; counted once.
+      flops: operations, including those of kernels.
+      kernel_flops: operations of Pallas kernels only.
+      cycles_seconds: estimated time of everything but kernels.
+      kernel_seconds: estimated time of kernels.
+      hbm_bytes: bytes read from and written to HBM.
+      unhidden_seconds: time spent waiting for the interconnect.
+      collectives: number of collectives by kind.
+      collective_bytes: bytes sent by kind.
+      kernels: number of calls by Pallas kernel.
+      unknown_loops: number of loops whose trips the program does not tell; they count once.
     """
 
     flops: float = 0.0
@@ -83,7 +86,7 @@ class Cost:
 
     @property
     def seconds(self) -> float:
-        """The estimated time of a step, interconnect not counted."""
+        """The estimated time of a step, without the interconnect."""
         return self.cycles_seconds + self.kernel_seconds
 
     @property
@@ -102,10 +105,10 @@ class Cost:
 
 
 def cost_of(text: str, topology: Topology) -> Cost:
-    """The cost of a compiled program on a topology, from `compiled.as_text()`.
+    """Returns the cost of a compiled program on a topology, from `compiled.as_text()`.
 
     Raises:
-      HloError: the text is not that of a program.
+      HloError: the text is not that of a compiled program.
 
     Example:
       >>> from easy_jax.ahead_of_time.chips import parse_topology
@@ -125,7 +128,7 @@ def cost_of(text: str, topology: Topology) -> Cost:
 
 @dataclasses.dataclass
 class _Transfer:
-    """A collective: from the instruction that starts it to the one that needs its result."""
+    """A collective, from the instruction that starts it to the one that needs its result."""
 
     kind: str
     bytes: float
@@ -139,7 +142,7 @@ class _Walk:
         self.started: set[str] = set()  # channels; some are carried on inside a later loop
 
     def computation(self, name: str) -> Cost:
-        """The cost of one run of a computation, what it calls included."""
+        """Returns the cost of one run of a computation, including what it calls."""
         block = self.program.computations[name]
         transfers = {i: self._transfers(block, i) for i in block}
         last = {key: i for i, found in transfers.items() for key in found}
@@ -203,7 +206,7 @@ class _Walk:
         return sum(self._flops(inner, each) for each in inner.values())
 
     def _kernel(self, cost: Cost, block: Computation, instruction: Instruction) -> None:
-        """A Pallas kernel; other custom calls only mark or allocate."""
+        """Counts a Pallas kernel; other custom calls only mark or allocate."""
         if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
             return
         operands = _given(block, instruction)
@@ -244,7 +247,7 @@ class _Walk:
         return total + self._written(inner, instruction)
 
     def _read(self, block: Computation, name: str, size: float) -> float:
-        """Bytes of a fusion's parameter that are looked at, `size` at most."""
+        """Returns how many bytes of a fusion's parameter are read, `size` at most."""
         total = 0.0
         for user in block.values():
             if name not in user.operands:
@@ -271,7 +274,7 @@ class _Walk:
         return min(total, size)
 
     def _written(self, inner: Computation, instruction: Instruction) -> float:
-        """Bytes of a fusion's results; of an update in place, those of the update."""
+        """Returns the bytes of a fusion's results; for an update in place, those of the update."""
         root = next(i for i in inner.values() if i.is_root)
         while root.opcode in ("bitcast", "reshape", "copy", "convert") and root.operands:
             if root.operands[0] not in inner:
@@ -289,7 +292,7 @@ class _Walk:
     # Interconnect.
 
     def _transfers(self, block: Computation, name: str) -> dict[str, _Transfer]:
-        """The collectives that an instruction starts, carries on or ends, by a key of each.
+        """Returns the collectives that an instruction starts, continues or ends, by a key of each.
 
         An asynchronous collective is spread over several instructions: a start and a done, or
         fusions that do a part of it each, beside their own work. They share its channel.
@@ -331,10 +334,10 @@ class _Walk:
 
 
 def group_size(attributes: str, num_chips: int) -> int:
-    """How many chips take part, from `replica_groups` in any of its notations; all, if it is empty.
+    """Returns how many chips take part, from any notation of `replica_groups`; all if it is empty.
 
     Raises:
-      HloError: another notation.
+      HloError: the notation is unknown.
 
     Example:
       >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}", 8)
@@ -362,13 +365,13 @@ def group_size(attributes: str, num_chips: int) -> int:
 
 
 def _kind(instruction: Instruction) -> str | None:
-    """The kind of collective that an instruction is, or starts."""
+    """Returns the kind of collective that an instruction is or starts."""
     opcode = instruction.opcode.removesuffix("-start")
     return opcode if opcode in COLLECTIVES else None
 
 
 def _is_made(instruction: Instruction) -> bool:
-    """Whether a fusion writes this result, rather than hand on what it was given."""
+    """Returns whether a fusion writes this result, rather than passing on its input."""
     handed_on = ("parameter", "custom-call", "get-tuple-element", "tuple")
     return instruction.opcode not in handed_on and _kind(instruction) is None
 
@@ -382,7 +385,7 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _given(block: Computation, instruction: Instruction) -> list[Shape]:
-    """The arrays that an instruction is given."""
+    """Returns the arrays that an instruction takes."""
     return [shape for name in instruction.operands if name in block for shape in block[name].shapes]
 
 

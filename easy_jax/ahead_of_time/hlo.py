@@ -1,8 +1,8 @@
-"""The text of a compiled program, scheduled HLO, as data.
+"""Parser of the text of a compiled program (scheduled HLO).
 
 `compiled.as_text()` is one block of instructions per computation, in the order in which the
 device runs them; fusions, loops and asynchronous operations name the computations that they
-call. Only what a cost model needs is kept.
+call. Only what a cost model needs is parsed.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _OPERAND = re.compile(r"%([\w.\-~]+)")
 
 
 class HloError(ValueError):
-    """The text is not the HLO of a compiled program."""
+    """Raised if a text is not the HLO of a compiled program."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Shape:
 
     @property
     def bytes(self) -> float:
-        """Bytes without the padding of tiles."""
+        """Size in bytes, without the padding of tiles."""
         return _BYTES[self.dtype] * math.prod(self.dims)
 
 
@@ -58,7 +58,7 @@ class Shape:
 class Instruction:
     """One line: `%name = shapes opcode(operands), attributes`.
 
-    `literal` is what stands between the parentheses of a constant or a parameter.
+    `literal` is the text between the parentheses of a constant or a parameter.
     """
 
     name: str
@@ -70,10 +70,10 @@ class Instruction:
     is_root: bool
 
     def called(self, *keys: str) -> str:
-        """The name of the computation in one of these attributes; default: `calls`.
+        """Returns the name of the computation in one of these attributes; default: `calls`.
 
         Raises:
-          HloError: it has none of them.
+          HloError: the instruction has none of them.
         """
         for key in keys or ("calls",):
             found = re.search(rf"\b{key}=%?([\w.\-~]+)", self.attributes)
@@ -82,7 +82,7 @@ class Instruction:
         raise HloError(f"%{self.name} is a {self.opcode} that calls nothing")
 
     def number(self, pattern: str) -> int | None:
-        """The integer that the pattern's group matches in the attributes."""
+        """Returns the integer that the pattern's group matches in the attributes."""
         found = re.search(pattern, self.attributes)
         return int(found.group(1)) if found else None
 
@@ -98,19 +98,19 @@ class Program:
     entry: str
 
     def inside(self, instruction: Instruction) -> Computation:
-        """The computation that a fusion, or the start of something asynchronous, runs."""
+        """Returns the computation that a fusion, or an asynchronous start, runs."""
         return self.computations[instruction.called()]
 
     def root(self, computation: str) -> Instruction:
-        """The instruction whose value a computation returns."""
+        """Returns the instruction whose value a computation returns."""
         return next(i for i in self.computations[computation].values() if i.is_root)
 
 
 def parse(text: str) -> Program:
-    """Reads scheduled HLO.
+    """Parses scheduled HLO.
 
     Raises:
-      HloError: there is no entry computation in the text.
+      HloError: the text has no entry computation.
 
     Example:
       >>> program = parse('''
@@ -142,7 +142,7 @@ def parse(text: str) -> Program:
 
 
 def _lines(text: str) -> list[str]:
-    """Lines; metadata of Pallas kernels has line breaks of its own, which are joined."""
+    """Yields the lines, after joining the line breaks within the metadata of Pallas kernels."""
     joined: list[str] = []
     for line in text.splitlines():
         starts = line.startswith("  ") or not line.strip() or line == "}" or "{" in line[-1:]
@@ -178,7 +178,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The position of the parenthesis that closes the one at `start`."""
+    """Returns the position of the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(text)):
         depth += (text[position] == "(") - (text[position] == ")")

@@ -39,7 +39,7 @@ _SEGMENTS = 8  # of a row where the configuration sets no limit
 
 
 def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
-    """The steps of a configuration: `train`, once for each kind, `score`, or `all`."""
+    """Returns the steps of a configuration: `train`, once for each kind, `score`, or `all`."""
     lowerings = []
     if what != "score":
         lowerings += [
@@ -58,14 +58,14 @@ def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
 
 
 def model_config(config: LanguageConfig) -> TransformerConfig:
-    """The model's sizes: from a folder's `config.json`, or by name where no weights are needed."""
+    """Returns the model's sizes, by its name or from its folder's `config.json`."""
     path = config.model.path
     known = KNOWN.get(hub_name(path) or "")
     return hugging_face.read_config(hugging_face.resolve(path)) if known is None else known
 
 
 def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows: int) -> Program:
-    """The training step of a method on global batches of `rows` rows."""
+    """Lowers the training step of a method, on global batches of `rows` rows."""
     model = _abstract_model(config)
     resident = tree_bytes(placed(nnx.state(model), mesh))
     if method.trainable == "lora":
@@ -116,7 +116,7 @@ def train_program(config: LanguageConfig, method: MethodConfig, mesh: Mesh, rows
 
 
 def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
-    """The scoring step on global batches of `rows` rows."""
+    """Lowers the scoring step, on global batches of `rows` rows."""
     model = _abstract_model(config)
     graphdef, state = nnx.split(eval_mode(model))
     state = placed(state, mesh)
@@ -127,7 +127,7 @@ def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
 
 
 def model_flops(config: TransformerConfig, rows: int, length: int, passes: float) -> float:
-    """Operations that the model itself needs, by formula.
+    """Returns the number of operations that the model itself needs, by formula.
 
     A forward pass takes, per token, two for every weight of a matrix (the head's included, the
     embedding's look-up not) and 4 * length * heads * head_dim per layer for attention, all pairs
@@ -176,7 +176,7 @@ def _batch(
 
 
 def _distinct(config: LanguageConfig) -> list[MethodConfig]:
-    """One method of each kind of step: weights by example do not change the program."""
+    """Returns one method for each kind of step; weights of examples do not change the program."""
     found: dict[Any, MethodConfig] = {}
     for method in config.selected_methods():
         weighting = weighting_of(method)

@@ -1,4 +1,4 @@
-"""How often a loop of a compiled program runs."""
+"""The number of trips of loops in a compiled program."""
 
 import re
 from collections.abc import Callable
@@ -25,15 +25,15 @@ _MOST = 100_000
 
 
 def trip_count(program: Program, block: Computation, loop: Instruction) -> int | None:
-    """The number of trips of a `while`: as the compiler noted it, or by running its counter.
+    """Returns the number of trips of a `while`, from the compiler's note or by running its counter.
 
     Args:
-      program: the whole.
-      block: the computation that the loop is in.
+      program: the program that contains the loop.
+      block: the computation that contains the loop.
       loop: the instruction.
 
     Returns:
-      None where the number depends on data.
+      The number; None if it depends on data.
     """
     known = loop.number(r'"known_trip_count":\{"n":"(\d+)"')
     if known is not None:
@@ -61,7 +61,7 @@ def trip_count(program: Program, block: Computation, loop: Instruction) -> int |
 
 
 def _value(block: Computation, name: str, carry: list[int | None]) -> int | None:
-    """The integer that an instruction gives, if it follows from constants and the carry."""
+    """Returns an instruction's integer value, if it follows from constants and the carry."""
     instruction = block.get(name)
     if instruction is None:
         return None

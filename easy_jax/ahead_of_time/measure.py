@@ -1,4 +1,4 @@
-"""Compiles a step for a topology and says whether it fits, where memory goes, and what it costs."""
+"""Compilation of a step for a topology: whether it fits, its memory, and its cost."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of HBM on a chip; what is kept for the backward pass is a part of `temporaries`."""
+    """Bytes of HBM on a chip; activations for the backward pass are part of `temporaries`."""
 
     parameters: float
     optimizer: float
@@ -35,22 +35,24 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Everything that is there at once."""
+        """Bytes in memory at the same time."""
         parts = (self.parameters, self.optimizer, self.resident, self.batch)
         return sum(parts) + self.temporaries + self.outputs + self.code
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A compiled step, or the reason why there is none.
+    """A compiled step, or the reason why it could not be compiled.
 
     Attributes:
-      name, rows: of the program. `chips`: of the topology.
-      needs: bytes on a chip, of `has`. Where the compiler gave up, its own figure.
-      compile_seconds: lowering excluded.
-      memory, cost: None where the compiler gave up for lack of memory.
-      model_flops: per chip.
-      peak_flops: of a chip.
+      name, rows: name and batch size of the program.
+      chips: number of chips of the topology.
+      needs: bytes needed on a chip; where the compiler gave up, its own figure.
+      has: bytes that a chip has.
+      compile_seconds: time of the compilation, without lowering.
+      memory, cost: memory and cost; None where the compiler gave up for lack of memory.
+      model_flops: the model's own operations per chip.
+      peak_flops: peak operations per second of a chip.
     """
 
     name: str
@@ -66,17 +68,17 @@ class Measured:
 
     @property
     def fits(self) -> bool:
-        """Compiling is not enough: what is there at once must be less than the chip has."""
+        """Whether the chip has enough memory, which compiling alone does not show."""
         return self.memory is not None and self.needs <= self.has
 
     def utilisation(self, *, waiting: bool = False) -> float:
-        """Model flops / peak / step time, with the unhidden interconnect time if `waiting`."""
+        """Returns model flops / peak / step time, with unhidden interconnect time if `waiting`."""
         assert self.cost is not None
         seconds = self.cost.seconds + (self.cost.unhidden_seconds if waiting else 0.0)
         return self.model_flops / self.peak_flops / seconds
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, those that are derived included."""
+        """Returns plain values, including derived ones."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values |= {"fits": self.fits, "memory": self.memory and dataclasses.asdict(self.memory)}
         if self.cost is not None:
@@ -94,7 +96,7 @@ class Measured:
 
 
 def measure(program: Program, topology: Topology) -> Measured:
-    """Compiles a program; lack of memory is a result, any other failure an error."""
+    """Compiles a program; lack of memory is a result, any other failure raises an error."""
     state = program.state
     if isinstance(state, TrainState):
         parameters = tree_bytes((state.params, state.non_trainable))
@@ -140,9 +142,9 @@ def measure(program: Program, topology: Topology) -> Measured:
 
 
 def largest_batch(fits: Callable[[int], bool], start: int = 1, most: int = 65_536) -> int:
-    """The largest number for which `fits` holds, by doubling and bisection; 0 if there is none.
+    """Returns the largest number for which `fits` holds, by doubling and bisection; 0 for none.
 
-    More than `most` are not tried.
+    Numbers above `most` are not tried.
 
     Example:
       >>> largest_batch(lambda rows: rows <= 37, start=4)
@@ -159,7 +161,7 @@ def largest_batch(fits: Callable[[int], bool], start: int = 1, most: int = 65_53
 
 
 def table(results: list[Measured], largest: dict[str, int] | None = None) -> str:
-    """A Markdown table, one column per program, one row per measure."""
+    """Returns a Markdown table with one column per program and one row per measure."""
     columns = [_column(result, (largest or {}).get(result.name)) for result in results]
     names = list(dict.fromkeys(name for column in columns for name in column))
     lines = [["", *(result.name for result in results)]]
@@ -213,5 +215,5 @@ def _column(result: Measured, largest: int | None) -> dict[str, str]:
 
 
 def _digits(value: float, digits: int = 3) -> str:
-    """A positive number with so many significant digits, or all before the point."""
+    """Formats a positive number with some significant digits, or all digits before the point."""
     return f"{value:.{max(0, digits - 1 - math.floor(math.log10(value)))}f}" if value else "0"

@@ -1,4 +1,4 @@
-"""Operations of an instruction: matrix products, convolutions, attention kernels."""
+"""Numbers of operations of matrix products, convolutions and attention kernels."""
 
 import math
 import re
@@ -11,7 +11,7 @@ _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 
 def dot_flops(instruction: Instruction, lhs: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """Two for every pair that is multiplied and added."""
+    """Returns two operations for every pair that is multiplied and added."""
     found = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
     axes = [int(axis) for axis in found.group(1).split(",") if axis] if found else []
     return 2.0 * math.prod(out) * math.prod(lhs[axis] for axis in axes)
@@ -20,7 +20,7 @@ def dot_flops(instruction: Instruction, lhs: tuple[int, ...], out: tuple[int, ..
 def convolution_flops(
     instruction: Instruction, lhs: tuple[int, ...], rhs: tuple[int, ...], out: tuple[int, ...]
 ) -> float:
-    """Products that are in range only: TPU programs write batched products as convolutions."""
+    """Counts only products in range; TPU programs also write batched products as convolutions."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if not labels:
         return 0.0
@@ -48,7 +48,7 @@ def convolution_flops(
 
 
 def splash_flops(part: str, instruction: Instruction, operands: list[Shape]) -> float:
-    """Products over the blocks of queries and keys that the causal mask leaves."""
+    """Counts products over the blocks of queries and keys that the causal mask leaves."""
     query = max(
         (s for s in operands if len(s.dims) >= 3 and s.dtype in ("bf16", "f32")),
         key=lambda shape: math.prod(shape.dims),

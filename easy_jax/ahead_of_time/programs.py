@@ -1,4 +1,4 @@
-"""Steps lowered for a topology, without weights or data: what language and image models share."""
+"""Lowering of steps for a topology, without weights or data, for language and image models."""
 
 import dataclasses
 import math
@@ -19,16 +19,16 @@ STEPS = 1000  # of the schedule: a constant in the program, of no weight
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step to compile, and what it is about.
+    """A lowered step, and what its measurements need.
 
     Attributes:
       name: `train` with the kind of step, or `score`.
-      lowered: by `jax.jit(...).lower`.
-      state: abstract, with its shardings: a `TrainState`, or the model's variables.
-      rows: of the global batch.
-      activation_bytes: that a chip keeps from the forward pass for the backward pass.
-      model_flops: of a step, over all chips, by formula.
-      resident_bytes: of models that an experiment keeps beside the state.
+      lowered: the result of `jax.jit(...).lower`.
+      state: abstract state with shardings: a `TrainState`, or the model's variables.
+      rows: rows of the global batch.
+      activation_bytes: bytes that a chip keeps from the forward pass for the backward pass.
+      model_flops: operations of a step over all chips, by formula.
+      resident_bytes: bytes of models that an experiment keeps in memory besides the state.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Lowering:
-    """A step that a configuration asks for.
+    """A step of a configuration that can be lowered.
 
     Attributes:
-      lower: from the rows of a global batch to the program.
-      rows, micro_batches: of the configuration.
+      lower: function from the rows of a global batch to the program.
+      rows, micro_batches: batch size and number of micro-batches in the configuration.
     """
 
     lower: Callable[[int], Program]
@@ -56,7 +56,7 @@ class Lowering:
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """All steps of a configuration: the name of its model, what a row is, and how to lower them."""
+    """All steps of a configuration, with the name of its model and a description of a row."""
 
     model: str
     row: str
@@ -64,7 +64,7 @@ class Suite:
 
 
 def tree_bytes(tree: Any) -> float:
-    """Bytes of a tree of abstract arrays on one chip."""
+    """Returns the bytes of a tree of abstract arrays on one chip."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -74,7 +74,7 @@ def tree_bytes(tree: Any) -> float:
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """Abstract arrays with the shardings that a state has on the mesh."""
+    """Returns abstract arrays with the shardings that a state has on the mesh."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         tree,
@@ -85,7 +85,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 def train_state(
     states: Sequence[nnx.State], optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """The abstract state that a training step starts from; of trainable and other variables."""
+    """Returns the abstract state of a training step, from trainable and other variables."""
     params, rest = states
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32)
     opt_state = jax.eval_shape(optimizer.init, params)
@@ -96,10 +96,10 @@ def train_state(
 def batch_of(
     rows: int, mesh: Mesh, fields: Mapping[str, tuple[tuple[int, ...], Any]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """An abstract global batch, from the shape of a row and the dtype of every field.
+    """Returns an abstract global batch, from the shape of a row and the dtype of every field.
 
     Raises:
-      ConfigError: rows that do not divide over the mesh.
+      ConfigError: the rows do not divide over the mesh.
     """
     sharding.check_batch_size(rows, mesh, "the batch")
     place = sharding.batch_sharding(mesh)
@@ -117,14 +117,14 @@ def activation_bytes(
     mesh: Mesh,
     is_activation: Callable[[tuple[int, ...], int], bool],
 ) -> float:
-    """Bytes on a chip that reverse-mode differentiation of a micro-batch keeps, before XLA.
+    """Returns the bytes that differentiation of a micro-batch keeps on a chip, before XLA.
 
     Args:
-      forward: `(params, rest, batch) -> array`, the part of the step that counts.
-      state, batch: of the step.
-      micro_batches: that the batch is split into.
-      mesh: over which activations are shared out like the batch.
-      is_activation: by shape and the rows of the micro-batch; what else is kept are parameters.
+      forward: `(params, non_trainable, batch) -> array`, the part of the step that is counted.
+      state, batch: abstract inputs of the step.
+      micro_batches: number of parts of the batch.
+      mesh: mesh over which activations are sharded like the batch.
+      is_activation: `(shape, rows of the micro-batch) -> bool`; other arrays are parameters.
     """
     micro = {
         name: jax.ShapeDtypeStruct((x.shape[0] // micro_batches, *x.shape[1:]), x.dtype)

@@ -1,8 +1,8 @@
 """Causal attention within segments, by blocks of queries; rotary position embedding.
 
-A block of queries looks at the keys before its own end only, and, in a sliding window, not at
-those before its window: of eight blocks, 9/16 of the products. The probabilities are never kept
-for the backward pass, which computes them again, block by block.
+A block of queries is multiplied only with the keys up to its own end and, with a sliding window,
+not with those before the window; with eight blocks these are 9/16 of all products. Probabilities
+are not stored for the backward pass, which computes them again block by block.
 
 Shape suffixes: B rows, T positions, N heads, K key-value heads, M heads that share one of
 them, H head_dim, Q queries of a block, S keys that it looks at.
@@ -29,19 +29,19 @@ def causal_attention(
     cap: float | None = None,
     block: int | None = None,
 ) -> jax.Array:
-    """Softmax attention to the earlier positions of the same segment, and to the position itself.
+    """Computes softmax attention to the position itself and the earlier ones of its segment.
 
-    Logits and softmax are float32, whatever the inputs' dtype; queries are scaled in theirs.
+    Logits and softmax are float32 for any input dtype; queries are scaled in their own dtype.
 
     Args:
       q_BTNH, k_BTKH, v_BTKH: queries, keys, values; N is a multiple of K, and head n reads
         the keys and values of head n // (N / K).
       segment_ids_BT: integers; segments are contiguous, so that the distance in the row is
         the distance in the segment.
-      scale: of the logits.
-      window: how many positions a query sees, itself included; None for all.
+      scale: factor of the logits.
+      window: number of positions that a query attends to, including its own; None for all.
       cap: c of `c * tanh(logits / c)`, Gemma 2's soft cap; None for none.
-      block: queries in a block; default: an eighth of the row, but at least 128.
+      block: number of queries in a block; default: an eighth of the row, but at least 128.
 
     Returns:
       [B, T, N, H], in the dtype of the values.
@@ -101,7 +101,7 @@ def _block(
     window: int | None,
     cap: float | None,
 ) -> jax.Array:
-    """Attention of the queries `start`, `start` + 1, ... to all keys given, [B, K, M, Q, H]."""
+    """Computes the attention of the queries from `start` on to all keys given, [B, K, M, Q, H]."""
     batch, kv_heads, shared, queries, head_dim = q_BKMQH.shape
     keys = k_BKSH.shape[2]
     # The heads that share keys are more rows of the same matrix product.
@@ -126,7 +126,7 @@ def _block(
 
 
 def rotate(x_BTNH: jax.Array, cos_BT1H: jax.Array, sin_BT1H: jax.Array) -> jax.Array:
-    """Rotary position embedding, halves paired (Hugging Face's order), in float32."""
+    """Applies rotary position embedding in float32, with paired halves (Hugging Face's order)."""
     a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = [a * cos_BT1H - b * sin_BT1H, b * cos_BT1H + a * sin_BT1H]
     return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)

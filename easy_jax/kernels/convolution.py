@@ -1,7 +1,7 @@
-"""Convolution and maximum over windows, with gradients that a CPU is fast at.
+"""Convolution and max pooling whose gradients are fast on CPUs.
 
-On TPUs and GPUs both are XLA's own, gradients included. For some shapes XLA's CPU backend has slow
-programs only, and here are others; `benchmarks/image_step.py` shows what they make of ResNet-18.
+On TPUs and GPUs both are XLA's own, gradients included. For some shapes XLA's CPU backend has
+only slow programs; this module has faster ones. `benchmarks/image_step.py` times ResNet-18.
 """
 
 import functools
@@ -22,18 +22,18 @@ _PIECE_BYTES = 2**20
 def convolve(
     x_BHWC: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: Padding, **settings: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, for square kernels; `nnx.Conv` takes it in its place.
+    """Computes `jax.lax.conv_general_dilated` for square kernels; a replacement within `nnx.Conv`.
 
-    Where windows are larger than images, a CPU has a product for every place in a window: XLA would
-    take such an image for the window and the kernel for the image, for which its CPU backend has no
-    fast program. The gradient for the image is a convolution of the output's, so the output's size
-    counts as well.
+    Where windows are larger than images, a CPU computes one product for every position in a window.
+    XLA would swap the roles of image and kernel, for which its CPU backend has no fast program. The
+    gradient for the image is a convolution of the output's gradient, so the size of the output
+    matters as well.
 
     Args:
       x_BHWC: images.
       kernel: [size, size, channels, features].
-      strides, padding: of height and width.
-      settings: the rest, as `nnx.Conv` gives it.
+      strides, padding: strides and padding of height and width.
+      settings: the other arguments, as `nnx.Conv` passes them.
     """
     conv = functools.partial(
         jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **settings
@@ -99,7 +99,7 @@ def _gradients(
 def _gradients_in_pieces(
     conv: _Conv, x_BHWC: jax.Array, kernel: jax.Array, gradient_BHWC: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The kernel's piece by piece, which pays where there are few features."""
+    """Computes the kernel's gradient in pieces, which is faster if there are few features."""
     (x_gradient_BHWC,) = jax.vjp(lambda x: conv(x, kernel), x_BHWC)[1](gradient_BHWC)
     pieces = _pieces(gradient_BHWC)
 
@@ -118,7 +118,7 @@ def _gradients_in_pieces(
 
 
 def _pieces(gradient_BHWC: jax.Array) -> int:
-    """Into how many equal pieces a batch is cut."""
+    """Returns the number of equal pieces that a batch is split into."""
     batch = gradient_BHWC.shape[0]
     least = min(batch, -(-gradient_BHWC.size * gradient_BHWC.dtype.itemsize // _PIECE_BYTES))
     return next(pieces for pieces in range(max(1, least), batch + 1) if batch % pieces == 0)
@@ -131,10 +131,10 @@ def _by_place(
     padding: Padding,
     sizes: Sequence[int],
 ) -> jax.Array:
-    """Products with pixels alone, none with padding: at 2x2, less than half of all there are."""
+    """Multiplies pixels only, never padding; for images of 2x2 that is less than half of all."""
 
     def reach(axis: int, place: int) -> tuple[slice, tuple[int, int]]:
-        """The pixels at this place of windows, and how many windows before and after have none."""
+        """Returns the pixels at this position of windows, and how many windows have none there."""
         size, stride, (pad, _) = x_BHWC.shape[1 + axis], strides[axis], padding[axis]
         first = min(max(0, -(-(pad - place) // stride)), sizes[axis])
         end = max(first, min(sizes[axis], (size - 1 + pad - place) // stride + 1))
@@ -157,7 +157,7 @@ _NONE = float(_SIZE**2)  # no place in a window
 
 @jax.custom_vjp
 def max_pool(x_BHWC: jax.Array) -> jax.Array:
-    """The maximum over windows of 3x3 with stride 2, padded by one -inf on every side.
+    """Computes the maximum over windows of 3x3 with stride 2, padded by one -inf on every side.
 
     As in PyTorch, the gradient goes to the first of equal maxima.
 
@@ -205,7 +205,7 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
-    """For every place in a window, row by row, what all windows have there."""
+    """Yields, for every position in a window, row by row, the values of all windows there."""
     batch, height, width, channels = x_BHWC.shape
     odd = (height % _STRIDE, width % _STRIDE)
     x_BHWC = jnp.pad(x_BHWC, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), constant_values=fill)
@@ -223,7 +223,7 @@ def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
 
 
 def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
-    """Finds the maxima's places once; XLA looks for indices in four arrays."""
+    """Computes the gradient from the positions of the maxima, which are found only once."""
     first_BHWC = jnp.full(y_BHWC.shape, _NONE**2, jnp.float32)
     # NaN equals nothing; -inf would let XLA compute these places once for both uses, in memory.
     for place, value_BHWC in reversed(list(enumerate(_places(x_BHWC, jnp.nan)))):
@@ -244,7 +244,7 @@ def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.
 
 
 def _for_pixels(a_BHWC: jax.Array, after: tuple[int, ...], fill: float) -> jax.Array:
-    """Of windows for pairs of pixels, [B, rows, 1, columns, 1, C]: their own, or the one after."""
+    """Returns values of windows for pairs of pixels, [B, rows, 1, columns, 1, C]."""
     down, right = after
     edges = ((0, 0), (0, down), (0, right), (0, 0))
     a_BHWC = jnp.pad(a_BHWC[:, down:, right:], edges, constant_values=fill)
@@ -252,7 +252,7 @@ def _for_pixels(a_BHWC: jax.Array, after: tuple[int, ...], fill: float) -> jax.A
 
 
 def _places_of_pixels(after: tuple[int, ...]) -> np.ndarray:
-    """Where a pair's pixels are in a window, [1, 1, 2, 1, 2, 1]; beyond `_NONE` if outside."""
+    """Returns the positions of a pair's pixels in a window; above `_NONE` if outside."""
     place = np.full((1, 1, _STRIDE, 1, _STRIDE, 1), _NONE + 1, np.float32)
     for pixel in np.ndindex(_STRIDE, _STRIDE):
         row, column = (1 + p - _STRIDE * a for p, a in zip(pixel, after, strict=True))

@@ -1,8 +1,8 @@
-"""Attention on NVIDIA GPUs: cuDNN's fused kernel, through JAX, where it can be used.
+"""Attention on NVIDIA GPUs by cuDNN's fused kernel, where its restrictions are met.
 
-It is `causal_attention` without logits in memory. Segments are told apart by a mask [B, 1, T, T],
-which JAX hands to the kernel as a bias in the inputs' dtype. The XLA form stays the reference, and
-what float32 inputs and soft caps, which the kernel does not take, and windows are computed with.
+It computes `causal_attention` without logits in memory. A mask [B, 1, T, T] separates segments;
+JAX passes it to the kernel as a bias in the inputs' dtype. The XLA form is the reference, and is
+used for windows, and for float32 inputs and soft caps, which the kernel does not support.
 """
 
 import jax
@@ -14,7 +14,7 @@ _LARGEST_HEAD = 128  # of every GPU that the kernel runs on
 
 
 def fits(q_BTNH: jax.Array, window: int | None, cap: float | None) -> bool:
-    """Whether the kernel is for these queries, and what is traced is for an NVIDIA GPU."""
+    """Returns whether the kernel supports these queries, and the trace is for an NVIDIA GPU."""
     _, length, _, head_dim = q_BTNH.shape
     return (
         window is cap is None  # it has windows, which have not been tried
@@ -34,7 +34,7 @@ def attention(
     *,
     scale: float,
 ) -> jax.Array:
-    """`causal_attention`, with the same arguments and result, without window and soft cap."""
+    """Computes `causal_attention` without window and soft cap."""
     y_BTNH: jax.Array = jax.nn.dot_product_attention(
         q_BTNH,
         k_BTKH,

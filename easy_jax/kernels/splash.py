@@ -1,7 +1,7 @@
-"""Attention as the model calls it, and on TPUs: JAX's splash attention kernel, where it fits.
+"""The choice of the attention kernel, and JAX's splash attention kernel for TPUs.
 
-It is `causal_attention` in one Pallas kernel that skips the blocks of keys no query sees, and
-never writes logits to memory. The XLA form stays the reference, and what other devices run.
+It computes `causal_attention` in one Pallas kernel that skips blocks of keys without queries, and
+never writes logits to memory. The XLA form is the reference, and is used on other devices.
 """
 
 import functools
@@ -30,8 +30,8 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """`causal_attention`, by the splash kernel when traced for a mesh of TPUs and it fits, by
-    cuDNN's when traced for NVIDIA GPUs and that fits."""
+    """Computes `causal_attention`, with the splash kernel on TPUs and cuDNN's on NVIDIA GPUs, if
+    these support the inputs."""
     options: Any = {"scale": scale, "window": window, "cap": cap}
     y_BTNH: jax.Array
     if sharding.is_tpu(sharding.current_mesh()) and fits(q_BTNH):
@@ -53,7 +53,7 @@ def attend(
 
 
 def fits(q_BTNH: jax.Array) -> bool:
-    """Whether the kernel takes this length and size of head."""
+    """Returns whether the kernel supports this length and size of head."""
     return q_BTNH.shape[1] % _LANES == 0 and q_BTNH.shape[3] % _LANES == 0
 
 
@@ -68,10 +68,10 @@ def splash_attention(
     cap: float | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`causal_attention` on one device, in a kernel; the same arguments and result.
+    """Computes `causal_attention` on one device in a kernel.
 
     Args:
-      interpret: run the kernel step by step on any device, for tests.
+      interpret: whether to interpret the kernel, which works on any device, for tests.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
