@@ -43,7 +43,7 @@ def current() -> Iterator[tuple[str, ej.weightings.Weighting]]:
     """Yields the weightings that read the current model, with their labels."""
     yield "dft: p", ej.weightings.get("dft")
     yield "power: p^½", ej.weightings.get("power", exponent=0.5)
-    yield "talr, τ = 2", ej.weightings.get("talr", temperature=2.0)
+    yield "talr, τ = 4", ej.weightings.get("talr", temperature=4.0)
     yield "deft: p^C", ej.weightings.get("deft")
     yield "eaft: H / ln 20", ej.weightings.get("eaft")
     yield "profit: [p ≥ 0.1]", ej.weightings.get("profit")
@@ -68,15 +68,15 @@ def _lines(axes: Axes, rules: Iterator[tuple[str, ej.weightings.Weighting]], own
         axes.plot(P, np.asarray(rule(found)), color=colour, label=label)
         if rule.reads_distribution():
             axes.plot(P, np.asarray(rule(stats(even=False))), color=colour, linestyle="--")
-    axes.set_ylim(-0.03, 1.35 if own else 1.05)
-    axes.legend(fontsize=8, frameon=False)
+    axes.set_ylim(-0.03, 1.9 if own else 1.05)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("path", nargs="?", default="docs/weightings.svg")
     matplotlib.rcParams["svg.hashsalt"] = "weightings"  # the same file every time
-    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.5, 5.0), layout="constrained")
     left, right = figure.subplots(1, 2)
     _lines(left, current(), own=True)
     _lines(right, frozen(), own=False)
