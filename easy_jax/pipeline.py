@@ -90,11 +90,14 @@ def export_weights(
             "its loss_table/ to easy_jax.LossTable.open and that to easy_jax.export_weights"
         )
     chosen = weightings.get(weighting, **(options or {}))
+    fields = config.train
+    names = (fields.instruction_field, fields.input_field, fields.response_field)
     files.check_folder(files.path(workdir))
     with lock.hold(workdir, take_over=take_over):
         workdir = open_workdir(config, workdir)
         target = files.path(workdir / "exported" / "weights.parquet" if output is None else output)
-        weights_file.check(chosen, target)  # before anything is scored
+        weights_file.check(chosen, target, names)  # before anything is scored
+        _check_output(target, fields.path)
         with Terminal(quiet=not processes.is_main_process()) as terminal:
             experiment = LanguageExperiment(config, workdir, terminal)
             table = experiment.loss_table()
@@ -107,9 +110,22 @@ def export_weights(
                     columns=experiment.records(),
                     weight_N=own.weight,
                     token_weight=own.token_weight,
+                    seed=config.seed,
                 )
                 terminal.print(f"weights of {chosen}: {target}, {table.num_examples} examples")
     return target
+
+
+def _check_output(target: Path, data: str) -> None:
+    """Raises ConfigError if a file would replace the training data or cannot be written."""
+    if data and files.is_local(target) and files.is_local(data):
+        source = Path(data).resolve()
+        if source in (target.resolve(), *target.resolve().parents):
+            raise ConfigError(f"--output={target} would be written over the training data {data}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {target.parent}: {error}; give another file") from error
 
 
 def _run(config: ExperimentConfig | LanguageConfig, workdir: Path, until: Until) -> dict[str, Any]:

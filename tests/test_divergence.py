@@ -192,3 +192,33 @@ def test_other_shapes_are_refused():
     hidden, head, targets, _ = _case((3, 7), 46)
     with pytest.raises(ValueError, match=r"frozen hidden states and head have shapes .*\(45, 6\)"):
         linear_cross_entropy_and_kl(hidden, head, targets, hidden, head[:45])
+
+
+@pytest.mark.parametrize("sizes", [None, pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+def test_a_rule_may_be_infinite_at_tokens_of_weight_0(sizes):
+    case = _case((8, 12), 64, features=8)
+    frozen, (weight, kl_weight), mesh = _pair(case), _weights((8, 12)), _mesh(sizes)
+    weight[:, ::2] = 0.0
+    given = {"frozen_nll": np.where(weight == 0, 0.0, 1.0).astype(np.float32)}
+    arrays = case if mesh is None else _on(mesh, case)
+    pair = frozen if mesh is None else _on(mesh, (*frozen, *case[2:]))[:2]
+
+    @jax.jit
+    def total(hidden, head):
+        with sharding.tracing_on(mesh):
+            found = fused.weighted_sum(
+                hidden,
+                head,
+                arrays[2],
+                weight,
+                rule=lambda stats: 1.0 / stats.frozen_nll,
+                given=given,
+                frozen=Frozen(*pair),
+                kl_weight_N=kl_weight,
+            )
+        return found.total, found.loss
+
+    (value, loss), gradients = jax.value_and_grad(total, (0, 1), has_aux=True)(*arrays[:2])
+    expected = _expected(case, frozen, (weight, kl_weight), None)
+    np.testing.assert_allclose(loss, np.sum(weight * expected[0]), rtol=1e-5)
+    _assert_close((value, *gradients), (loss + np.sum(kl_weight * expected[1]), *expected[2:]))

@@ -15,7 +15,7 @@ from helpers import devices_mesh
 
 import easy_jax as ej
 from easy_jax.core import weightings
-from easy_jax.core.anchors import anchor
+from easy_jax.core.anchors import anchor, frozen_of
 from easy_jax.core.causal_lm import causal_lm_loss
 from easy_jax.core.losses import ContractError
 from easy_jax.core.step import init_train_state, make_train_step
@@ -224,3 +224,59 @@ def test_a_step_that_does_not_compute_it_is_refused():
     params = {"w": jnp.ones(1)}
     with pytest.raises(ValueError, match=r"'kl' is computed in the step of make_train_step"):
         optimizer.update(params, optimizer.init(params), params)
+
+
+def _refused(optimizer, match):
+    model = packed.model("llama")
+    mesh = devices_mesh(1)
+    step = make_train_step(
+        nnx.graphdef(model), causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
+    )
+    with pytest.raises(ValueError, match=match):
+        step(init_train_state(model, optimizer, mesh=mesh), sharding.shard_batch(_batch(), mesh))
+
+
+def test_two_anchors_and_hidden_ones_are_refused():
+    _refused(optax.chain(anchor("kl", 0.1), anchor("kl", 0.2), optax.sgd(0.1)), "has 2 anchors")
+    _refused(
+        optax.MultiSteps(optax.chain(anchor("kl", 0.1), optax.sgd(0.1)), 2),
+        r"put it outside of optax\.MultiSteps",
+    )
+    params = {"a": jnp.ones(1), "b": jnp.ones(1)}
+    masked = optax.masked(anchor("kl", 0.1), {"a": True, "b": False}).init(params)
+    with pytest.raises(ValueError, match=r"put it outside of optax\.masked"):
+        frozen_of(masked)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
+def test_a_strength_out_of_range(strength):
+    for name in ("kl", "l2_sp"):
+        with pytest.raises(ValueError, match=r"strength is .*; it must be finite and at least 0"):
+            anchor(name, strength)
+
+
+def test_a_strength_may_follow_a_schedule():
+    """A new value takes effect in the step after."""
+    model, mesh = packed.model("llama"), devices_mesh(1)
+
+    def chained(strength):
+        return optax.chain(anchor("kl", strength), optax.sgd(0.1))
+
+    def run(optimizer):
+        step = make_train_step(
+            nnx.graphdef(model), causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
+        )
+        state, found = init_train_state(model, optimizer, mesh=mesh), []
+        for _ in range(4):
+            state, _ = step(state, sharding.shard_batch(_batch(), mesh))
+            found.append(float(frozen_of(state.opt_state).strength))
+        return found
+
+    scheduled = optax.inject_hyperparams(chained)(strength=lambda count: 0.5 * count)
+    assert run(scheduled) == [0.0, 0.5, 1.0, 1.5]
+
+
+def test_the_loss_is_exact_beside_a_large_divergence():
+    (_, small), _ = _stepped(_batch(), strength=1e-3)
+    (_, large), _ = _stepped(_batch(), strength=1e8)
+    np.testing.assert_allclose(large["loss"], small["loss"], rtol=1e-6)

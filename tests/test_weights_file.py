@@ -112,6 +112,44 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     assert not list(tmp_path.glob("w.*"))
 
 
+def test_own_token_weights_of_dropped_examples_go_nowhere(tmp_path):
+    """Neither into the example before, nor into an error."""
+    table = _points_table(tmp_path, [1.0, np.nan, 3.0])
+    own = Ragged(np.float32([0.1, 0.2, 0.3]), np.arange(4))
+    rows = _read(ej.export_weights(table, tmp_path / "w.jsonl", "flow", token_weight=own))
+    found = [row["token_weights"] for row in rows]
+    assert found == [[pytest.approx(0.1)], None, [pytest.approx(0.3)]]
+    assert rows[1]["weight"] is None
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"weight_N": np.array([1.0, -1.0, 1.0])}, r"infinite for 1 examples, ids \[1\]"),
+        ({"weight_N": np.array([1.0, np.inf, 1.0])}, r"infinite for 1 examples, ids \[1\]"),
+        ({"weight_N": np.ones(2)}, r"weight"),
+        ({"token_weight": Ragged(np.ones(4, "f"), np.array([0, 2, 3, 4]))}, r"ids \[0\]"),
+        ({"token_weight": Ragged(-np.ones(3, "f"), np.arange(4))}, r"negative .* \[0, 1, 2\]"),
+        ({"token_weight": Ragged(np.ones(2, "f"), np.arange(3))}, r"for 2 of 3 examples"),
+        ({"columns": {"text": ["a", 1, "b"]}}, r"the column 'text' cannot be written"),
+        ({"columns": {"text": ["a", "\ud800", "b"]}}, r"the column 'text' cannot be written"),
+    ],
+)
+def test_bad_weights_and_columns_are_refused(tmp_path, own, message):
+    table = _points_table(tmp_path, [1.0, 2.0, 3.0])
+    for name in ("none", "flow"):
+        with pytest.raises(DataError, match=message):
+            ej.export_weights(table, tmp_path / "w.jsonl", name, **own)
+    assert not (tmp_path / "w.jsonl").exists()
+
+
+def test_a_weight_that_is_missing_is_null(tmp_path):
+    table = _points_table(tmp_path, [1.0, 2.0, 3.0])
+    weight_N = np.array([1.0, np.nan, 0.5])
+    rows = _read(ej.export_weights(table, tmp_path / "w.jsonl", "none", weight_N=weight_N))
+    assert [row["weight"] for row in rows] == [1.0, None, 0.5]
+
+
 # Token weights of records.
 
 ROWS = [
@@ -145,6 +183,8 @@ def test_token_weights_of_records_reach_the_batches(tmp_path):
         ([], r"not that of target tokens \(1\): line 2 \[0 token weights, 2 target tokens\]"),
         ([1.0, float("nan")], r"a token weight is not a finite .* \(1\): line 2 \[nan\]"),
         ([1.0, -0.5], r"a token weight is not a finite .* \(1\): line 2 \[-0.5\]"),
+        ([1.0, 10**400], r"a token weight is not a finite .* \(1\): line 2 \[1000"),
+        ([1.0, 1e39], r"a token weight is not a finite .* \(1\): line 2 \[1e\+39\]"),
         ([1.0, "x"], r"a token weight is not a finite .* \(1\): line 2 \['x'\]"),
         ([1.0, [2.0]], r"a token weight is not a finite .* \(1\): line 2 \[\[2.0\]\]"),
         ("1 1", r"token weights are not a list of numbers \(1\): line 2 \['1 1'\]"),
@@ -161,6 +201,15 @@ def test_bad_token_weights_are_refused_or_dropped(tmp_path, weights, message):
         source = instructions.load(config, TEXT, words(), BadExamples("drop")).examples
     assert source.dropped_ids.tolist() == [1]
     assert source.token_weight.values.tolist() == [1.0, 0.5, 0.0]
+
+
+def test_a_misspelt_field_is_named(tmp_path):
+    config = _config(tmp_path, ROWS, token_weight_field="wz")
+    with (
+        pytest.warns(DataWarning, match="not read"),
+        pytest.raises(DataError, match="no record has token weights: is the name of their field"),
+    ):
+        instructions.load(config, TEXT, words())
 
 
 @pytest.mark.slow
@@ -196,5 +245,16 @@ def test_the_command_line_writes_what_another_run_reads(root, tmp_path):
     assert code == 0 and "own token weights from 0 to 1" in out, err
     code, _, err = run("export-weights", *arguments, "--weighting=stm,0.05")
     assert code == 2 and "'0.05' is no OPTION=VALUE" in err
+    code, _, err = run("export-weights", *arguments[:2], "--weighting=shuffled", "--config.seed=3")
+    assert code == 2 and "belongs to another configuration" in err
+    code, out, err = run("export-weights", *arguments[:2], "--weighting=shuffled")
+    assert code == 0, err
+    found = [row["weight"] for row in _read(tmp_path / "run" / "exported" / "weights.parquet")]
+    seed = tiny_language.get_config(str(folder)).seed
+    scored = LossTable.open(tmp_path / "run" / "loss_table")
+    expected = ej.weightings.get("shuffled").of_table(scored, seed).weight_N
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    code, _, err = run("export-weights", *arguments[:2], f"--output={folder / 'train.jsonl'}")
+    assert code == 2 and "would be written over the training data" in err
     code, _, err = run("export-weights", *arguments, "--weighting=eaft")
     assert code == 2 and "computes weights from the model in every step" in err

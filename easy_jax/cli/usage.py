@@ -234,6 +234,8 @@ def parse_weighting(text: str) -> tuple[str, dict[str, Any]]:
       ('stm', {'threshold': 0.3})
     """
     name, *parts = text.split(",")
+    if not name:
+        raise UsageError(f"--weighting={text} names no weighting, such as --weighting=flow")
     options: dict[str, Any] = {}
     for part in parts:
         option, equals, value = part.partition("=")

@@ -7,6 +7,7 @@ distributions: the optimizer's state holds the parameters at the start, and the 
 computes the divergence in the head (`easy_jax.kernels.divergence`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import optax
 from flax import nnx
 
 from easy_jax.core.config import FORMER_ANCHORS
-from easy_jax.core.held_params import find
+from easy_jax.core.held_params import find_all
 from easy_jax.io.registry import Registry
 
 Distance = Callable[[jax.Array], jax.Array]
@@ -105,7 +106,8 @@ def anchor(
 
     Args:
       name: the name of a registered anchor, such as `l2_sp`.
-      strength: lambda, at least 0.
+      strength: lambda, at least 0. With `kl` and `optax.inject_hyperparams`, a new value takes
+        effect one step later.
       per_parameter: whether to divide lambda by the number of parameters; not for `kl`.
       anchored: NNX filter `(path, variable) -> bool` of the parameters that are pulled; default:
         all parameters; not for `kl`.
@@ -125,8 +127,12 @@ def anchor(
       >>> float(updates["w"][0])
       1.0
     """
+    if isinstance(strength, int | float) and not 0 <= strength < math.inf:
+        raise ValueError(f"strength is {strength}; it must be finite and at least 0")
     distance = ANCHORS.find(name)
     if isinstance(distance, Divergence):
+        if anchored is not None:
+            raise ValueError(f"the anchor {name!r} is of the whole model: it takes no `anchored`")
         return _divergence(name, strength)
     slope = jax.grad(distance)
 
@@ -165,9 +171,9 @@ def _divergence(name: str, strength: float) -> optax.GradientTransformationExtra
         if not has_divergence:
             raise ValueError(
                 f"the anchor {name!r} is computed in the step of make_train_step; this step does "
-                "not, so that the anchor would do nothing"
+                "not, or a wrapper hides it from the anchor: put it outside of optax.MultiSteps"
             )
-        return updates, state
+        return updates, state._replace(strength=jnp.asarray(strength, jnp.float32))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -181,7 +187,18 @@ def frozen_of(opt_state: Any) -> FrozenState | None:
       >>> float(found.strength), frozen_of(optax.sgd(0.1).init({"w": jnp.ones(1)}))
       (0.5, None)
     """
-    return find(opt_state, FrozenState)
+    found = find_all(opt_state, FrozenState)
+    if len(found) > 1:
+        raise ValueError(
+            f"the optimizer has {len(found)} anchors 'kl'; give one with the sum of their strengths"
+        )
+    if found and any(isinstance(leaf, optax.MaskedNode) for leaf in _nodes(found[0].reference)):
+        raise ValueError("the anchor 'kl' is of the whole model: put it outside of optax.masked")
+    return found[0] if found else None
+
+
+def _nodes(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
 
 
 def _nnx_path(path: Any) -> tuple[Any, ...]:

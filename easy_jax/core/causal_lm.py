@@ -136,7 +136,7 @@ class CausalLMLoss:
         kl = None
         if found.kl_N is not None and kl_factor_RT is not None:
             kl = jnp.sum(jnp.where(kl_factor_RT != 0, kl_factor_RT * found.kl_N, 0.0))
-        return TokenSums(found.total, denominator, found.rule_N, seen_RT, kl)
+        return TokenSums(found.total, found.loss, denominator, found.rule_N, seen_RT, kl)
 
     def token_stats(
         self, model: Any, batch: Mapping[str, jax.Array], more: bool = True
@@ -160,6 +160,7 @@ class TokenSums(NamedTuple):
 
     Attributes:
       total: sum of weighted losses and divergences, scalar.
+      loss: the part of the losses in the total, a constant.
       denominator: number by which the reduction divides `total`.
       rule_RT: the rule's weights; None without a rule.
       seen_RT: target tokens whose weight is not 0, bool.
@@ -167,6 +168,7 @@ class TokenSums(NamedTuple):
     """
 
     total: jax.Array
+    loss: jax.Array
     denominator: jax.Array
     rule_RT: jax.Array | None
     seen_RT: jax.Array

@@ -67,5 +67,10 @@ def find(opt_state: Any, kind: type[State]) -> State | None:
       >>> find(optax.sgd(0.1).init({"w": jnp.ones(1)}), OldState) is None
       True
     """
+    return next(iter(find_all(opt_state, kind)), None)
+
+
+def find_all(opt_state: Any, kind: type[State]) -> list[State]:
+    """Returns all states of a kind within an optimizer's state."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
-    return next((leaf for leaf in leaves if isinstance(leaf, kind)), None)
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]

@@ -172,7 +172,7 @@ def _step(
     metrics = {"loss": total / denominator, "grad_norm": optax.tree.norm(grads)}
     if held.frozen is not None:
         metrics["kl"] = sums.pop("kl") / denominator
-        metrics["loss"] -= held.frozen.strength * metrics["kl"]
+        metrics["loss"] = sums.pop("loss") / denominator
     metrics |= model_weights.metrics(sums)
     state = TrainState(state.step + 1, params, non_trainable, opt_state)
     if mesh is not None:
@@ -339,7 +339,7 @@ def _fused_sum(
         if found.rule_RT is not None:
             sums = model_weights.measured(found.rule_RT, found.seen_RT)
         if found.kl is not None:
-            sums["kl"] = jax.lax.stop_gradient(found.kl)
+            sums |= {"kl": jax.lax.stop_gradient(found.kl), "loss": found.loss}
         return found.total, (found.denominator, _like(non_trainable, nnx.state(model)), sums)
 
     return fused

@@ -24,6 +24,7 @@ import numpy as np
 
 from easy_jax.data.checks import check_batch, check_own_weight, checked_weights, stack
 from easy_jax.data.packing import PackedRows, PackedSource, Ragged, check_token_weights
+from easy_jax.data.ragged import product
 from easy_jax.data.reading import Reading, iterate
 from easy_jax.data.sources import DataError, Source
 from easy_jax.parallel import sharding
@@ -158,7 +159,8 @@ def training_loader(
     """
     ids = None
     if isinstance(source, PackedSource) and source.examples.token_weight is not None:
-        token_weight = _product(source.examples.token_weight, token_weight)
+        own = source.examples.token_weight
+        token_weight = own if token_weight is None else product(own, token_weight)
     if token_weight is not None:
         if not isinstance(source, PackedSource):
             raise DataError("token weights are for packed text; this source has no tokens")
@@ -196,17 +198,6 @@ def training_loader(
     starts = grain.MapDataset.range(0, len(ids) * epochs, batch_size)
     dataset = starts.map(lambda start: read(*order.slice(start, start + batch_size)))
     return Loader(dataset, reading)
-
-
-def _product(own: Ragged, given: Ragged | None) -> Ragged:
-    """Returns the products of token weights, with none for examples that lack them in either."""
-    if given is None:
-        return own
-    lengths = np.diff(own.offsets), np.diff(given.offsets)
-    if len(own) != len(given) or ((lengths[0] != lengths[1]) & (lengths[1] != 0)).any():
-        return given  # which is refused, because its lengths are not those of the targets
-    used = np.repeat(lengths[1] != 0, lengths[0])
-    return Ragged(own.values[used] * given.values, given.offsets)
 
 
 class _ShuffledEpochs:

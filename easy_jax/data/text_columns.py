@@ -1,6 +1,5 @@
 """Checks of the columns that `text.tokenize` is given: texts, weights and token weights."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.ragged import Ragged
 from easy_jax.data.records import not_text
 from easy_jax.data.sources import DataError
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def check(
@@ -37,6 +38,9 @@ def check(
     for i, text in enumerate(inputs):
         if text is not None and (wrong := not_text(text)):
             bad.add(i, f"input is {wrong[0]}", wrong[1])
+    for name, column in {"weights": weights, "token weights": token_weights}.items():
+        if column is not None and all(value is None for value in column):
+            raise DataError(f"no record has {name}: is the name of their field right?")
     for i, weight in enumerate([] if weights is None else weights):
         if not _is_weight(weight):
             bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
@@ -78,4 +82,4 @@ def ragged(token_weights: Sequence[Sequence[float]] | None, bad: BadExamples) ->
 
 def _is_weight(value: Any) -> bool:
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return bool(number and 0 <= value < math.inf)
+    return bool(number and 0 <= value <= _LARGEST)

@@ -203,6 +203,9 @@ class LanguageExperiment:
         config = self.config.train
         names = (config.instruction_field, config.input_field, config.response_field)
         columns = instructions.read(config, BadExamples("drop"))
+        for i in self.train.examples.dropped_ids:  # may have anything there
+            for name in filter(None, names):
+                columns[name][i] = None
         return {name: columns[name] for name in names if name}
 
     def _instructions(self, name: str, config: InstructionsConfig) -> PackedSource:

@@ -288,11 +288,13 @@ class WeightedSum(NamedTuple):
 
     Attributes:
       total: scalar, float32; differentiable in hidden states and head.
+      loss: the part of the losses, without the divergences; a constant.
       rule_N: the rule's weights, 0 where there is no target; None without a rule.
       kl_N: KL(p0 || p) in nats, 0 where there is no target; None without a frozen pair.
     """
 
     total: jax.Array
+    loss: jax.Array
     rule_N: jax.Array | None
     kl_N: jax.Array | None
 
@@ -346,10 +348,11 @@ def weighted_sum(
     )
     rule_N, factor_N = None, weight_N
     if rule is not None:
-        stats = TokenStats(nll_N, **fields, **given, mask=targets_N != NO_TARGET)
+        has_weight_N = (targets_N != NO_TARGET) & (weight_N != 0)
+        stats = TokenStats(nll_N, **fields, **given, mask=has_weight_N)
         rule_N = jax.lax.stop_gradient(token_stats.weights(rule, jax.lax.stop_gradient(stats)))
         factor_N = weight_N * rule_N
-    total = jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0))
+    total = loss = jnp.sum(jnp.where(factor_N != 0, factor_N * nll_N, 0.0))
     if kl_N is not None and kl_weight_N is not None:
         total += jnp.sum(jnp.where(kl_weight_N != 0, kl_weight_N * kl_N, 0.0))
-    return WeightedSum(total, rule_N, kl_N)
+    return WeightedSum(total, jax.lax.stop_gradient(loss), rule_N, kl_N)

@@ -103,7 +103,7 @@ def weighted_sum(
     chunk: int,
     rule: Rule | None = None,
     more: bool = False,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """The sum of `weight * rule(stats) * nll + kl_weight * kl`, the rule's weights and the KL.
 
     Args:
@@ -116,12 +116,12 @@ def weighted_sum(
     nll_BT, kl_BT, fields = losses(hidden_BTD, head_VD, target_BT, frozen, cap, chunk, more)
     rule_BT = None
     if rule is not None:
-        rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT)
+        rule_BT = _rule_weights(rule, {"nll": nll_BT, **fields}, given, target_BT, weight_BT)
         weight_BT = weight_BT * rule_BT
-    total = _total(nll_BT, weight_BT)
+    total = loss = _total(nll_BT, weight_BT)
     if kl_BT is not None and kl_weight_BT is not None:
         total += _total(kl_BT, kl_weight_BT)
-    return total, rule_BT, kl_BT
+    return total, loss, rule_BT, kl_BT
 
 
 def _sum_forward(
@@ -135,17 +135,17 @@ def _sum_forward(
     chunk: int,
     rule: Rule | None,
     more: bool,
-) -> tuple[tuple[jax.Array, jax.Array | None, jax.Array | None], Any]:
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None], Any]:
     given = {**given, "weight": weight_BT}
     options: Any = {"more": more, "rule": rule}
     found, gradients = _sharded(
         hidden_BTD, head_VD, target_BT, given, frozen, cap, chunk, **options
     )
     rule_BT, kl_BT = found.get("rule"), found.get("kl")
-    total = _total(found["nll"], weight_BT if rule_BT is None else weight_BT * rule_BT)
+    total = loss = _total(found["nll"], weight_BT if rule_BT is None else weight_BT * rule_BT)
     if kl_BT is not None:
         total += _total(kl_BT, given["kl_weight"])
-    return (total, rule_BT, kl_BT), gradients
+    return (total, loss, rule_BT, kl_BT), gradients
 
 
 def _sum_backward(
@@ -256,7 +256,7 @@ def _on_device(
         )
         weight_N, kl_weight_N = given_N.pop("weight", None), given_N.pop("kl_weight", None)
         if rule is not None:
-            rule_N = _rule_weights(rule, stats, given_N, target_N)
+            rule_N = _rule_weights(rule, stats, given_N, target_N, weight_N)
             stats, weight_N = {"nll": stats["nll"], "rule": rule_N}, weight_N * rule_N
         if frozen_head_UD is not None:
             frozen_NU = _logits(frozen_ND, frozen_head_UD, cap)
@@ -308,9 +308,14 @@ def _logits(hidden_ND: jax.Array, head_UD: jax.Array, cap: float | None) -> jax.
 
 
 def _rule_weights(
-    rule: Rule, fields: dict[str, jax.Array], given: dict[str, jax.Array], target_N: jax.Array
+    rule: Rule,
+    fields: dict[str, jax.Array],
+    given: dict[str, jax.Array],
+    target_N: jax.Array,
+    weight_N: jax.Array,
 ) -> jax.Array:
-    stats = TokenStats(**fields, **given, mask=target_N != NO_TARGET)
+    """Returns the rule's weights; 0 for tokens of weight 0, whatever the rule gives there."""
+    stats = TokenStats(**fields, **given, mask=(target_N != NO_TARGET) & (weight_N != 0))
     return token_stats.weights(rule, stats)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from easy_jax import data
 from easy_jax.core.weightings.rule import Weighting, Weights, all_but_dropped
+from easy_jax.data import ragged
 from easy_jax.io import code_fingerprint
 from easy_jax.io import fingerprint as fingerprints
 from easy_jax.io.checks import ConfigError
@@ -54,8 +55,8 @@ class StageWeights:
         if self.frozen_nll is None:
             return "none"
         if isinstance(self.frozen_nll, data.Ragged):
-            ragged = self.frozen_nll
-            return fingerprints.of_arrays({"values": ragged.values, "offsets": ragged.offsets})
+            losses = self.frozen_nll
+            return fingerprints.of_arrays({"values": losses.values, "offsets": losses.offsets})
         return fingerprints.of_arrays({"losses": self.frozen_nll})
 
 
@@ -151,12 +152,6 @@ def product(given: StageWeights, found: Weights) -> StageWeights:
         weight_N = np.asarray(weight_N) * found.weight_N
     if token_weight is None or found.token_weight is None:
         token_weight = found.token_weight if token_weight is None else token_weight
-    elif not np.array_equal(token_weight.offsets, found.token_weight.offsets):
-        raise data.DataError(
-            "token_weight has another number of tokens than the loss table for some examples; "
-            "give none for those that scoring dropped"
-        )
     else:
-        values = token_weight.values * found.token_weight.values
-        token_weight = data.Ragged(values, token_weight.offsets)
+        token_weight = ragged.product(token_weight, found.token_weight)
     return StageWeights(weight_N, token_weight)

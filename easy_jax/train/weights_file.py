@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from easy_jax.core import weightings
 from easy_jax.core.weightings.rule import Weighting, Weights
 from easy_jax.data import DataError, Ragged
+from easy_jax.data.checks import checked_weights
 from easy_jax.io import files
 from easy_jax.io.checks import ConfigError
 from easy_jax.train.loss_table import LossTable
@@ -72,25 +73,22 @@ def export_weights(
     """
     target = files.path(path)
     weighting = weightings.get(weighting) if isinstance(weighting, str) else weighting
-    check(weighting, target)
+    columns = dict(columns or {})
+    check(weighting, target, columns)
     found = weighting.of_table(table, seed) if weighting.level != "none" else Weights()
     own = _columns(table, product(StageWeights(weight_N, token_weight), found))
-    columns = dict(columns or {})
-    for name, values in columns.items():
-        if name in _OWN:
-            raise ConfigError(f"the column {name!r} is one of the exported ones; rename it")
-        if len(values) != table.num_examples:
-            raise DataError(
-                f"the column {name!r} has {len(values)} values, and the loss table in "
-                f"{table.directory} {table.num_examples} examples"
-            )
-    rows = pa.table({"example_id": own.pop("example_id"), **columns, **own})
+    given = {name: _given(name, values, table) for name, values in columns.items()}
+    rows = pa.table({"example_id": own.pop("example_id"), **given, **own})
+    target.parent.mkdir(parents=True, exist_ok=True)
     files.write(target, _parquet(rows) if target.suffix == ".parquet" else _json_lines(rows))
     return target
 
 
-def check(weighting: Weighting, target: Path) -> None:
-    """Raises ConfigError if the weighting cannot be exported, or the path has another suffix."""
+def check(weighting: Weighting, target: Path, names: Iterable[str] = ()) -> None:
+    """Raises ConfigError for a weighting, file or names of columns that cannot be exported."""
+    for name in names:
+        if name in _OWN:
+            raise ConfigError(f"the column {name!r} is one of the exported ones; rename it")
     if target.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"{target} ends in {target.suffix!r}; it must be .parquet or .jsonl")
     if weighting.needs - {"frozen"}:
@@ -112,11 +110,13 @@ def _columns(table: LossTable, weights: StageWeights) -> dict[str, pa.Array]:
         "count": _with_nulls(count_N, dropped_N),
     }
     weight_N = np.ones(size) if weights.weight_N is None else weights.weight_N
+    weight_N = checked_weights(weight_N, size)
     if weights.token_weight is None or not np.all(weight_N[~dropped_N] == 1):
-        columns["weight"] = _with_nulls(weight_N, dropped_N)
+        columns["weight"] = _with_nulls(weight_N, dropped_N | np.isnan(weight_N))
     if "token_median" in table.metadata:
         columns["token_losses"] = _lists(table.token_losses(), dropped_N)
     if weights.token_weight is not None:
+        _check_token_weights(weights.token_weight, count_N, dropped_N)
         columns["token_weights"] = _lists(weights.token_weight, dropped_N)
     return columns
 
@@ -127,8 +127,40 @@ def _with_nulls(values_N: np.ndarray, dropped_N: np.ndarray) -> pa.Array:
 
 def _lists(ragged: Ragged, dropped_N: np.ndarray) -> pa.Array:
     """Returns an array of float32 lists; null for the examples that scoring dropped."""
-    offsets = pa.array(ragged.offsets, pa.int32(), mask=np.append(dropped_N, False))
-    return pa.ListArray.from_arrays(offsets, pa.array(ragged.values, pa.float32()))
+    lengths = np.diff(ragged.offsets)
+    values = ragged.values[np.repeat(~dropped_N, lengths)]
+    offsets = np.cumsum([0, *np.where(dropped_N, 0, lengths)])
+    return pa.ListArray.from_arrays(
+        pa.array(offsets, pa.int32()), pa.array(values, pa.float32()), mask=pa.array(dropped_N)
+    )
+
+
+def _given(name: str, values: Sequence[Any], table: LossTable) -> pa.Array:
+    if len(values) != table.num_examples:
+        raise DataError(
+            f"the column {name!r} has {len(values)} values, and the loss table in "
+            f"{table.directory} {table.num_examples} examples"
+        )
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"the column {name!r} cannot be written: {reason}") from error
+
+
+def _check_token_weights(ragged: Ragged, count_N: np.ndarray, dropped_N: np.ndarray) -> None:
+    if len(ragged) != len(count_N):
+        raise DataError(f"token weights for {len(ragged)} of {len(count_N)} examples")
+    wrong = np.flatnonzero(~dropped_N & (np.diff(ragged.offsets) != count_N))
+    if wrong.size:
+        raise DataError(
+            "the number of token weights is not that of target tokens in example ids "
+            f"{wrong[:10].tolist()}"
+        )
+    bad = ~np.isfinite(ragged.values) | (ragged.values < 0)
+    ids = np.unique(np.searchsorted(ragged.offsets, np.flatnonzero(bad), side="right") - 1)
+    if ids.size:
+        raise DataError(f"token weights are negative or not finite in ids {ids[:10].tolist()}")
 
 
 def _parquet(rows: pa.Table) -> bytes:
