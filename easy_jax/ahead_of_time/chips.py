@@ -1,8 +1,8 @@
 """Published figures of TPU chips and slices, and what libtpu's compiler assumes about them.
 
-Peak, HBM and links are the published figures. The clock is the one at which the matrix units
-reach the peak: libtpu counts in its cycles. Usable HBM is what the compiler reports when a
-program does not fit ("Used ... of ... hbm").
+Peak, HBM bandwidth and link bandwidth are the published figures. The clock is the one at which
+the matrix units reach the peak; libtpu estimates times in its cycles. Usable HBM is the limit that
+the compiler reports when a program does not fit ("Used ... of ... hbm").
 """
 
 import dataclasses
@@ -51,7 +51,13 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice, such as `v5e:4x4`: 16 chips in a square."""
+    """A slice of TPU chips, such as `v5e:4x4`: 16 chips in a square.
+
+    Attributes:
+      name: the slice's name, as in the example.
+      chip: the properties of each of its chips.
+      sizes: number of chips along each axis.
+    """
 
     name: str
     chip: Chip
@@ -69,7 +75,7 @@ class Topology:
     def bandwidth(self, group: int) -> float:
         """Returns the bytes per second that a chip sends in a collective over a group of chips.
 
-        A group of all chips uses every axis of the torus, any smaller one is taken to lie
+        A group of all chips uses every axis of the torus; any smaller group is assumed to lie
         along a single axis. A ring is used in both directions, a line in one.
         """
         axes = self.sizes if group >= self.num_chips else self.sizes[:1]
@@ -78,7 +84,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Reads `CHIP:AxB` or `CHIP:AxBxC`.
+    """Parses the name of a topology, `CHIP:AxB` or `CHIP:AxBxC`.
 
     Raises:
       ConfigError: the text has another form, or the chip is unknown.

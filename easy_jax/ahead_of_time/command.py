@@ -1,4 +1,4 @@
-"""`easy-jax compile`: the programs of a configuration, compiled for a topology of TPUs.
+"""The command `easy-jax compile`, which compiles a configuration's programs for a TPU topology.
 
 libtpu conflicts with other backends in one process, and reads its settings when it is loaded.
 The command therefore restarts itself in a new process, configured before JAX is imported.
@@ -50,7 +50,7 @@ def restart(topology_name: str) -> None:
     """
     topology = parse_topology(topology_name)
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("compile needs TPU's compiler: pip install 'easy-jax[tpu]'")
+        raise ConfigError("compile needs libtpu, the TPU compiler: pip install 'easy-jax[tpu]'")
     if os.environ.get(_CHILD) != topology.name:
         arguments = [sys.executable, "-m", "easy_jax.main", *sys.argv[1:]]
         os.execve(sys.executable, arguments, {**os.environ, **environment(topology)})
@@ -62,7 +62,7 @@ def devices(topology: Topology) -> list[Any]:
     Raises:
       ConfigError: libtpu does not know the topology.
     """
-    # By default libtpu takes a host to have 2x2 chips, of which smaller slices have fewer.
+    # By default libtpu assumes 2x2 chips per host; smaller slices have fewer.
     host = [*(min(2, size) for size in topology.sizes[:2]), 1]
     try:
         found = topologies.get_topology_desc(

@@ -1,18 +1,18 @@
 """Cost of a compiled program, summed over its schedule, with loop bodies counted on every trip.
 
-XLA's own `cost_analysis()` counts a loop's body once, and a model scanned over its layers is
-one loop. Here every instruction counts as often as it runs:
+XLA's own `cost_analysis()` counts a loop's body once, although a model scanned over its layers
+is one loop. Here every instruction counts as often as it runs:
 
-  time           the compiler's estimated cycles; of a Pallas kernel, which has none, its
-                 operations at half of the chip's peak; of the gradient of a maximum over
-                 windows, which has none either, its HBM bytes at the chip's bandwidth
+  time           the compiler's estimated cycles. Two kinds of instructions have no estimate:
+                 Pallas kernels count their operations at half of the chip's peak, gradients of
+                 max pooling their HBM bytes at the chip's bandwidth
   operations     of matrix products and convolutions; of attention kernels, by formula
-  HBM            bytes of operands and results that do not stay on the chip
-  interconnect   bytes that a chip sends, as rings do it, and the time of the transfers that the
-                 schedule leaves nothing to hide behind
+  HBM            bytes of operands and results that do not stay in on-chip memory
+  interconnect   bytes that a chip sends with ring algorithms, and the time of transfers that
+                 does not overlap with computation (the unhidden time)
 
-The unhidden time is that of a simple model: transfers run one after the other at the links'
-bandwidth, start where the schedule starts them, and the chip waits where it ends them.
+The unhidden time comes from a simple model: transfers run one after the other at the links'
+bandwidth and begin at the instruction that starts them; the chip waits at the one that ends them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "collective-broadcast",
 )
-KERNEL_EFFICIENCY = 0.5  # share of the peak that a Pallas kernel is taken to reach
+KERNEL_EFFICIENCY = 0.5  # share of the peak that a Pallas kernel is assumed to reach
 _FREE = frozenset(
     {
         "parameter",
@@ -94,7 +94,7 @@ class Cost:
         return sum(self.collective_bytes.values())
 
     def add(self, other: "Cost", times: float = 1) -> None:
-        """Adds another cost, `times` over."""
+        """Adds another cost, multiplied by `times`."""
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if isinstance(mine, Counter):
@@ -139,7 +139,7 @@ class _Walk:
     def __init__(self, program: Program, topology: Topology):
         self.program = program
         self.topology = topology
-        self.started: set[str] = set()  # channels; some are carried on inside a later loop
+        self.started: set[str] = set()  # channels; some transfers continue inside a later loop
 
     def computation(self, name: str) -> Cost:
         """Returns the cost of one run of a computation, including what it calls."""
@@ -257,7 +257,7 @@ class _Walk:
             elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
                 continue  # written in place
             elif user.opcode in ("tuple", "custom-call") or _kind(user):
-                continue  # handed on, or on its way to other chips
+                continue  # passed on, or sent to other chips
             elif user.opcode in ("bitcast", "reshape"):
                 total += self._read(block, user.name, size)
             elif user.opcode == "fusion":
@@ -294,8 +294,8 @@ class _Walk:
     def _transfers(self, block: Computation, name: str) -> dict[str, _Transfer]:
         """Returns the collectives that an instruction starts, continues or ends, by a key of each.
 
-        An asynchronous collective is spread over several instructions: a start and a done, or
-        fusions that do a part of it each, beside their own work. They share its channel.
+        An asynchronous collective consists of several instructions: a start and a done, or
+        fusions that each do a part of it besides their own work. They share its channel.
         """
         instruction = block[name]
         opcode = instruction.opcode

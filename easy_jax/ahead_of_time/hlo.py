@@ -1,6 +1,6 @@
 """Parser of the text of a compiled program (scheduled HLO).
 
-`compiled.as_text()` is one block of instructions per computation, in the order in which the
+`compiled.as_text()` has one block of instructions per computation, in the order in which the
 device runs them; fusions, loops and asynchronous operations name the computations that they
 call. Only what a cost model needs is parsed.
 """
@@ -42,7 +42,13 @@ class HloError(ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shape:
-    """One array: dtype, sizes, and whether it lies in HBM (on-chip memories are spaces above 0)."""
+    """The type of one array.
+
+    Attributes:
+      dtype: the element type as HLO spells it, such as `bf16`.
+      dims: the size of every axis.
+      in_hbm: whether the array is in HBM; on-chip memories are memory spaces above 0.
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -56,7 +62,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Instruction:
-    """One line: `%name = shapes opcode(operands), attributes`.
+    """An instruction, one line of the text: `%name = shapes opcode(operands), attributes`.
 
     `literal` is the text between the parentheses of a constant or a parameter.
     """
@@ -92,7 +98,12 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Program:
-    """Computations by name, instructions by name in the order of the schedule."""
+    """A compiled program.
+
+    Attributes:
+      computations: computations by name; each maps names to instructions, in schedule order.
+      entry: name of the computation with which the program starts.
+    """
 
     computations: dict[str, Computation]
     entry: str

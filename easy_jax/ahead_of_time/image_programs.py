@@ -35,18 +35,24 @@ from easy_jax.models.config import ResNetConfig
 from easy_jax.models.modes import eval_mode, train_mode
 from easy_jax.train.forward import make_score_step
 
-# Models that an experiment keeps in memory beside the trained one: the pre-trained model and the
+# Models that an experiment keeps in memory besides the trained one: the pre-trained model and the
 # model with the probed head. A final stage that trains only the head also keeps the fine-tuned one.
 _RETAINED = 2
 
-# Forward passes that a step is worth, of the body and of the head: a pass each for the outputs,
-# for gradients of inputs and for gradients of weights, where they are needed. That images need no
-# gradient is not taken off the first convolution's three, as is the custom.
+# The cost of a step in forward passes, of the body and of the head: one each for the outputs, for
+# gradients of inputs and for gradients of weights, where needed. By convention the first
+# convolution counts as three passes too, although images need no gradient.
 _PASSES = {"all": (3, 3), "head": (1, 2), "bn_head": (2, 3)}
 
 
 def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
-    """The steps of a configuration: `train`, once for each kind, `score`, or `all`."""
+    """Returns the steps of a configuration to compile.
+
+    Args:
+      config: the experiment's configuration.
+      mesh: the mesh of the topology's devices.
+      what: `train` for one training step of each kind, `score` for the scoring step, or `all`.
+    """
     lowerings = []
     if what != "score":
         for name, stages in kinds(config).items():
@@ -64,10 +70,10 @@ def suite(config: ExperimentConfig, mesh: Mesh, what: str) -> Suite:
 
 
 def kinds(config: ExperimentConfig) -> dict[str, list[Stage]]:
-    """The training stages of the plan by the program that they run.
+    """Groups the training stages of the plan by the program that they run.
 
-    Learning rate, strength of an anchor and weights of examples do not change the program. With
-    the weighting `flow_online`, every step costs a `score` of the same batch on top.
+    Learning rate, anchor strength and example weights do not change the program. With the
+    weighting `flow_online`, every step additionally costs a `score` of the same batch.
 
     Example:
       >>> from easy_jax.config import MethodConfig
@@ -93,7 +99,7 @@ def kinds(config: ExperimentConfig) -> dict[str, list[Stage]]:
 def train_program(
     config: ExperimentConfig, name: str, stage: Stage, mesh: Mesh, rows: int
 ) -> Program:
-    """The training step of a stage on global batches of `rows` images."""
+    """Lowers the training step of a stage on global batches of `rows` images."""
     assert stage.config is not None
     settings, pretraining = stage.config, stage.label_noise is None
     size, num_classes = _task(config, pretraining)
@@ -132,7 +138,10 @@ def train_program(
 
 
 def score_program(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
-    """The scoring step on global batches of `rows` images; evaluation is the same to an argmax."""
+    """Lowers the scoring step on global batches of `rows` images.
+
+    Evaluation differs only by an argmax, and is not compiled separately.
+    """
     size, num_classes = _task(config, pretraining=False)
     model = _abstract_model(config, num_classes)
     graphdef, state = nnx.split(eval_mode(model))
@@ -140,15 +149,15 @@ def score_program(config: ExperimentConfig, mesh: Mesh, rows: int) -> Program:
     step: Any = make_score_step(graphdef, losses.classification_loss, mesh)
     flops = rows * sum(forward_flops(config.model, size, num_classes))
     batch = _batch(config, mesh, rows, size)
-    resident = (_RETAINED - 1) * tree_bytes(state)  # one of them is what is scored
+    resident = (_RETAINED - 1) * tree_bytes(state)  # one of them is the scored model itself
     return Program("score", step.lower(state, batch), state, rows, 0.0, flops, resident)
 
 
 def forward_flops(config: ResNetConfig, image_size: int, num_classes: int) -> tuple[float, float]:
-    """Operations of a forward pass of one image, by formula: of all convolutions, and of the head.
+    """Returns the operations of one image's forward pass: of all convolutions, and of the head.
 
-    Two for every output of a convolution, place of its window and input channel, those in the
-    padding included, as is the custom.
+    A convolution counts two for every output, position in the window and input channel, by
+    convention including those in the padding.
 
     Example:
       >>> body, head = forward_flops(ResNetConfig.named("resnet50"), 224, 1000)
@@ -182,12 +191,12 @@ def forward_flops(config: ResNetConfig, image_size: int, num_classes: int) -> tu
 
 
 def _conv_flops(size: int, window: int, in_features: int, features: int) -> float:
-    """Of a convolution with an output of `size` x `size` and a square window."""
+    """Returns the operations of a convolution with a square output and a square window."""
     return 2.0 * size**2 * window**2 * in_features * features
 
 
 def _num_retained(config: ExperimentConfig, stage: Stage) -> int:
-    """Returns how many models an experiment keeps in memory beside the one that a stage trains."""
+    """Returns how many models an experiment keeps in memory besides the one that a stage trains."""
     if stage.label_noise is None:
         return 0
     shared = {each.key for each in shared_stages(config, stage.seed, stage.label_noise)}
@@ -208,10 +217,10 @@ def _kind(stage: Stage) -> str:
 
 
 def _task(config: ExperimentConfig, pretraining: bool) -> tuple[int, int]:
-    """Image size and number of classes of a task.
+    """Returns the image size and the number of classes of a task.
 
     Raises:
-      ConfigError: only the data could tell how many classes there are.
+      ConfigError: the number of classes cannot be known without reading the data.
     """
     data = config.data
     if isinstance(data, GlyphDataConfig):
@@ -221,8 +230,9 @@ def _task(config: ExperimentConfig, pretraining: bool) -> tuple[int, int]:
     if not num_classes:
         field = f"config.data.{'pretrain' if pretraining else 'target'}.name"
         raise ConfigError(
-            f"{field} is {task.name!r}, whose classes only its folders tell, and compile reads no "
-            f"data; name one of {sorted(set(DATA_SETS) - {'other'})} with about as many classes"
+            f"{field} is {task.name!r}, whose classes are known from its folders only, but compile "
+            f"reads no data; use one of {sorted(set(DATA_SETS) - {'other'})} with about as many "
+            "classes"
         )
     return task.image_size, num_classes
 
@@ -237,7 +247,7 @@ def _abstract_model(config: ExperimentConfig, num_classes: int) -> resnet.ResNet
 def _batch(
     config: ExperimentConfig, mesh: Mesh, rows: int, size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Letters come as floats, files as uint8 pixels with what normalises them."""
+    """Returns an abstract batch: floats for glyphs; for files uint8 pixels, mean and std."""
     is_drawn, channels = isinstance(config.data, GlyphDataConfig), config.model.in_channels
     fields: dict[str, tuple[tuple[int, ...], Any]] = {
         "image": ((size, size, channels), jnp.float32 if is_drawn else jnp.uint8),

@@ -35,7 +35,7 @@ from easy_jax.pretrained import hugging_face
 from easy_jax.pretrained.weight_files import hub_name
 from easy_jax.train.forward import make_score_step
 
-_SEGMENTS = 8  # of a row where the configuration sets no limit
+_SEGMENTS = 8  # segments per row if the configuration sets no limit
 
 
 def suite(config: LanguageConfig, mesh: Mesh, what: str) -> Suite:
@@ -129,10 +129,10 @@ def score_program(config: LanguageConfig, mesh: Mesh, rows: int) -> Program:
 def model_flops(config: TransformerConfig, rows: int, length: int, passes: float) -> float:
     """Returns the number of operations that the model itself needs, by formula.
 
-    A forward pass takes, per token, two for every weight of a matrix (the head's included, the
-    embedding's look-up not) and 4 * length * heads * head_dim per layer for attention, all pairs
-    of positions counted, as is the custom, though half are masked. Training is three passes; with
-    adapters alone two, as frozen matrices need no gradient. Nothing computed again counts.
+    A forward pass takes, per token, two for every weight of a matrix (including the head, without
+    the embedding's look-up) and 4 * length * heads * head_dim per layer for attention, by
+    convention for all pairs of positions, though half are masked. Training is three passes, of
+    adapters alone two, as frozen matrices need no gradient. Recomputation does not count.
 
     Example:
       >>> round(model_flops(KNOWN["google/gemma-2-2b"], 1, 1024, passes=3.0) / 1e12, 1)

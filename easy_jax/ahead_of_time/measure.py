@@ -15,7 +15,7 @@ from easy_jax.ahead_of_time.cost import Cost, cost_of
 from easy_jax.ahead_of_time.programs import Program, tree_bytes
 from easy_jax.core.step import TrainState
 
-# "Used 17.2G of 15.75G hbm"; of temporaries alone "... (17.2G) exceeds available HBM (15.75G)".
+# "Used 17.2G of 15.75G hbm", or for temporaries "... (17.2G) exceeds available HBM (15.75G)".
 _NEEDS = re.compile(r"(?:Used |temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds)")
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

@@ -6,7 +6,7 @@ import re
 from easy_jax.ahead_of_time.hlo import Instruction, Shape
 
 SPLASH = re.compile(r"splash_m[hq]a_(fwd|dq|dkv)")  # the parts of JAX's splash attention
-# Their matrix products, per query, key and feature.
+# The number of matrix products in each part; "fused" is the whole backward pass in one kernel.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4, "fused": 5}
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from easy_jax.core.step import TrainState
 from easy_jax.parallel import sharding
 
-STEPS = 1000  # of the schedule: a constant in the program, of no weight
+STEPS = 1000  # length of the learning-rate schedule, a constant that does not affect the cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Fast code behind plain functions: fused cross-entropy, attention, convolution.
+"""Optimised functions: fused cross-entropy, attention, convolution and max pooling.
 
 Layers with parameters are in `models`.
 """

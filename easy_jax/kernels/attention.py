@@ -1,11 +1,11 @@
-"""Causal attention within segments, by blocks of queries; rotary position embedding.
+"""Causal attention within segments, computed by blocks of queries; rotary position embedding.
 
 A block of queries is multiplied only with the keys up to its own end and, with a sliding window,
 not with those before the window; with eight blocks these are 9/16 of all products. Probabilities
 are not stored for the backward pass, which computes them again block by block.
 
-Shape suffixes: B rows, T positions, N heads, K key-value heads, M heads that share one of
-them, H head_dim, Q queries of a block, S keys that it looks at.
+Shape suffixes: B rows, T positions, N heads, K key-value heads, M query heads per key-value head,
+H head_dim, Q queries in a block, S keys that a block is multiplied with.
 """
 
 import functools
@@ -14,8 +14,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
-MIN_BLOCK = 128  # queries; smaller ones leave the matrix units idle
-MAX_BLOCKS = 8  # they are unrolled: more cost compile time, and save little further
+MIN_BLOCK = 128  # queries; smaller blocks do not fill the matrix units
+MAX_BLOCKS = 8  # the blocks are unrolled: more would take longer to compile and save little
 
 
 def causal_attention(
@@ -47,8 +47,8 @@ def causal_attention(
       [B, T, N, H], in the dtype of the values.
 
     Raises:
-      ValueError: N is not a multiple of K, or a window or block below 1.
-      AssertionError: shapes that do not fit.
+      ValueError: N is not a multiple of K, or `window` or `block` is below 1.
+      AssertionError: the shapes do not match.
 
     Example:
       >>> ones = jnp.ones((1, 3, 1, 2))
@@ -104,7 +104,7 @@ def _block(
     """Computes the attention of the queries from `start` on to all keys given, [B, K, M, Q, H]."""
     batch, kv_heads, shared, queries, head_dim = q_BKMQH.shape
     keys = k_BKSH.shape[2]
-    # The heads that share keys are more rows of the same matrix product.
+    # Heads that share keys become further rows of one matrix product.
     q_BKRH = (q_BKMQH * scale).reshape(batch, kv_heads, shared * queries, head_dim)
     logits_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
     logits_BKMQS = logits_BKRS.reshape(batch, kv_heads, shared, queries, keys)

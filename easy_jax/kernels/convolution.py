@@ -15,7 +15,7 @@ from flax import nnx
 
 Padding = Sequence[tuple[int, int]]
 
-# Of the output's gradient, that go into one product for a kernel's: what stays in a cache.
+# Bytes of the output's gradient in one product for the kernel's gradient; they fit into a cache.
 _PIECE_BYTES = 2**20
 
 
@@ -48,7 +48,7 @@ def convolve(
         return _convolve(conv, None, x_BHWC, kernel)
 
     def by_place(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
-        # Sums over places, here and in the gradients, in float32.
+        # Sum over positions in float32, here and in the gradients.
         wide = (x_BHWC.astype(jnp.float32), kernel.astype(jnp.float32))
         y_BHWF = _by_place(*wide, strides, padding, sizes)
         return y_BHWF.astype(x_BHWC.dtype)
@@ -104,7 +104,7 @@ def _gradients_in_pieces(
     pieces = _pieces(gradient_BHWC)
 
     def split(a_BHWC: jax.Array) -> jax.Array:
-        # Every so many images in one piece: they stay on their devices.
+        # A piece takes every `pieces`-th image, so that images stay on their devices.
         return a_BHWC.reshape(-1, pieces, *a_BHWC.shape[1:])
 
     x, gradient = split(x_BHWC), split(gradient_BHWC)
@@ -113,7 +113,7 @@ def _gradients_in_pieces(
         backward = jax.vjp(lambda kernel: conv(x[:, piece], kernel), kernel)[1]
         return backward(gradient[:, piece])[0]
 
-    # Not a loop: in one, XLA takes slower programs.
+    # Unrolled, because XLA compiles slower code for the same products in a loop.
     return x_gradient_BHWC, functools.reduce(jnp.add, [part(piece) for piece in range(pieces)])
 
 
@@ -149,10 +149,10 @@ def _by_place(
     return y_BHWF
 
 
-# Maximum over windows.
+# Max pooling.
 
 _SIZE, _STRIDE = 3, 2
-_NONE = float(_SIZE**2)  # no place in a window
+_NONE = float(_SIZE**2)  # not a position in a window
 
 
 @jax.custom_vjp
@@ -165,7 +165,7 @@ def max_pool(x_BHWC: jax.Array) -> jax.Array:
       x_BHWC: images.
 
     Returns:
-      half of height and width, rounded up.
+      Images of half the height and width, rounded up.
 
     Example:
       >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, :, :, 0].tolist()
@@ -213,7 +213,7 @@ def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
     pairs = x_BHWC.reshape(batch, rows, _STRIDE, columns, _STRIDE, channels)
 
     def at(row: int, column: int) -> jax.Array:
-        # A window has the second pixel of the pair before its own, and both of its own.
+        # A window covers both pixels of its own pair and the second one of the pair before.
         before = [(int(place == 0), 0) for place in (row, column)]
         part_BHWC = pairs[:, : rows - before[0][0], (row + 1) % _STRIDE]
         part_BHWC = part_BHWC[:, :, : columns - before[1][0], (column + 1) % _STRIDE]
@@ -225,10 +225,10 @@ def _places(x_BHWC: jax.Array, fill: float) -> list[jax.Array]:
 def _max_pool_gradient(x_BHWC: jax.Array, y_BHWC: jax.Array, gradient_BHWC: jax.Array) -> jax.Array:
     """Computes the gradient from the positions of the maxima, which are found only once."""
     first_BHWC = jnp.full(y_BHWC.shape, _NONE**2, jnp.float32)
-    # NaN equals nothing; -inf would let XLA compute these places once for both uses, in memory.
+    # NaN equals nothing. With -inf, XLA would share these arrays with the forward pass, in memory.
     for place, value_BHWC in reversed(list(enumerate(_places(x_BHWC, jnp.nan)))):
         first_BHWC = jnp.where(value_BHWC == y_BHWC, float(place**2), first_BHWC)
-    # XLA holds a root for expensive, and does not find the place anew for every pixel.
+    # XLA considers a root expensive, and so does not recompute the position for every pixel.
     first_BHWC = jnp.sqrt(first_BHWC)
 
     def of_window(after: tuple[int, ...]) -> jax.Array:

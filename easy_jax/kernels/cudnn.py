@@ -10,14 +10,14 @@ import jax.numpy as jnp
 
 from easy_jax.parallel import chip
 
-_LARGEST_HEAD = 128  # of every GPU that the kernel runs on
+_LARGEST_HEAD = 128  # the largest head_dim that the kernel supports on every GPU
 
 
 def fits(q_BTNH: jax.Array, window: int | None, cap: float | None) -> bool:
     """Returns whether the kernel supports these queries, and the trace is for an NVIDIA GPU."""
     _, length, _, head_dim = q_BTNH.shape
     return (
-        window is cap is None  # it has windows, which have not been tried
+        window is cap is None  # the kernel also supports windows, but that is not tested
         and q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
         and head_dim % 8 == 0
         and head_dim <= _LARGEST_HEAD

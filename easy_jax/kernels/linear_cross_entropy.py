@@ -1,9 +1,9 @@
-"""Cross-entropy of a linear head, without the logits `[tokens, vocabulary]`.
+"""Cross-entropy of a linear head, without the logits `[tokens, vocabulary]` in memory.
 
-At a vocabulary of 256,000 the logits of 2,048 tokens take 2 GB in float32, and their gradient as
-much again. These functions look at one block of the vocabulary at a time (`vocabulary_blocks`), or
-share the vocabulary out over devices (`vocabulary_parallel`). Positions without a target cost
-(next to) nothing.
+With a vocabulary of 256,000 the logits of 2,048 tokens take 2 GB in float32, and their gradient as
+much again. These functions compute one block of the vocabulary at a time (`vocabulary_blocks`), or
+distribute the vocabulary over devices (`vocabulary_parallel`). Positions without a target cost
+almost no time.
 
 Shape suffixes: B rows, T positions, N positions of any shape, D features, V vocabulary.
 """
@@ -22,8 +22,8 @@ from easy_jax.kernels.token_stats import TokenStats
 from easy_jax.kernels.vocabulary_parallel import NO_TARGET, Rule
 from easy_jax.parallel import chip, sharding
 
-_VOCAB_BLOCK, _TOKEN_CHUNK = 2048, 512  # what stays in a cache, or a TPU's fast memory
-_GPU_SIZE = 8192  # of both; benchmarks/accelerator.py has the times of others
+_VOCAB_BLOCK, _TOKEN_CHUNK = 2048, 512  # logits of this size fit a cache or a TPU's fast memory
+_GPU_SIZE = 8192  # of block and chunk on GPUs; benchmarks/accelerator.py times other sizes
 
 
 def linear_cross_entropy(
@@ -35,13 +35,13 @@ def linear_cross_entropy(
     vocab_block: int | None = None,
     token_chunk: int | None = None,
 ) -> Float[Array, "*N"]:
-    """Negative log-likelihood of each target under `softmax(soft_cap(hidden @ head.T))`.
+    """Computes each target's negative log-likelihood under `softmax(soft_cap(hidden @ head.T))`.
 
-    Differentiable in `hidden` and `head`, with any cotangent per token: that is where the
-    weights of examples and tokens arrive. Matrix products accumulate in float32, whatever
-    the inputs' dtype; soft cap, softmax and loss are float32.
+    The result is differentiable in `hidden` and `head`, with any cotangent per token, so that
+    the loss may be weighted per example or token. Matrix products accumulate in float32 for
+    every dtype of the inputs; soft cap, softmax and loss are float32.
 
-    Give rows and positions apart, [B, T, D], where the batch is sharded over B: positions
+    If the batch is sharded over B, pass rows and positions as separate axes, [B, T, D]: positions
     are then moved within their row only. The head may be sharded over V (the blocks are
     strided, so that each device holds a share of every block) or over D.
 
@@ -51,11 +51,11 @@ def linear_cross_entropy(
       targets_N: [T] or [B, T]; in [0, V), or `NO_TARGET` (-1) where there is none.
         Any other value gives NaN, which scoring and training report by example id.
       soft_cap: c of `c * tanh(logits / c)`, Gemma 2's final soft cap; None for none.
-      vocab_block: rows of the head looked at together, at most; default: 2,048, on GPUs 8,192.
-        V is padded (the head copied) if none of its divisors is near.
-      token_chunk: positions looked at together, over all rows (of a device, where the head is
-        shared out over devices), at most; default: 512, on GPUs, where the head is not shared
-        out, 8,192. Memory in use is about `2 * 4 * vocab_block * token_chunk` bytes.
+      vocab_block: maximal number of the head's rows in a block; default: 2,048, on GPUs 8,192.
+        V is padded (which copies the head) if it has no divisor near this number.
+      token_chunk: maximal number of positions in a chunk, over all rows, or over a device's rows
+        if the head is distributed over devices; default: 512, or 8,192 on GPUs if the head is
+        not distributed. Memory in use is about `2 * 4 * vocab_block * token_chunk` bytes.
 
     Returns:
       nll_N in nats, float32; 0 where there is no target.
@@ -78,11 +78,11 @@ def linear_cross_entropy_stats(
     vocab_block: int | None = None,
     token_chunk: int | None = None,
 ) -> TokenStats:
-    """Statistics of `softmax(soft_cap(hidden @ head.T))` at every token, without the logits.
+    """Computes statistics of `softmax(soft_cap(hidden @ head.T))` for every token.
 
-    One pass over the vocabulary gives `nll`, `lse`, `entropy`, `collision`, `max_prob` and
-    `is_argmax`. Only `nll` is differentiable, as that of `linear_cross_entropy`; a weighting reads
-    the others as constants.
+    One pass over the vocabulary computes `nll`, `lse`, `entropy`, `collision`, `max_prob` and
+    `is_argmax`. Only `nll` is differentiable, as in `linear_cross_entropy`; the others are
+    constants.
 
     Args:
       hidden_ND, head_VD, targets_N, soft_cap, vocab_block, token_chunk: as in
@@ -180,7 +180,7 @@ def _losses(
     token_chunk = token_chunk or large or _TOKEN_CHUNK
     length = targets_N.shape[1]
     chunk = max(1, min(length, token_chunk // targets_N.shape[0]))
-    # Targets first in every row: chunks behind the last target of any row are not computed.
+    # Move targets to the front of each row: chunks after the last target are not computed.
     order_BT = jnp.argsort(targets_N == NO_TARGET, axis=1, stable=True)
     padding = -length % chunk
     target_BT = jnp.take_along_axis(targets_N, order_BT, axis=1)
@@ -222,11 +222,11 @@ def weighted_linear_cross_entropy(
     soft_cap: float | None = None,
     token_chunk: int | None = None,
 ) -> Float[Array, ""]:
-    """The sum of `weight * linear_cross_entropy(...)`, float32; a weight of 0 removes a token.
+    """Computes the sum of `weight * linear_cross_entropy(...)` as a float32 scalar.
 
-    The weights are known going forward, and so are the gradients but for one factor: where the
-    head is shared out over devices they are made then, and no logits are computed again. The
-    result is not differentiable in the weights.
+    As the weights are known in the forward pass, so are the gradients except for a common factor:
+    if the head is distributed over devices, they are computed there, without recomputing logits.
+    A token with weight 0 is left out. The result is not differentiable in the weights.
 
     Example:
       >>> total = weighted_linear_cross_entropy(
@@ -250,18 +250,18 @@ def rule_linear_cross_entropy(
     more: bool = True,
     token_chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "*N"]]:
-    """The weighted sum of losses whose weights a rule computes from the current model.
+    """Computes a sum of losses with weights that a rule derives from the current model.
 
     The sum is over `weight * rule(stats) * nll`. The rule is applied to each token between
-    log-sum-exp and gradient, so that it costs no second pass; the result is differentiable in
-    hidden states and head only, and the rule's weights are constants to it.
+    log-sum-exp and gradient, so that it needs no second pass. The result is differentiable in
+    hidden states and head only; the rule's weights are constants.
 
     Args:
       weight_N: other factors of every token, such as an example's weight; 0 removes a token.
-      rule: `TokenStats -> w`, of each token by itself; hashable, because it is compiled into the
-        step.
-      given: further fields of `TokenStats`, of the targets' shape, that the rule reads, such as
-        `frozen_nll`.
+      rule: function `TokenStats -> w` that acts on each token independently; hashable, because
+        it is compiled into the step.
+      given: further fields of `TokenStats` that the rule reads, such as `frozen_nll`, in the
+        targets' shape.
       more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
       hidden_ND, head_VD, targets_N, soft_cap, token_chunk: as in `linear_cross_entropy`.
 
@@ -333,7 +333,7 @@ def weighted_sum(
     targets_N = jnp.where(counts_N, targets_N, NO_TARGET)
     mesh = sharding.current_mesh()
     if targets_N.ndim == 2 and vocabulary_parallel.divides(mesh, targets_N.shape[0], head_VD):
-        # Logits and their gradients are in memory at once.
+        # Half the chunk, because logits and their gradients are in memory at the same time.
         half = max(1, (token_chunk or _TOKEN_CHUNK) // 2)
         if frozen is not None:
             _check_frozen(hidden_ND, head_VD, frozen)

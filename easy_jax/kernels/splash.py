@@ -15,7 +15,7 @@ from easy_jax.kernels import cudnn
 from easy_jax.kernels.attention import causal_attention
 from easy_jax.parallel import sharding
 
-KEPT = "attention"  # the name of what attention gives, for policies of `jax.checkpoint`
+KEPT = "attention"  # name of attention's output in policies of `jax.checkpoint`
 _LANES = 128
 _BLOCK = 512
 

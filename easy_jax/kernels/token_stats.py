@@ -1,8 +1,9 @@
-"""Statistics of the model's distribution at every token: what weightings compute weights from.
+"""Statistics of the model's distribution at every token, from which weightings compute weights.
 
-Streaming over blocks of the vocabulary, with m the largest logit so far, three sums are carried:
-S1 = sum e^(z - m), S2 = sum e^2(z - m) and E = sum (z - m) e^(z - m). When a block raises m to m',
-S1 becomes e^(m - m') S1, S2 becomes e^2(m - m') S2, and E becomes e^(m - m') (E + (m - m') S1).
+They are computed in one pass over blocks of the vocabulary. With m the largest logit so far, the
+pass updates three sums: S1 = sum e^(z - m), S2 = sum e^2(z - m) and E = sum (z - m) e^(z - m).
+When a block raises m to m', S1 becomes e^(m - m') S1, S2 becomes e^2(m - m') S2, and E becomes
+e^(m - m') (E + (m - m') S1).
 
 Shape suffixes: N positions of any shape, U logits of a block, K classes, B examples.
 """
@@ -22,21 +23,21 @@ class TokenStats:
 
     All arrays have one shape: `[N]`, or `[rows, tokens]`. For images a "token" is an example, and
     for weightings of level `example` each entry is the mean over an example's target tokens.
-    Fields that nobody asked for are None. Entries where `mask` is False are 0.
+    Fields that the weighting does not need are None. Entries where `mask` is False are 0.
 
     Attributes:
       nll: negative log-likelihood of the target under the current model, nats, float32.
-      frozen_nll: the same under the frozen pre-trained model (from the loss table).
+      frozen_nll: as `nll`, under the frozen pre-trained model (from the loss table).
       entropy: H of the current model's distribution, nats, in [0, log V].
       collision: C = sum_v p_v^2, the collision probability, in [1/V, 1].
-      max_prob: the largest probability.
+      max_prob: the largest probability of any token.
       mask: bool, which entries are targets; None: all.
       lse: log-sum-exp of the (soft-capped) logits.
       is_argmax: bool, whether no token is more probable than the target.
       old_nll: as `nll`, under the model of some steps ago.
-      segment_ids: int, which example of its row a token belongs to: 1, 2, ...; None: each row
+      segment_ids: int, the number of a token's example in its row: 1, 2, ...; None: each row
         is one example.
-      step: int scalar, the number of the training step, for rules that draw at random.
+      step: int scalar, the number of the training step, for rules that use random numbers.
 
     Example:
       >>> stats = TokenStats(nll=jnp.array([0.0, 1.0]), mask=jnp.array([True, False]))
@@ -63,7 +64,7 @@ OF_DISTRIBUTION = ("entropy", "collision", "max_prob", "lse", "is_argmax")
 def of_logits(
     logits_BK: Float[Array, "B K"], target_B: Int[Array, " B"]
 ) -> dict[str, Float[Array, " B"] | Bool[Array, " B"]]:
-    """Returns the fields of `OF_DISTRIBUTION` for whole logits, as image classifiers have them.
+    """Returns the fields of `OF_DISTRIBUTION` for logits over all classes, as in classifiers.
 
     Example:
       >>> fields = of_logits(jnp.zeros((1, 4)), jnp.array([2]))
@@ -89,9 +90,11 @@ def update(
     """Adds a block's logits to S1, S2 and E.
 
     Args:
-      carry: the sums so far, relative to `max_N`.
-      max_N, new_max_N: the largest logit before and after this block; -inf before the first.
-      logits_NU, valid_NU: the block, and which of its logits belong to the vocabulary.
+      carry: S1, S2 and E of the earlier blocks, relative to `max_N`.
+      max_N: the largest logit before this block; -inf before the first.
+      new_max_N: the largest logit including this block.
+      logits_NU: the block's logits.
+      valid_NU: which of these logits belong to the vocabulary, not to its padding.
     """
     sum_N, square_N, energy_N = carry
     shift_N = jnp.where(jnp.isneginf(max_N), 0.0, max_N - new_max_N)  # before the first: sums are 0
@@ -113,10 +116,10 @@ def derived(
     square_N: jax.Array,
     energy_N: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Returns the fields of `OF_DISTRIBUTION` for largest logit, target's logit, S1, S2 and E."""
+    """Returns the fields of `OF_DISTRIBUTION` from largest and target's logit, S1, S2 and E."""
     log_sum_N = jnp.log(sum_N)
     return {
-        # Not lse - sum z e^(z - m) / S1: the difference of two large numbers.
+        # lse - sum z e^(z - m) / S1 would be the difference of two large numbers.
         "entropy": jnp.maximum(log_sum_N - energy_N / sum_N, 0.0),
         "collision": square_N / (sum_N * sum_N),
         "max_prob": 1.0 / sum_N,
@@ -126,7 +129,7 @@ def derived(
 
 
 def more_sums(share_NU: jax.Array, below_NU: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns a block's S2 and E, for its e^(z - m) and its z - m; both 0 for what is no logit."""
+    """Returns a block's S2 and E from its e^(z - m) and z - m, which are 0 in the padding."""
     return jnp.sum(share_NU * share_NU, axis=-1), jnp.sum(below_NU * share_NU, axis=-1)
 
 
@@ -134,7 +137,7 @@ def weights(rule: Callable[[TokenStats], jax.Array], stats: TokenStats) -> jax.A
     """Returns a rule's weights, float32 in the shape of `stats.nll`; 0 where there is no target.
 
     Raises:
-      ValueError: a rule that returns another shape.
+      ValueError: the rule returns an array of another shape.
     """
     weight_N = jnp.asarray(rule(stats), jnp.float32)
     if weight_N.shape not in ((), stats.nll.shape):
@@ -147,5 +150,5 @@ def weights(rule: Callable[[TokenStats], jax.Array], stats: TokenStats) -> jax.A
 
 
 def masked(fields: dict[str, jax.Array], mask_N: jax.Array) -> dict[str, jax.Array]:
-    """Sets what belongs to no target to 0."""
+    """Sets the entries of all fields to 0 where there is no target."""
     return {name: jnp.where(mask_N, array, jnp.zeros_like(array)) for name, array in fields.items()}

@@ -1,7 +1,7 @@
 """Losses, statistics and divergences of a linear head, one block of the vocabulary at a time.
 
-The forward pass carries a running log-sum-exp over the blocks. The backward pass computes each
-block's logits again, and finishes the gradient of its rows of the head at once.
+The forward pass updates a running log-sum-exp over the blocks. The backward pass recomputes each
+block's logits and completes the gradient of the block's rows of the head in one go.
 
 Shape suffixes: B rows, T positions, D features, V vocabulary, C positions of a chunk, U rows of
 the head in a block, K number of blocks.
@@ -19,13 +19,13 @@ from easy_jax.kernels.vocabulary_parallel import NO_TARGET
 
 
 def block_size(vocab: int, at_most: int) -> int:
-    """The largest divisor of the vocabulary, or `at_most` if all divisors are much smaller."""
+    """Returns the vocabulary's largest divisor up to `at_most`, or `at_most` if it is too small."""
     best = max(size for size in range(1, min(at_most, vocab) + 1) if vocab % size == 0)
     return best if 4 * best >= min(at_most, vocab) else at_most
 
 
 def _blocks(head_VD: jax.Array, block: int) -> jax.Array:
-    """The head as [U, number of blocks, D]: block k has the rows k, k + blocks, ..."""
+    """Reshapes the head to [U, number of blocks, D]: block k has the rows k, k + blocks, ..."""
     vocab, features = head_VD.shape
     head_VD = jnp.pad(head_VD, ((0, -vocab % block), (0, 0)))
     return head_VD.reshape(block, -1, features)
@@ -69,7 +69,7 @@ def losses(
     The statistics are the fields of `token_stats.OF_DISTRIBUTION`, with `more`. Losses and
     divergences are differentiable in hidden states and head.
 
-    Targets come first in every row: chunks behind the last target of any row are not computed.
+    Every row must begin with its targets: chunks after the last target of any row are skipped.
     """
     return _forward(hidden_BTD, head_VD, target_BT, frozen, cap, block, chunk, more)[0]
 
@@ -159,9 +159,9 @@ def _finished(
     max_BT, sum_BT = _masked_out(max_BT, sum_BT, has_target_BT)
     in_range_BT = (target_BT >= 0) & (target_BT < vocab)
     chosen_BT = jnp.where(in_range_BT, chosen_BT, jnp.nan)
-    # Maximum and sum stay apart: their logarithm's rounding would be a bias of every gradient.
+    # Save maximum and sum separately: rounding of log-sum-exp would bias every gradient.
     nll_BT = (max_BT - chosen_BT) + jnp.log(sum_BT)
-    # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
+    # Rounding can give -1e-7 where the model is certain; the loss is non-negative.
     nll_BT = jnp.where(nll_BT < 0, 0.0, nll_BT)
     nll_BT = jnp.where(has_target_BT, nll_BT, 0.0)
     return (nll_BT, kl_BT, fields), ((max_BT, sum_BT), frozen_sums)
@@ -223,7 +223,7 @@ def _backward(
 
         start = (hidden_bar_BTD, jnp.zeros(head_UD.shape, jnp.float32))
         hidden_bar_BTD, head_bar_UD = jax.lax.fori_loop(0, num_chunks, one_chunk, start)
-        # Written into place: the gradient of the head is the result itself, never a second copy.
+        # Written in place into the result, without a second copy of the head's gradient.
         head_bar_UKD = head_bar_UKD.at[:, k].set(head_bar_UD.astype(head_VD.dtype))
         return (hidden_bar_BTD, head_bar_UKD), None
 

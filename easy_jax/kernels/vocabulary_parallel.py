@@ -1,10 +1,10 @@
-"""Cross-entropy of a linear head that is shared out over devices by rows.
+"""Cross-entropy of a linear head whose rows are distributed over devices.
 
 Every device holds V / (fsdp * tensor) rows of the head. The tokens of a data-parallel group are
-gathered chunk by chunk, each device computes its share of their logits, and maximum, sum and
-target's logit are combined over the group: neither the logits nor the head are ever in one
-place. Where the weight of every token's loss is known in advance, the gradients of hidden states
-and head follow at once from the same logits.
+gathered chunk by chunk, each device computes the logits of its rows, and maximum, sum and target's
+logit are combined over the group: no device ever holds all logits or all of the head. If the
+weight of every token's loss is known in the forward pass, the gradients of hidden states and head
+are computed there from the same logits.
 
 Shape suffixes: B rows, T positions, D features, V vocabulary, C positions of a chunk, N tokens of
 a chunk over all devices of a group, U rows of the head on a device.
@@ -34,7 +34,7 @@ _PAIR: tuple[Any, Any] = (_ROWS_D, _HEAD)
 
 
 def divides(mesh: AbstractMesh | None, rows: int, head_VD: jax.Array) -> bool:
-    """Whether there is a head to share out, and all devices get as much of everything."""
+    """Returns whether the mesh shards parameters and divides rows, vocabulary and features."""
     if mesh is None or not sharding.splits_parameters(mesh):
         return False
     vocab, features = head_VD.shape
@@ -180,7 +180,7 @@ def _sharded(
     more: bool = False,
     rule: Rule | None = None,
 ) -> tuple[dict[str, jax.Array], tuple[jax.Array, ...]]:
-    """Losses and what else is asked for, and gradients for hidden states and head.
+    """Returns losses, optional statistics or weights, and gradients of hidden states and head.
 
     Args:
       given: `weight`, [B, T], if gradients of the weighted sum are wanted; with it, `kl_weight`
@@ -336,7 +336,7 @@ def _losses(
     """
     valid_1U = (ids_U < vocab)[None, :]
     if cap is not None and cap <= _LARGEST_CAP and not more:
-        max_N = jnp.full(target_N.shape, cap, jnp.float32)  # known: one pass less
+        max_N = jnp.full(target_N.shape, cap, jnp.float32)  # an upper bound, without a pass
     else:
         max_N = jnp.max(jnp.where(valid_1U, logits_NU, -jnp.inf), axis=1)
         max_N = jax.lax.pmax(max_N, _VOCAB)
@@ -348,7 +348,7 @@ def _losses(
         parts += token_stats.more_sums(share_NU, below_NU)
     sum_N, chosen_N, *more_N = jax.lax.psum(parts, _VOCAB)
     in_range_N = (target_N >= 0) & (target_N < vocab)
-    # Rounding can leave -1e-7 where the model is certain; the loss is non-negative.
+    # Rounding can give -1e-7 where the model is certain; the loss is non-negative.
     nll_N = (max_N - chosen_N) + jnp.log(sum_N)
     nll_N = jnp.where(in_range_N, jnp.where(nll_N < 0, 0.0, nll_N), jnp.nan)
     has_target_N = target_N != NO_TARGET
@@ -370,13 +370,13 @@ def _chunks(arrays: Any, chunk: int) -> Any:
 
 
 def _joined(x_KBC: jax.Array) -> jax.Array:
-    """[chunks, B, C, ...] -> [B, T, ...]."""
+    """Concatenates chunks, [chunks, B, C, ...] -> [B, T, ...]."""
     x_BKC = jnp.swapaxes(x_KBC, 0, 1)
     return x_BKC.reshape(x_BKC.shape[0], -1, *x_BKC.shape[3:])
 
 
 def _gathered(x_BC: jax.Array) -> jax.Array:
-    """A chunk of all devices of the group, [N, ...]."""
+    """Gathers a chunk from all devices of the group, [N, ...]."""
     flat = x_BC.reshape(-1, *x_BC.shape[2:])
     return jax.lax.all_gather(flat, "fsdp", axis=0, tiled=True)
 
@@ -388,5 +388,5 @@ def _summed_share(x_ND: jax.Array) -> jax.Array:
 
 
 def _own(x_FBC: jax.Array) -> jax.Array:
-    """This device's part of what every device of the group has."""
+    """Selects this device's part of an array over all devices of the group."""
     return jax.lax.dynamic_index_in_dim(x_FBC, jax.lax.axis_index("fsdp"), keepdims=False)

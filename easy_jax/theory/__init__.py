@@ -1,7 +1,8 @@
-"""FLOW in linear regression (section 7 of the paper): closed forms, simulation, and beyond.
+"""The theory of FLOW in linear regression (section 7 of the paper): closed forms and simulation.
 
-Depends on nothing else in the package. Works under `jit`, `vmap` and `grad`, in float32 and,
-with `jax.enable_x64(True)`, in float64. docs/theory.md has the derivations.
+`beyond` adds results that are not in the paper. This package imports nothing else of easy_jax. Its
+functions work under `jit`, `vmap` and `grad`, in float32 and, with `jax.enable_x64(True)`, in
+float64. docs/theory.md has the derivations.
 """
 
 from easy_jax.theory.beyond import (

@@ -1,4 +1,4 @@
-"""Beyond the paper: label noise, tau as the median, KL-DRO, and where FLOW beats averaging.
+"""Results beyond the paper: label noise, tau as the median, KL-DRO, and FLOW against averaging.
 
 The derivations are in docs/theory.md, under the names of these functions.
 """
@@ -27,7 +27,7 @@ def noisy_weighted_covariance(
 ) -> jax.Array:
     """E[w x x^T] for w = exp(-(<e, x> - eps)^2 / tau), x ~ N(0, sigma), eps ~ N(0, s^2).
 
-    The noise adds 2 s^2 to the temperature and takes the factor sqrt(tau / (tau + 2 s^2)).
+    The noise adds 2 s^2 to the temperature and multiplies by sqrt(tau / (tau + 2 s^2)).
 
     Args:
       sigma: [d, d], positive definite.
@@ -43,7 +43,7 @@ def noisy_weighted_covariance(
 
 
 def noise_pull(temperature: chex.Numeric, noise_std: chex.Numeric) -> jax.Array:
-    """kappa = 2 s^2 / (tau + 2 s^2) in [0, 1): how far noise pulls FLOW back to theta_pre.
+    """kappa = 2 s^2 / (tau + 2 s^2) in [0, 1), theta_pre's share in FLOW's limit under label noise.
 
     Example:
       >>> float(noise_pull(temperature=2.0, noise_std=1.0))
@@ -58,8 +58,8 @@ def noisy_minimiser(
 ) -> jax.Array:
     """The minimiser of the weighted loss under label noise, theta_ft + kappa e, [d].
 
-    FLOW run to convergence *is* model averaging there, with omega = kappa: of two examples
-    with opposite noise the one closer to theta_pre's prediction has the larger weight.
+    With label noise, FLOW converges to model averaging with omega = kappa: of two examples with
+    opposite noise, the one closer to theta_pre's prediction has the larger weight.
     """
     return problem.theta_ft + noise_pull(temperature, noise_std) * problem.e
 
@@ -73,7 +73,8 @@ def noisy_flow_iterate_gd(
 ) -> jax.Array:
     """theta_K of FLOW under label noise, on the population loss, [d].
 
-    From theta_pre towards `noisy_minimiser`, by the iteration (8) of the softened temperature.
+    The iterates go from theta_pre towards `noisy_minimiser`, by the iteration (8) at the
+    temperature tau + 2 s^2.
     """
     kappa = noise_pull(temperature, noise_std)
     softened = temperature + 2.0 * jnp.square(jnp.asarray(noise_std))
@@ -82,11 +83,11 @@ def noisy_flow_iterate_gd(
     return moved + kappa * (problem.theta_pre - moved)
 
 
-# The temperature as in practice.
+# The temperature used in practice.
 
 
 def median_factor() -> float:
-    """m = (quantile of N(0, 1) at 3/4)^2 = 0.4549..., the median of chi^2 with one degree.
+    """m = (3/4 quantile of N(0, 1))^2 = 0.4549..., the median of chi^2, one degree of freedom.
 
     Example:
       >>> round(median_factor(), 4)
@@ -98,8 +99,8 @@ def median_factor() -> float:
 def median_temperature(e_norm: chex.Numeric, noise_std: chex.Numeric = 0.0) -> jax.Array:
     """The median of the squared loss at theta_pre: tau = m (|e|^2 + s^2), a scalar.
 
-    The residual is N(0, |e|^2 + s^2). It follows that the mean weight is
-    sqrt(m / (m + 2)) = 0.4305... for every problem and every level of noise, and
+    The residual is N(0, |e|^2 + s^2). Hence the mean weight is sqrt(m / (m + 2)) = 0.4305... for
+    every problem and every noise level, and
     `beta_from_temperature` gives beta = m / (1 - rho^2 + sqrt((1 - rho^2)^2 + (m rho)^2)) at s = 0.
 
     Example:
@@ -109,17 +110,17 @@ def median_temperature(e_norm: chex.Numeric, noise_std: chex.Numeric = 0.0) -> j
     return median_factor() * (jnp.square(jnp.asarray(e_norm)) + jnp.square(jnp.asarray(noise_std)))
 
 
-# KL-DRO, the mirror image.
+# KL-DRO, which weights examples the opposite way.
 
 
 def kl_dro_covariance(problem: Problem, temperature: chex.Numeric) -> jax.Array:
     """E[w x x^T] / E[w] for KL-DRO's weights w = exp(+<e, x>^2 / tau), [d, d].
 
-    The same closed form at the temperature -tau. The expectations exist if and only if
+    The closed form is FLOW's at the temperature -tau. The expectations exist if and only if
     tau > 2 |e|^2.
 
     Raises:
-      ValueError: a concrete temperature for which they do not exist; under `jit` and
+      ValueError: the temperature is concrete and the expectations do not exist; under `jit` and
         `vmap` the result is NaN.
     """
     bound = 2.0 * jnp.square(problem.e_norm)
@@ -135,14 +136,14 @@ def kl_dro_covariance(problem: Problem, temperature: chex.Numeric) -> jax.Array:
     return problem.sigma + (2.0 / (temperature * (1.0 - ratio))) * jnp.outer(sigma_e, sigma_e)
 
 
-# FLOW against the best model averaging.
+# FLOW compared with the best model averaging.
 
 
 def flow_advantage(problem: Problem) -> jax.Array:
     """rho (rho a - c), a = e_bar^T Sigma_pre e_bar, c = e_bar^T Sigma_pre e_perp, a scalar.
 
-    Positive if and only if FLOW with the best (beta, K) has a strictly smaller total error than
-    the best model averaging; otherwise averaging's error is the infimum over (beta, K).
+    It is positive if and only if FLOW with the best (beta, K) has a strictly smaller total error
+    than the best model averaging; otherwise averaging's error is the infimum over (beta, K).
     """
     along = problem.sigma_pre @ problem.e_bar
     return problem.rho * (problem.rho * (along @ problem.e_bar) - along @ problem.e_perp)
@@ -157,16 +158,17 @@ def phase_diagram(
     betas: chex.Array,
     max_steps: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """The best total error of FLOW over that of the best averaging, on a grid of problems.
+    """Computes FLOW's best total error divided by the best averaging's, on a grid of problems.
 
-    Every problem lives in the plane of e_bar and e_perp: nothing else changes either error.
+    The problems are two-dimensional, because both errors depend only on the plane of e_bar and
+    e_perp.
 
     Args:
-      rhos: [r], in [0, 1).
-      angles: [a], of u = cos(angle) e_bar + sin(angle) e_perp, in radians, in
+      rhos: [r], the correlations, in [0, 1).
+      angles: [a], in radians, the angles of u = cos(angle) e_bar + sin(angle) e_perp in
         Sigma_pre = I + strength u u^T.
-      strength: at least 0.
-      e_norm: |e|; the ratio does not depend on it, if FLOW may choose beta.
+      strength: the strength in Sigma_pre, at least 0.
+      e_norm: |e|; if FLOW may choose beta, the ratio does not depend on it.
       betas, max_steps: FLOW's grid, as in `optimal_flow`.
 
     Returns:
@@ -185,6 +187,6 @@ def phase_diagram(
         _, _, flow_error = optimal_flow(problem, betas, max_steps)
         return flow_error / optimal_averaging(problem)[1], flow_advantage(problem)
 
-    # A row at a time: all at once is gigabytes on a fine grid.
+    # One row at a time: the whole grid at once would take gigabytes if it is fine.
     row = jax.vmap(one, (None, 0))
     return jax.lax.map(lambda rho: row(rho, jnp.asarray(angles)), jnp.asarray(rhos))

@@ -1,4 +1,4 @@
-"""A claim about FLOW in linear regression, and what several claims are checked with."""
+"""The type of a claim about FLOW in linear regression, and helpers to check several claims."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,14 +17,14 @@ STEPS = 7
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One row of the table.
+    """A checked claim, one row of the report's table.
 
     Attributes:
       source: equation, theorem or remark of the paper, or `docs/theory.md`.
-      statement: what is claimed.
-      compared: with what.
-      value: the largest error, or what the statement says of it.
-      bound: what it may be at most.
+      statement: the claim in words and formulas.
+      compared: what the claim is compared with.
+      value: the largest error, or the quantity that the statement names.
+      bound: the largest value for which the claim holds.
     """
 
     source: str
@@ -39,7 +39,10 @@ class Claim:
 
 
 def worst(function: Callable[..., jax.Array], *arguments: Any) -> float:
-    """The largest value over problems; jitted, since compiling single operations takes longer."""
+    """Returns a function's largest value over problems.
+
+    The function is jitted, since compiling its operations one by one takes longer.
+    """
     return float(jnp.max(jax.jit(jax.vmap(function))(*arguments)))
 
 
@@ -49,7 +52,7 @@ def precision(problem: Problem, temperature: jax.Array) -> jax.Array:
 
 
 def tilted(problem: Problem, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mass and covariance of that Gaussian, by det and inv."""
+    """Mass and covariance of the Gaussian in `precision`, by det and inv."""
     matrix = precision(problem, temperature)
     mass = 1.0 / jnp.sqrt(jnp.linalg.det(matrix) * jnp.linalg.det(problem.sigma))
     return mass, jnp.linalg.inv(matrix)
@@ -63,16 +66,16 @@ def mean_one(problem: Problem, temperature: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def tau(problem: Problem, beta: chex.Numeric) -> jax.Array:
-    """The temperature that belongs to a beta."""
+    """Returns the temperature of a problem that corresponds to beta."""
     return closed_form.temperature_from_beta(beta, problem.rho, problem.e_norm)
 
 
 def error(ours: jax.Array, expected: jax.Array) -> jax.Array:
-    """The largest difference, relative to the largest expected entry."""
+    """Returns the largest difference, relative to the largest expected entry."""
     return jnp.max(jnp.abs(ours - expected)) / jnp.max(jnp.abs(expected))
 
 
 def z(terms_N: jax.Array, expected: jax.Array) -> jax.Array:
-    """The largest distance of a mean over the first axis from `expected`, in standard errors."""
+    """Returns the largest distance of the mean over axis 0 from `expected`, in standard errors."""
     standard_error = jnp.std(terms_N, axis=0) / jnp.sqrt(terms_N.shape[0])
     return jnp.max(jnp.abs(jnp.mean(terms_N, axis=0) - expected) / standard_error)

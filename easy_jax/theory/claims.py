@@ -1,6 +1,6 @@
-"""Section 7 of arXiv:2502.02797, claim by claim, against linear algebra, autodiff and sampling.
+"""Checks of the claims in section 7 of arXiv:2502.02797 by linear algebra, autodiff and sampling.
 
-Every claim is an error and a bound on it. Run in float64 (`jax.enable_x64(True)`).
+Every check computes an error and compares it with a bound, in float64 (`jax.enable_x64(True)`).
 """
 
 from collections.abc import Iterator
@@ -31,13 +31,13 @@ def check_claims(
     convergence: simulation.Convergence,
     num_problems: int = NUM_PROBLEMS,
 ) -> Iterator[Claim]:
-    """Checks every claim on random problems, one after the other.
+    """Checks every claim on random problems, one claim after the other.
 
     Args:
       key: a JAX random key.
-      weight_fn: `(loss_N, tau) -> weight_N`: the weighting that is sampled.
-      convergence: of `simulation.convergence` with the same weighting.
-      num_problems: how many random problems, of 8 dimensions, rho uniform in [0, 0.99) and
+      weight_fn: `(loss_N, tau) -> weight_N`, the weighting whose expectations are sampled.
+      convergence: the result of `simulation.convergence` with the same weighting.
+      num_problems: number of random problems, in 8 dimensions, with rho uniform in [0, 0.99) and
         beta in [0.01, 1].
 
     Yields:

@@ -1,4 +1,4 @@
-"""Claims: FLOW against averaging the weights before and after fine-tuning (WiSE-FT)."""
+"""Claims on FLOW and on averaging the weights before and after fine-tuning (WiSE-FT)."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ _BETAS = 100  # from 1e-3 to 1
 
 
 def check(problem_P: Problem) -> Iterator[Claim]:
-    """Checks what is said of the best average, and of the best FLOW beside it."""
+    """Checks the claims on the best average and on the best FLOW compared with it."""
     yield Claim(
         "(16), (17), Lemma F.4",
         "the best omega and its error",
@@ -58,7 +58,7 @@ def check(problem_P: Problem) -> Iterator[Claim]:
 
 
 def _lemma_f4(problem: Problem) -> jax.Array:
-    # A line search in one dimension is a 1 x 1 linear system: the error is quadratic.
+    # The error is quadratic in omega, so one Newton step gives the minimum.
     def error(omega: jax.Array) -> jax.Array:
         return total_error(problem, closed_form.averaging(problem, omega))
 
@@ -69,7 +69,7 @@ def _lemma_f4(problem: Problem) -> jax.Array:
 
 
 def _ends(problem: Problem) -> jax.Array:
-    # (18): how far averaging is below the better end; negative where it is.
+    # (18): the best average's error minus the smaller error of the two ends; claimed negative.
     _, value = closed_form.optimal_averaging(problem)
     better = jnp.minimum(
         total_error(problem, problem.theta_pre), total_error(problem, problem.theta_ft)

@@ -1,4 +1,4 @@
-"""Claims of docs/theory.md that are not in the paper: the median, KL-DRO, forgetting."""
+"""Claims of docs/theory.md that are not in the paper, on the median, KL-DRO and forgetting."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from easy_jax.theory.problem import Problem, pretraining_error
 
 
 def check(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
-    """Checks the claims on problems; beta gives the temperature, or the label noise."""
+    """Checks the claims on problems; beta determines the temperature or the label noise."""
     yield Claim(
         "docs/theory.md",
         "tau = median: m (|e|^2 + s^2), and mu and beta from it",
@@ -100,8 +100,7 @@ def _existence(problem: Problem) -> jax.Array:
 
 
 def _rates(problem: Problem, beta: jax.Array) -> jax.Array:
-    # What a step learns along the direction that FLOW stalls: the Rayleigh quotient of
-    # C = E[w x x^T] / E[w]; larger is faster.
+    # The speed along FLOW's stalled direction is the Rayleigh quotient of C = E[w x x^T] / E[w].
     tau = (2.0 + 4.0 * beta) * problem.e_norm**2
     own_beta = closed_form.beta_from_temperature(tau, problem.rho, problem.e_norm)
     v, _ = closed_form.eigenvectors(problem, own_beta)

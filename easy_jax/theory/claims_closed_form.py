@@ -1,4 +1,4 @@
-"""Claims: the closed forms of arXiv:2502.02797, section 7, against `jnp.linalg`."""
+"""Claims on the closed forms of arXiv:2502.02797, section 7, compared with `jnp.linalg`."""
 
 from collections.abc import Iterator
 
@@ -14,7 +14,7 @@ power = jnp.linalg.matrix_power
 
 
 def check(problem_P: Problem, beta_P: jax.Array) -> Iterator[Claim]:
-    """Checks the closed forms on problems with a weight temperature given by beta."""
+    """Checks the closed forms on problems whose temperatures are given by beta."""
     for source, statement, compared, function, bound in (
         (
             "(6), (10)",
@@ -78,7 +78,7 @@ def _descent(problem: Problem, beta: jax.Array) -> jax.Array:
 def _spectrum(problem: Problem, beta: jax.Array) -> jax.Array:
     q = jnp.eye(checks.DIM) - checks.tilted(problem, checks.tau(problem, beta))[1]
     values = jnp.linalg.eigvalsh(q)
-    # In 8 dimensions Q has 6 zeros beside lambda1 > lambda2 >= 0.
+    # In 8 dimensions Q has 6 zero eigenvalues besides lambda1 > lambda2 >= 0.
     lambda1, lambda2 = closed_form.spectrum(beta, problem.rho)
     v1, v2 = closed_form.eigenvectors(problem, beta)
     return jnp.max(
@@ -100,7 +100,7 @@ def _by_spectrum(problem: Problem, beta: jax.Array) -> jax.Array:
 
 
 def _stalled(problem: Problem, beta: jax.Array) -> jax.Array:
-    # Relative to lambda1^K: what is left is (lambda2 / lambda1)^K, at most rho^(2K).
+    # Relative to lambda1^K, the remaining part is (lambda2 / lambda1)^K, at most rho^(2K).
     lambda1, _ = closed_form.spectrum(beta, problem.rho)
     both = [
         f(problem, beta, checks.STEPS)

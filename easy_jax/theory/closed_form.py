@@ -1,7 +1,7 @@
 """The closed forms of the paper's section 7, by equation and lemma number.
 
-Everything works under `jit`, `vmap` and `grad`, in the dtype of its inputs. `steps` may be
-traced; powers are taken of eigenvalues, never by repeated multiplication.
+All functions work under `jit`, `vmap` and `grad`, in the dtype of their inputs. `steps` may be
+traced, as powers are taken of eigenvalues and not by repeated multiplication.
 """
 
 import functools
@@ -26,7 +26,7 @@ def vanilla_iterate(
 
     Args:
       problem: the problem.
-      steps: K, a whole number of at least 0.
+      steps: K, an integer of at least 0.
       learning_rate: eta.
 
     Returns:
@@ -45,7 +45,7 @@ def vanilla_iterate(
 
 
 def mu(temperature: chex.Numeric, e_norm: chex.Numeric) -> jax.Array:
-    """The mass of the weights, mu = E[w] = sqrt(tau / (tau + 2 |e|^2)), a scalar in (0, 1).
+    """The mean of the weights, mu = E[w] = sqrt(tau / (tau + 2 |e|^2)), a scalar in (0, 1).
 
     Example:
       >>> round(float(mu(2.0, 1.0)), 4)  # sqrt(1/2)
@@ -114,22 +114,22 @@ def beta_from_temperature(
 ) -> jax.Array:
     """The positive root beta of tau rho^2 beta^2 + 2 b beta - tau = 0, b = (1 - rho^2) |e|^2.
 
-    The inverse of `temperature_from_beta` and its continuation beyond Lemma F.3 (docs/theory.md):
-    beta in (0, 1] is tau <= 2 |e|^2, beta = 1 / rho is tau = inf (vanilla), and a negative
-    temperature (KL-DRO's weights) gives beta in (1 / rho, 1 / rho^2); infinite at rho = 0.
+    This is the inverse of `temperature_from_beta`, continued beyond Lemma F.3 (docs/theory.md):
+    beta in (0, 1] means tau <= 2 |e|^2, beta = 1 / rho means tau = inf (vanilla), and negative
+    temperatures (KL-DRO's weights) give beta in (1 / rho, 1 / rho^2), infinite at rho = 0.
 
     Example:
       >>> round(float(beta_from_temperature(temperature_from_beta(0.3, 0.5, 2.0), 0.5, 2.0)), 6)
       0.3
     """
     temperature, rho = jnp.asarray(temperature), jnp.asarray(rho)
-    # In x = b / |tau| nothing overflows, and neither form of the root cancels. The denominators
-    # of the side that is not taken are 1: they must not make its gradient NaN.
+    # In terms of x = b / |tau| nothing overflows, and neither form of the root cancels. The
+    # denominators of the branch not taken are 1, so that its gradient is not NaN.
     positive = temperature > 0
     size = jnp.where(temperature == 0, 1.0, jnp.abs(temperature))
     x = (1.0 - rho**2) * jnp.square(jnp.asarray(e_norm)) / size
     root = x + jnp.hypot(x, rho)
-    # A zero root is tau = inf at rho = 0, where every beta is the same iteration.
+    # The root is zero for tau = inf at rho = 0, where every beta gives the same iteration.
     flow = 1.0 / jnp.where(positive, root, 1.0)
     kl_dro = root / jnp.where(positive, 1.0, rho**2)
     return jnp.where(positive, flow, jnp.where(temperature == 0, 0.0, kl_dro))
@@ -162,13 +162,13 @@ def eigenvectors(problem: Problem, beta: chex.Numeric) -> tuple[jax.Array, jax.A
 
 
 def flow_iterate(problem: Problem, beta: chex.Numeric, steps: chex.Numeric) -> jax.Array:
-    """theta_K of FLOW with eta = 1 / (2 mu) (11), by the spectrum (14), [d]:
+    """theta_K of FLOW with eta = 1 / (2 mu) (11), from Q's spectrum (14), [d]:
 
     theta_ft + (l1^K + l2^K beta^2 rho^2) / (1 + beta^2 rho^2) e
              - beta rho (l1^K - l2^K) / (1 + beta^2 rho^2) |e| e_perp.
 
-    At this learning rate it diverges for beta above (1 + rho^2) / (2 rho^2): never FLOW's, which
-    is below 1 / rho, but KL-DRO's near its bound.
+    At this learning rate the iteration diverges for beta above (1 + rho^2) / (2 rho^2). FLOW never
+    does, as its beta is below 1 / rho; KL-DRO does near its bound.
     """
     lambda1, lambda2 = spectrum(beta, problem.rho)
     power1, power2 = _power(lambda1, steps), _power(lambda2, steps)
@@ -186,7 +186,7 @@ def flow_iterate_gd(
 ) -> jax.Array:
     """theta_K of FLOW by (8), theta_ft + (I - 2 eta Sigma')^K e, for any learning rate, [d].
 
-    In the basis e_bar, e_perp the matrix is 2x2 and symmetric; its power is taken there.
+    The power is that of a symmetric 2x2 matrix, in the basis e_bar, e_perp.
     """
     m = mu(temperature, problem.e_norm)
     mu_squared, rho = jnp.square(m), problem.rho
@@ -213,7 +213,7 @@ def flow_iterate_gd(
 def stalled_iterate(problem: Problem, beta: chex.Numeric, steps: chex.Numeric) -> jax.Array:
     """theta_K for large K (15): theta_ft + gamma (e - beta rho |e| e_perp), [d],
 
-    gamma = lambda1^K / (1 + beta^2 rho^2): learning is stalled along that direction.
+    gamma = lambda1^K / (1 + beta^2 rho^2). Learning stalls along e - beta rho |e| e_perp.
     """
     lambda1, _ = spectrum(beta, problem.rho)
     gamma = _power(lambda1, steps) / (1.0 + (beta * problem.rho) ** 2)
@@ -227,7 +227,7 @@ def averaging(problem: Problem, omega: chex.Numeric) -> jax.Array:
 
 
 def optimal_averaging(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """The best omega and its total error (Lemma F.4, 17), scalars:
+    """The omega with the smallest total error, and that error (Lemma F.4, 17), scalars:
 
     omega = s / (s + |e|^2), error = |e|^2 s / (s + |e|^2) with s = e^T Sigma_pre e.
     """
@@ -240,7 +240,7 @@ def optimal_averaging(problem: Problem) -> tuple[jax.Array, jax.Array]:
 def optimal_flow(
     problem: Problem, betas: chex.Array, max_steps: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The best (beta, K) on a grid: one vmapped sweep over betas x (0, ..., max_steps).
+    """Finds the (beta, K) with the smallest total error on the grid betas x (0, ..., max_steps).
 
     Args:
       problem: the problem.
@@ -262,7 +262,7 @@ def optimal_flow(
 
 
 def _power(base: jax.Array, exponent: chex.Numeric) -> jax.Array:
-    """base ** K for whole K, negative bases included, with the right derivative at base 0."""
+    """base ** K for integer K, also for negative bases, with the right derivative at base 0."""
     exponent = jnp.asarray(exponent, jnp.result_type(base))
     zero = base == 0
     magnitude = jnp.exp(exponent * jnp.log(jnp.where(zero, 1.0, jnp.abs(base))))

@@ -1,4 +1,4 @@
-"""Figures of the theory, in Okabe and Ito's colours, which the colour-blind can tell apart.
+"""Figures of the theory, in Okabe and Ito's palette for colour-blind readers.
 
 Plane coordinates: a point theta_ft + |e| (x e_bar + y e_perp) is drawn at (x, y), so that
 theta_ft is the origin and theta_pre is (1, 0).
@@ -34,9 +34,9 @@ def example_problem(
     """The two-dimensional problem of the figures: Sigma_pre = I + strength u u^T, u at `angle`.
 
     Args:
-      rho: in [0, 1).
-      angle: of u to e_bar, in radians.
-      strength: at least 0.
+      rho: the correlation, in [0, 1).
+      angle: the angle between u and e_bar, in radians.
+      strength: the strength in Sigma_pre, at least 0.
 
     Returns:
       A `Problem` with |e| = 1.
@@ -56,7 +56,7 @@ def example_problem(
 
 
 def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
-    """Iterates of vanilla and FLOW, model averaging, and the contours of the total error."""
+    """Plots iterates of vanilla and FLOW, model averaging, and contours of the total error."""
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     axis = figure.subplots()
     x, y = np.meshgrid(np.linspace(-0.15, 1.1, 201), np.linspace(-0.72, 0.25, 201))
@@ -112,7 +112,7 @@ def trajectories(problem: Problem, max_steps: int = 40) -> Figure:
 
 
 def errors_by_step(problem: Problem, max_steps: int = 60) -> Figure:
-    """Pre-training, fine-tuning and total error against the step."""
+    """Plots pre-training, fine-tuning and total error against the step."""
     figure = Figure(figsize=(12.0, 4.2), layout="constrained")
     steps = jnp.arange(max_steps + 1)
     omega, _ = closed_form.optimal_averaging(problem)
@@ -142,7 +142,7 @@ def errors_by_step(problem: Problem, max_steps: int = 60) -> Figure:
 
 
 def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
-    """How slowly the stalled direction is learnt, against beta: FLOW, vanilla, KL-DRO."""
+    """Plots the stalled direction's remaining share by beta, for FLOW, vanilla and KL-DRO."""
     figure = Figure(figsize=(11.0, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for rho, colour, line in zip(rhos, (BLUE, GREEN, RED), ("-", "--", "-."), strict=True):
@@ -185,7 +185,7 @@ def stalling(rhos: Sequence[float] = (0.3, 0.6, 0.9)) -> Figure:
 def phases(
     strengths: Sequence[float] = (1.0, 10.0, 100.0), size: int = 49, max_steps: int = 300
 ) -> Figure:
-    """Best FLOW over best average, by rho and the direction of Sigma_pre; the exact boundary."""
+    """Plots the ratio of `phase_diagram` by rho and angle, with the exact boundary."""
     figure = Figure(figsize=(12.0, 4.4), layout="constrained")
     axes = figure.subplots(1, len(strengths), sharey=True)
     rhos = jnp.linspace(0.0, 0.98, size)
@@ -216,7 +216,10 @@ def phases(
 def learning_rate_confound(
     problem: Problem, learning_rate: float = 0.25, max_steps: int = 40
 ) -> Figure:
-    """Forgotten against left to learn, step by step: is it the examples or the smaller step?"""
+    """Plots the pre-training error by step and by fine-tuning error, for rescaled weights as well.
+
+    This separates the effect of FLOW's weights from that of its smaller effective learning rate.
+    """
     tau = beyond.median_temperature(problem.e_norm)
     mean = closed_form.mu(tau, problem.e_norm)
     flow = lambda rate: lambda k: closed_form.flow_iterate_gd(problem, tau, k, rate)  # noqa: E731
@@ -246,7 +249,7 @@ def learning_rate_confound(
 
 
 def convergence_rate(convergence: Convergence) -> Figure:
-    """Distance of simulated FLOW to its closed form against N, and the line N^(-1/2)."""
+    """Plots the distance of simulated FLOW to its closed form against N, and the line N^(-1/2)."""
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axis = figure.subplots()
     sizes, rms = np.array(convergence.sizes), np.array(convergence.rms)
@@ -264,17 +267,17 @@ def convergence_rate(convergence: Convergence) -> Figure:
 
 
 def _map(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Jitted, since compiling many single operations takes longer."""
+    """Vectorises and jits a function; compiling its operations one by one takes longer."""
     return jax.jit(jax.vmap(function))
 
 
 def _plane(problem: Problem, theta_KD: jax.Array) -> np.ndarray:
-    """Plane coordinates, [2, K]."""
+    """Returns the plane coordinates of iterates, [2, K]."""
     axes_2D = jnp.stack([problem.e_bar, problem.e_perp])
     return np.asarray(axes_2D @ (theta_KD - problem.theta_ft[None, :]).T / problem.e_norm)
 
 
 def _at(problem: Problem, point: jax.Array) -> jax.Array:
-    """The parameters at plane coordinates."""
+    """Returns the parameters at plane coordinates, [d]."""
     offset = point[0] * problem.e_bar + point[1] * problem.e_perp
     return problem.theta_ft + problem.e_norm * offset

@@ -18,17 +18,17 @@ _ATOL = {np.dtype(np.float32): 1e-4, np.dtype(np.float64): 1e-8}
 
 @chex.dataclass(frozen=True, init=False, mappable_dataclass=False)
 class Problem:
-    """A pre-training and a fine-tuning task (eqs. 3 to 5). Checked at construction.
+    """A pair of a pre-training and a fine-tuning task (eqs. 3 to 5), checked at construction.
 
     Attributes:
       theta_pre: [d], the pre-trained parameters.
-      theta_ft: [d], those of the fine-tuning task.
+      theta_ft: [d], the parameters of the fine-tuning task.
       e_perp: [d], a unit vector orthogonal to `theta_pre - theta_ft`.
       rho: scalar in [0, 1), the correlation along e and e_perp.
       sigma_pre: [d, d], symmetric, at least the identity.
 
     Raises:
-      ValueError: names the field, and by how much it is wrong. Under `jit`, `vmap` and
+      ValueError: a field has a wrong shape or violates a condition above. Under `jit`, `vmap` and
         `grad`, where values are not known, only shapes are checked.
 
     Example:
@@ -89,12 +89,12 @@ def random_problem(
     e_norm: chex.Numeric = 1.0,
     sigma_scale: chex.Numeric = 4.0,
 ) -> Problem:
-    """A random problem: directions uniform, `sigma_pre = I + A A^T` scaled.
+    """Draws a random problem, with uniform directions and `sigma_pre = I + sigma_scale A A^T`.
 
     Args:
       key: a JAX random key.
       dim: d, at least 2.
-      rho: in [0, 1).
+      rho: the correlation, in [0, 1).
       e_norm: length of `theta_pre - theta_ft`.
       sigma_scale: the mean eigenvalue of `sigma_pre - I`.
 
@@ -102,7 +102,7 @@ def random_problem(
       A problem in JAX's default float type (float64 under `jax_enable_x64`).
 
     Raises:
-      ValueError: dim below 2, or as `Problem`.
+      ValueError: `dim` is below 2, or a field of the problem is not valid.
 
     Example:
       >>> random_problem(jax.random.key(0), dim=3, rho=0.5).e_perp.shape
@@ -114,7 +114,7 @@ def random_problem(
     theta_ft = jax.random.normal(keys[0], (dim,))
     direction = jax.random.normal(keys[1], (dim,))
     theta_pre = theta_ft + e_norm * direction / jnp.linalg.norm(direction)
-    # Orthogonal to the difference as it is after rounding, which a small e_norm changes.
+    # Computed from the rounded parameters: with a small e_norm, rounding turns their difference.
     e_bar = (theta_pre - theta_ft) / jnp.linalg.norm(theta_pre - theta_ft)
     e_perp = jax.random.normal(keys[2], (dim,))
     for _ in range(2):  # twice: one pass loses orthogonality where the draw is almost parallel

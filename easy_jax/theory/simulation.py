@@ -1,7 +1,7 @@
 """Samples of the regression problem, and gradient descent on the empirical weighted loss.
 
-The weighting function is an argument: pass `easy_jax.flow_weights`, and what is simulated
-is what the library does.
+The weighting function is an argument: with `easy_jax.flow_weights` the simulation uses the
+library's own weights.
 """
 
 import functools
@@ -21,12 +21,12 @@ WeightFn = Callable[[jax.Array, chex.Numeric], jax.Array]
 
 
 class Convergence(NamedTuple):
-    """How simulated FLOW approaches its closed form.
+    """The distance between simulated FLOW and its closed form, by number of examples.
 
     Attributes:
       sizes: numbers of examples N.
       rms: root mean square over the samples of |theta_K - closed form|, one per size.
-      slope: of a straight line through log rms against log N.
+      slope: slope of the least-squares line of log rms against log N.
     """
 
     sizes: tuple[int, ...]
@@ -37,13 +37,13 @@ class Convergence(NamedTuple):
 def sample(
     problem: Problem, key: jax.Array, num_examples: int, noise_std: chex.Numeric = 0.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Fine-tuning examples: x ~ N(0, Sigma), y = <theta_ft, x> + noise.
+    """Draws fine-tuning examples: x ~ N(0, Sigma), y = <theta_ft, x> + noise.
 
     Args:
       problem: the problem.
       key: a JAX random key.
       num_examples: N.
-      noise_std: of the Gaussian label noise.
+      noise_std: standard deviation of the Gaussian label noise.
 
     Returns:
       `(x_ND, y_N)`.
@@ -68,7 +68,7 @@ def simulate_flow(
     weight_fn: WeightFn,
     noise_std: chex.Numeric = 0.0,
 ) -> jax.Array:
-    """FLOW on a sample: score with theta_pre, weight, and K steps of gradient descent.
+    """Runs FLOW on a sample: scores it with theta_pre, weights it, and takes K gradient steps.
 
     Args:
       problem: the problem.
@@ -76,9 +76,9 @@ def simulate_flow(
       num_examples: N.
       temperature: tau.
       steps: K.
-      learning_rate: eta, of optax's SGD.
+      learning_rate: eta, the learning rate of optax's SGD.
       weight_fn: `(loss_N, tau) -> weight_N`.
-      noise_std: of the label noise.
+      noise_std: standard deviation of the label noise.
 
     Returns:
       theta_K, [d].
@@ -112,15 +112,15 @@ def convergence(
     learning_rate: chex.Numeric,
     weight_fn: WeightFn,
 ) -> Convergence:
-    """How fast FLOW on N examples approaches its closed form (8) as N grows.
+    """Measures how fast FLOW on N examples approaches its closed form (8) as N grows.
 
     Args:
       sizes: the values of N.
-      repeats: independent samples of each.
+      repeats: number of independent samples for each N.
       problem, key, temperature, steps, learning_rate, weight_fn: as in `simulate_flow`.
 
     Returns:
-      The distances and their slope against N; theory says -1/2.
+      The distances and their slope against N; the theory predicts -1/2.
     """
     exact = flow_iterate_gd(problem, temperature, steps, learning_rate)
     rms = []
