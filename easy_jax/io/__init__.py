@@ -1,4 +1,4 @@
 """Files, fingerprints, checksums, checks of configurations, logs and progress on the terminal.
 
-Imports no other part of easy_jax. Communication between processes is in `parallel`.
+It imports no other part of easy_jax. Communication between processes is in `parallel`.
 """

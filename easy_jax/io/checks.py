@@ -1,4 +1,4 @@
-"""Checks of configurations: errors name the field, its value and what it must be."""
+"""Checks of configurations, whose errors name the field, its value and the values allowed."""
 
 import dataclasses
 import json
@@ -10,16 +10,16 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration field has a value that cannot work; the message names the field."""
+    """Error for an invalid value of a configuration field; the message names the field."""
 
 
 def to_json(config: Any) -> str:
-    """A dataclass as indented JSON, fields in order of declaration."""
+    """Converts a dataclass to indented JSON, with fields in order of declaration."""
     return json.dumps(dataclasses.asdict(config), indent=2)
 
 
 def differences(ours: Any, theirs: Any, path: str = "config") -> list[str]:
-    """The fields in which two JSON-like configurations differ, as readable lines."""
+    """Describes the fields in which two JSON-like configurations differ, one line per field."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         lines = []
         for key in [*ours, *(key for key in theirs if key not in ours)]:
@@ -42,7 +42,7 @@ def replace(config: T, changes: Mapping[str, Any] | None = None, /, **fields: An
     """Returns a copy of a configuration with some fields changed; nested ones by dotted names.
 
     Args:
-      config: a dataclass, which stays as it is: configurations are frozen.
+      config: a dataclass, which is not changed.
       changes: values by dotted names, such as `{"finetune.optimizer.learning_rate": 0.1}`.
       **fields: values of the configuration's own fields.
 
@@ -65,13 +65,13 @@ def replace(config: T, changes: Mapping[str, Any] | None = None, /, **fields: An
 
 
 def require(condition: bool, field: str, value: object, expected: str) -> None:
-    """Raises ConfigError, naming field, value and what it must be, unless the condition holds."""
+    """Raises a ConfigError with the field, its value and what is expected, unless `condition`."""
     if not condition:
         raise ConfigError(f"{field} is {value!r}; it must be {expected}")
 
 
 def finite_at_least_zero(config: Any, path: str, *names: str) -> None:
-    """Requires finite, non-negative fields."""
+    """Requires fields to be finite and non-negative."""
     for name in names:
         value = getattr(config, name)
         ok = math.isfinite(value) and value >= 0

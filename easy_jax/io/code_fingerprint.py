@@ -81,7 +81,7 @@ _STDLIB = Path(sysconfig.get_path("stdlib"))
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The name of a function in messages: its qualified name.
+    """Returns the name of a function for messages: its qualified name.
 
     Example:
       >>> name_of(functools.partial(sorted, reverse=True))
@@ -94,7 +94,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def of_function(function: Callable[..., Any]) -> str:
-    """The name of a function and, unless an installed package defines it, a hash of what it does.
+    """Returns a function's name and, unless an installed package defines it, a hash of its code.
 
     Two functions have the same fingerprint only if their code, defaults and closed-over values are
     the same, and so are the globals and the user's own functions and classes they use. The
@@ -117,7 +117,7 @@ def of_function(function: Callable[..., Any]) -> str:
 
 
 def of_structure(graphdef: nnx.GraphDef[Any]) -> str:
-    """Fingerprint of a model without its variables: classes, their code, static attributes."""
+    """Returns a model's fingerprint without variables: classes, their code, static attributes."""
     return _Values().of(graphdef)[:16]
 
 
@@ -130,7 +130,7 @@ class _Values:
         self._depth = 0
 
     def of(self, value: Any) -> str:
-        """A hash of the value."""
+        """Returns a hash of the value."""
         if isinstance(value, _SIMPLE) and not isinstance(value, enum.Enum):
             return _hash(f"{type(value).__name__}:{value!r}")
         if id(value) not in self._known:
@@ -262,7 +262,7 @@ def _first_name(module: str) -> str:
 
 
 def _is_installed(module: str | None) -> bool:
-    """Whether a module is easy_jax's, Python's own, or one of an installed package."""
+    """Returns whether a module belongs to easy_jax, Python or an installed package."""
     if module is None or module == "__main__":
         return False
     if module.partition(".")[0] in ("easy_jax", *sys.builtin_module_names):
@@ -277,7 +277,7 @@ def _is_installed(module: str | None) -> bool:
 
 
 def _name_in_package(value: Any) -> str | None:
-    """The full name of an object that an installed package defines; None for all others."""
+    """Returns the full name of an object that an installed package defines, or else None."""
     name, module = (getattr(value, key, None) for key in ("__qualname__", "__module__"))
     if not isinstance(name, str) or "<" in name or not isinstance(module, str):
         return None
@@ -306,7 +306,7 @@ def _without_docstring(function: types.FunctionType) -> types.CodeType:
 
 
 def _globals(function: types.FunctionType) -> list[tuple[str, Any]]:
-    """The globals that a function and the functions inside it read, sorted by name.
+    """Returns the globals that a function and the functions inside it read, sorted by name.
 
     For a module, the attributes that are read from it are listed instead of the module.
     """

@@ -2,7 +2,7 @@
 
 Local paths are `pathlib.Path`s, others are `etils.epath.Path`s (which need `gcsfs` for `gs://`).
 Every write is atomic, also across a power cut: a local file is synced to disk before it is renamed
-into place, and object stores write whole objects.
+into place, and object stores replace complete objects only.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ _PATTERN = set("[]*?\\")  # Orbax and object stores read these as glob patterns
 
 
 class WriteError(OSError):
-    """A file cannot be written: a full disk, no permission, a file where a folder belongs."""
+    """Error for a file that cannot be written, because of a full disk or permissions, say."""
 
 
 @contextmanager
 def writing(target: Location) -> Iterator[None]:
-    """Context in which every `OSError` becomes a one-line `WriteError`.
+    """Returns a context manager that turns every `OSError` into a one-line `WriteError`.
 
     Args:
       target: the file or folder being written, named in the message.
@@ -51,7 +51,7 @@ def writing(target: Location) -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuses a folder whose path Orbax or an object store would misread, as a glob pattern say.
+    """Refuses a folder whose path Orbax or an object store would misread, say as a glob pattern.
 
     Raises:
       ConfigError: the absolute path contains characters of glob patterns, a name that ends with a
@@ -75,7 +75,7 @@ checkpoints cannot be read back; use another
 
 
 def path(location: Location) -> Path:
-    """The path object of a location: `pathlib` for local files, `etils.epath` for object stores.
+    """Returns the path of a location: `pathlib` for local files, `etils.epath` for object stores.
 
     Raises:
       ConfigError: the package for this object store is not installed, or `check_folder` refuses
@@ -99,7 +99,7 @@ def path(location: Location) -> Path:
 
 
 def is_local(location: Location) -> bool:
-    """Whether a location is in a file system rather than in an object store."""
+    """Returns whether a location is in a file system rather than in an object store."""
     return "://" not in os.fspath(location)
 
 
@@ -122,7 +122,7 @@ def write(target: Path, content: str | bytes) -> None:
             publish(temporary, target)
         except OSError:
             with contextlib.suppress(OSError):
-                temporary.unlink()  # a full disk has better use for the room
+                temporary.unlink()  # frees space if the disk is full
             raise
 
 
@@ -140,7 +140,7 @@ def _sync(written: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # Some network file systems answer this for folders, which need no sync there.
+        # Some network file systems report EINVAL for folders, which need no sync there.
         if error.errno != errno.EINVAL or not written.is_dir():
             raise
     finally:
@@ -153,15 +153,15 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_text(source: Path, error: type[Exception], fix: str = "") -> str:
-    """The content of a UTF-8 file, whatever the locale.
+    """Reads a UTF-8 file, whatever the locale.
 
     Args:
-      source: the file.
-      error: the type of the exception for any problem but a missing file; its message has the path.
-      fix: what the reader should do; the end of the message.
+      source: path of the file.
+      error: type of the exception for any problem but a missing file; its message has the path.
+      fix: advice to the user, for the end of the message.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
     """
     advice = f"; {fix}" if fix else ""
     try:
@@ -175,7 +175,7 @@ def read_text(source: Path, error: type[Exception], fix: str = "") -> str:
 
 
 def read_json(source: Path, error: type[Exception], fix: str = "") -> dict[str, Any]:
-    """The JSON object in a file; arguments and errors as for `read_text`.
+    """Reads the JSON object in a file; arguments and errors are as in `read_text`.
 
     Example:
       >>> target = Path(tempfile.mkdtemp()) / "metadata.json"
@@ -197,9 +197,9 @@ def read_json(source: Path, error: type[Exception], fix: str = "") -> dict[str, 
 
 
 class Lines:
-    """Appends lines to a file. Opening it removes a last line that an interruption cut short.
+    """Writer that appends lines to a file, after removing an incomplete last line.
 
-    Objects in an object store cannot grow, so every flush writes the whole object again.
+    Objects in an object store cannot grow, so every flush writes the complete object again.
 
     Raises:
       WriteError: the file cannot be opened, or a later write fails.
@@ -229,7 +229,7 @@ class Lines:
             self._text += line + "\n"
 
     def flush(self) -> None:
-        """Writes out what has been added."""
+        """Writes the added lines to the file."""
         with writing(self._target):
             if self._local is not None:
                 self._local.flush()
@@ -237,7 +237,7 @@ class Lines:
                 self._target.write_text(self._text, encoding="utf-8")
 
     def close(self) -> None:
-        """Writes out, and closes."""
+        """Writes the added lines to the file and closes it."""
         try:
             self.flush()
         finally:
@@ -248,9 +248,9 @@ class Lines:
 
 @contextmanager
 def local_folder(target: Path) -> Iterator[Path]:
-    """A local folder for libraries that write only locally, uploaded to `target` at the end.
+    """Yields a local folder for libraries that write only locally, then uploads it to `target`.
 
-    If the target is local, this is the target itself.
+    If the target is local, the folder is the target itself.
     """
     if is_local(target):
         yield target

@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes that tell whether two artefacts belong together."""
+"""Fingerprints: short hashes that show whether two artefacts belong together."""
 
 import hashlib
 import json
@@ -14,13 +14,13 @@ _LENGTH = 16  # hex digits: 64 bits
 
 
 def of_json(value: Any) -> str:
-    """Fingerprint of a JSON-serialisable value, independent of the order of its keys."""
+    """Computes the fingerprint of a JSON-serialisable value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 
 def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """Fingerprint of named host arrays: names, dtypes, shapes and all bytes."""
+    """Computes the fingerprint of named host arrays, from names, dtypes, shapes and all bytes."""
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
@@ -32,7 +32,7 @@ def of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def of_records(records: Iterable[Mapping[str, Any]]) -> str:
-    """Fingerprint of a stream of records, one full pass; use it where nothing cheaper exists."""
+    """Computes the fingerprint of a stream of records, which needs a full pass over them."""
     digest = hashlib.sha256()
     for record in records:
         digest.update(of_arrays({name: np.asarray(v) for name, v in record.items()}).encode())
@@ -40,10 +40,10 @@ def of_records(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def of_state(state: nnx.State) -> str:
-    """Fingerprint of a model: the path, shape, dtype and content of every variable.
+    """Computes the fingerprint of a model, from the path, shape, dtype and content of variables.
 
     The content is hashed on the devices, in integer arithmetic, so the result does not
-    depend on how the state is sharded and no parameter travels to the host.
+    depend on how the state is sharded and no parameters are copied to the host.
     """
     return _of_named(
         (".".join(map(str, path)), variable[...]) for path, variable in nnx.to_flat_state(state)
@@ -51,7 +51,7 @@ def of_state(state: nnx.State) -> str:
 
 
 def of_tree(tree: Any) -> str:
-    """Fingerprint of a tree of arrays, computed as in `of_state`.
+    """Computes the fingerprint of a tree of arrays, as in `of_state`.
 
     Example:
       >>> of_tree({"a": jnp.zeros(2)}) == of_tree({"a": jnp.zeros(2).at[1].set(-0.0)})
@@ -76,7 +76,7 @@ def _of_named(named: Iterable[tuple[str, jax.Array]]) -> str:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Two uint32 sums of mixed (index, bits); integer sums do not depend on the sharding."""
+    """Returns two uint32 sums of hashed (index, bits), which do not depend on the sharding."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:
@@ -95,7 +95,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """A 32-bit finaliser: every input bit reaches every output bit."""
+    """Hashes uint32 values by a finaliser in which every input bit affects every output bit."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x21F0AAAD)
     x = (x ^ (x >> 15)) * jnp.uint32(0x735A2D97)
     return x ^ (x >> 15)

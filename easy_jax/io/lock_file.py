@@ -1,7 +1,7 @@
-"""The lock file of a folder: atomic creation, reading, renewal and replacement.
+"""Lock file of a folder: atomic creation, reading, renewal and replacement.
 
-One class for file systems, one for object stores. `easy_jax.parallel.lock` decides when to call
-them.
+There is one class for file systems and one for object stores. `easy_jax.parallel.lock` decides
+when to call them.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ class _File:
             os.link(new, self._path)
             return True
         except FileExistsError:
-            # NFS may lose the answer and repeat the request: then the first one made the link.
+            # NFS may lose the reply and repeat the request; then the first one created the link.
             return new.stat().st_nlink > 1
         except OSError as error:
             if error.errno not in _NO_LINKS:
@@ -112,7 +112,7 @@ class _File:
         del count
         with self._path.open("rb") as file:
             if Found(file.read(), 0).owner == owner:
-                # By descriptor: the path may by now lead to the file of another owner.
+                # By descriptor, because the path may by now be the file of another owner.
                 os.utime(file.fileno())
 
     def _write(self, owner: Owner) -> Path:
@@ -162,5 +162,5 @@ def _content(owner: Owner) -> bytes:
 
 
 def at(path: Path) -> "_File | _Object":
-    """The lock file at a path; the file need not exist."""
+    """Returns the lock file at a path; the file need not exist."""
     return _File(path) if files.is_local(path) else _Object(path)

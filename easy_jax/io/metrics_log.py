@@ -1,4 +1,4 @@
-"""The metrics log: one JSON line per entry, and the same in TensorBoard's format."""
+"""Metrics log with one JSON line per entry, and the same entries in TensorBoard's format."""
 
 import json
 import os
@@ -18,10 +18,10 @@ _FIX = "delete that line, which the curves of the report then lack"
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and `tensorboard/` in a workdir.
+    """Log that appends to `metrics.jsonl` and `tensorboard/` in a workdir.
 
-    Where a run has several processes, only the main one writes (`writes`).
-    After a resume, steps since the last checkpoint are logged again; `read` keeps the
+    If a run has several processes, only the main one writes (`writes`).
+    After a resume, steps since the last checkpoint are logged again; `read` returns only the
     last entry of every (stage, kind, step).
     """
 
@@ -29,7 +29,7 @@ class MetricsLog:
         self._workdir = files.path(workdir)
         self._file = files.Lines(self._workdir / "metrics.jsonl") if writes else None
         self._board = self._workdir / "tensorboard"
-        # TensorBoard's writer knows local folders only; what it writes there is uploaded.
+        # TensorBoard's writer supports local folders only, so its files are uploaded later.
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         if not files.is_local(workdir):
             self._temporary = tempfile.TemporaryDirectory()
@@ -40,7 +40,7 @@ class MetricsLog:
         """Logs values of a stage after `step` steps; `kind` is `train` or `validation`."""
         if self._file is None:
             return
-        from tensorboardX.event_file_writer import EventsWriter  # imports torch, where there is one
+        from tensorboardX.event_file_writer import EventsWriter  # imports torch if installed
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
@@ -57,7 +57,7 @@ class MetricsLog:
                 self._writers[stage].write_event(event)
 
     def flush(self) -> None:
-        """Writes out what is buffered."""
+        """Writes buffered entries to the files."""
         if self._file is not None:
             self._file.flush()
         with files.writing(self._board):
@@ -89,9 +89,9 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads a workdir's log: the last entry of every (stage, kind, step).
+    """Reads the last entry of every (stage, kind, step) from a workdir's log.
 
-    A last line that an interruption cut short is skipped.
+    An incomplete last line, which an interruption can leave, is skipped.
 
     Raises:
       ArtefactError: a line is not a valid entry; names the file and the line.

@@ -1,4 +1,4 @@
-"""Counting of steps or examples, the estimate of the time left, and columns for progress bars."""
+"""Counters of steps or examples, estimates of the time left, and columns for progress bars."""
 
 import datetime
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from rich.text import Text
 
 
 class Count:
-    """Counts what is done and estimates the time left from the speed so far.
+    """Counter of steps or examples that estimates the time left from the speed so far.
 
-    Steps of an earlier run, and the first step with its compilation, do not enter the speed.
+    Steps of an earlier run, and the first step with its compilation, do not count for the speed.
 
     Example:
       >>> seconds = iter([100.0, 102.0, 104.0])
@@ -26,28 +26,28 @@ class Count:
         self.total: int | None = None
         self.done = 0
         self._clock = clock
-        self._begun: tuple[float, int] | None = None  # when the first step was over, and which
+        self._begun: tuple[float, int] | None = None  # end time and count of the first step
         self._last = 0.0
 
     def begin(self, total: int | None, done: int) -> None:
-        """Sets both numbers."""
+        """Sets the total and the number done, and restarts the estimate."""
         self.total, self.done, self._begun = total, done, None
 
     def advance(self, count: int) -> None:
-        """Counts what has just been done."""
+        """Counts steps or examples that have just been done."""
         self.done += count if self.total is None else min(count, self.total - self.done)
         self._last = self._clock()
         if self._begun is None:
             self._begun = self._last, self.done
 
     def skip(self, count: int) -> None:
-        """Counts what was done before."""
+        """Counts steps or examples that an earlier run did."""
         self.done += count
         if self._begun is not None:
             self._begun = self._begun[0], self._begun[1] + count
 
     def left(self) -> float | None:
-        """The estimated seconds left at the last step; None if unknown."""
+        """Returns the estimated seconds left at the last step; None if unknown."""
         if self.total is None or self.done == self.total:
             return None if self.total is None else 0.0
         then, before = (self._last, self.done) if self._begun is None else self._begun
@@ -56,22 +56,23 @@ class Count:
 
 
 class Part:
-    """Receives the progress of `fit` and `score`; this base class ignores it."""
+    """Base class for receivers of the progress of `fit` and `score`; it ignores the progress."""
 
     def begin(self, total: int, done: int, processes: int = 1) -> None:
-        """Called once, at the start of the loop.
+        """Receives the counts at the start of the loop; called once.
 
         Args:
-          total, done: steps or examples in all, and those that an earlier run has done.
-          processes: the number of processes, if each one counts only its own examples.
+          total: number of all steps or examples.
+          done: number of steps or examples that an earlier run has done.
+          processes: number of processes, if each one counts only its own examples.
         """
 
     def advance(self, count: int) -> None:
-        """Called after every step or batch."""
+        """Receives the number of new steps or examples; called after every step or batch."""
 
 
 class Calls(Part):
-    """Calls a function with every count."""
+    """Receiver of progress that calls a function with every count."""
 
     def __init__(self, function: Callable[[int], None]):
         self._function = function
@@ -99,7 +100,7 @@ class Left(ProgressColumn):
 
 
 def clock_time(seconds: float | None) -> str:
-    """Hours, minutes and seconds.
+    """Formats seconds as hours, minutes and seconds.
 
     Example:
       >>> clock_time(3725.4), clock_time(None)

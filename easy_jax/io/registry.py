@@ -1,4 +1,4 @@
-"""Registries: what can be chosen by a name in a configuration, and where a new entry is added."""
+"""Registries of the entries that configurations choose by name, such as weightings."""
 
 import difflib
 import warnings
@@ -11,13 +11,13 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Entries of one kind, by the names that configurations use.
+    """Mapping from the names that configurations use to entries of one kind.
 
-    An entry is registered where it is defined; nothing else tests its name. Looking up an unknown
-    name raises a `ConfigError` that lists the names and suggests the nearest.
+    An entry is registered where it is defined; no other code tests its name. Looking up an unknown
+    name raises a `ConfigError` that lists all names and suggests the nearest.
 
     Args:
-      kind: what an entry is, for messages: `"weighting"`.
+      kind: kind of the entries, for messages, such as `"weighting"`.
 
     Example:
       >>> shapes = Registry("shape")
@@ -44,14 +44,14 @@ Every shape: square
         """Returns a decorator that adds an entry.
 
         Args:
-          name: unique; the field's standard term.
-          former: names of earlier versions, which still find the entry, with a
+          name: unique name of the entry, preferably the standard term in machine learning.
+          former: names in earlier versions, which still find the entry, with a
             DeprecationWarning.
-          replaceable: whether the name can be registered again. A configuration's file may be
-            read several times, and registers its own entries each time.
+          replaceable: whether the name can be registered again. A configuration file may be
+            executed several times, and registers its own entries each time.
 
         Raises:
-          ValueError: a name that is taken.
+          ValueError: the name is already registered.
         """
 
         def add(entry: T) -> T:
@@ -68,22 +68,22 @@ Every shape: square
         return add
 
     def find(self, name: str, field: str = "") -> T:
-        """Returns the entry of a name.
+        """Returns the entry with a name.
 
         Args:
-          name: registered, or a former name.
-          field: where the name stands, for the message: `"config.methods[flow].weighting"`.
+          name: registered or former name.
+          field: field that has the name, for messages: `"config.methods[flow].weighting"`.
 
         Raises:
-          ConfigError: a name that is not registered; suggests the nearest.
+          ConfigError: the name is unknown; the message suggests the nearest.
         """
         return self._entries[self.canonical(name, field)]
 
     def canonical(self, name: str, field: str = "") -> str:
-        """Returns the registered name for a name or a former name; warns of the latter.
+        """Returns the registered name for a registered or former name; warns if it is a former one.
 
         Raises:
-          ConfigError: a name that is not registered; suggests the nearest.
+          ConfigError: the name is unknown; the message suggests the nearest.
         """
         where = f"{field} is " if field else f"{self.kind} "
         if name in self._former:

@@ -1,4 +1,4 @@
-"""JSON files with a checksum, by which a later change to them is detected.
+"""JSON files with a checksum that detects later changes to them.
 
 The checksum covers the values, not the bytes: spaces and the order of keys do not matter.
 """
@@ -15,11 +15,11 @@ KEY = "checksum"
 
 
 class ArtefactError(ValueError):
-    """A file of a workdir is damaged, was changed, or was computed with different inputs."""
+    """Error for a file of a workdir that is damaged, changed or computed from different inputs."""
 
 
 def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds the checksum, as the last key.
+    """Returns a copy of a value with its checksum as the last key.
 
     Example:
       >>> seal({"median": 4.9})
@@ -34,10 +34,10 @@ def unseal(
     """Checks the checksum of a value and returns the value without it.
 
     Args:
-      value: parsed JSON.
-      where: the file it was read from, for the beginning of the message.
-      error: the type of the exception if the checksum is missing or wrong.
-      fix: what the reader should do; the end of the message.
+      value: parsed JSON object.
+      where: file that the value was read from, for the beginning of the message.
+      error: type of the exception if the checksum is missing or wrong.
+      fix: advice to the user, for the end of the message.
 
     Example:
       >>> unseal(seal({"median": 4.9}), "metadata.json", ValueError, "score again")
@@ -71,15 +71,15 @@ def write(target: Path, value: Mapping[str, Any]) -> None:
 
 
 def read(source: Path, error: type[Exception], fix: str) -> dict[str, Any]:
-    """The content of a sealed JSON file, without its checksum.
+    """Reads a JSON file with a checksum, checks it, and returns the value without the checksum.
 
     Args:
-      source: the file.
-      error: the type of the exception for any problem but a missing file.
-      fix: what the reader should do; the end of the message.
+      source: path of the file.
+      error: type of the exception for any problem but a missing file.
+      fix: advice to the user, for the end of the message.
 
     Raises:
-      FileNotFoundError: there is no such file.
+      FileNotFoundError: the file does not exist.
 
     Example:
       >>> import tempfile
@@ -92,14 +92,14 @@ def read(source: Path, error: type[Exception], fix: str) -> dict[str, Any]:
 
 
 def read_lines(source: Path, error: type[Exception], fix: str) -> list[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with its place (file and number of the line).
+    """Reads the objects of a JSON-lines file, each with its position (file and line number).
 
-    A last line that was cut short by a kill is left out.
+    An incomplete last line, which an interruption can leave, is skipped.
 
     Args:
-      source: the file; if it does not exist, the result is empty.
-      error: the type of the exception for any other broken line; its message has file and line.
-      fix: what the reader should do; the end of the message.
+      source: path of the file; if it does not exist, the result is empty.
+      error: type of the exception for any other invalid line; its message has file and line.
+      fix: advice to the user, for the end of the message.
     """
     if not source.exists():
         return []

@@ -1,4 +1,4 @@
-"""Progress on the terminal: bars with the time left, or lines where the output is a log."""
+"""Progress on the terminal: bars with the time left, or lines if the output is a log."""
 
 import contextlib
 import functools
@@ -18,24 +18,24 @@ from rich.table import Column
 from easy_jax.io.progress import Calls, Count, Done, Left, Part, clock_time
 
 _FIRST, _EVERY = 10.0, 60.0  # seconds before a log's first line of progress, and between lines
-_REDRAW = 0.1  # seconds: a bar that is redrawn at every fast step would slow them
+_REDRAW = 0.1  # seconds: redrawing a bar at every step would slow down fast steps
 _COMPILED = {"step": "the training step", "score_step": "the forward pass"}  # by JAX's names
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints texts as they are: paths and names are not read as markup or emoji."""
+    """Returns a console that does not interpret markup or emoji, so paths and names print as is."""
     return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 def print_whatever_the_encoding() -> None:
-    """Escapes what standard output cannot encode (Δ under `LC_ALL=C`) instead of failing."""
+    """Makes standard output escape characters it cannot encode (Δ under `LC_ALL=C`)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 class _Row(Part):
-    """One stage, or one pass over examples, of a `Terminal`."""
+    """Progress of one stage or of one pass over examples, shown by a `Terminal`."""
 
     def __init__(self, terminal: "Terminal", name: str, unit: str, where: Path | None):
         self.name, self.unit, self.where = name, unit, where
@@ -54,16 +54,16 @@ class _Row(Part):
 
 
 class Terminal:
-    """Shows messages and two progress bars: one for the whole experiment, one for the current part.
+    """Display with messages and two progress bars, of the experiment and of the current part.
 
-    Where the output is no terminal (CI, a log file, a pod), it prints lines instead: one for every
+    If the output is not a terminal (CI, a log file, a pod), it prints lines instead: one for every
     stage, and once a minute the progress and the time left.
 
     Args:
-      console: where to print; default: standard output.
-      quiet: print nothing, as in all processes but the main one.
-      brief: leave out the lines that announce stages, for calls of a single function.
-      clock: returns seconds.
+      console: console to print to; default: standard output.
+      quiet: whether to print nothing, as in all processes but the main one.
+      brief: whether to omit the lines that announce stages, for calls of a single function.
+      clock: function that returns the time in seconds.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Terminal:
             console=self._console,
             transient=not brief,
             disable=not self.is_live,
-            # Redirect only what goes to a terminal; a pipe is left alone.
+            # Redirect only output to a terminal, not to a pipe.
             redirect_stdout=sys.stdout.isatty(),
             redirect_stderr=sys.stderr.isatty(),
         )
@@ -106,7 +106,7 @@ class Terminal:
         self._now = self._add("starting", None)
 
     def start(self, stages: Mapping[str, int], roughly: bool = False) -> None:
-        """Says how much there is to do: the steps of every stage, by name."""
+        """Sets the number of steps of every stage, by name, and prints their sum."""
         self._stages = dict(stages)
         total = sum(stages.values())
         self._whole.begin(total, 0)
@@ -116,25 +116,25 @@ class Terminal:
         self.print(f"{count}, {about}{total:,} training steps in all")
 
     def part(self, name: str, unit: str = "steps", where: Path | None = None) -> Part:
-        """A stage or a pass over examples, to be given to `fit` or `score` as `progress`.
+        """Returns the argument `progress` of `fit` or `score` for a stage or a pass over examples.
 
         Args:
-          name: of the stage.
-          unit: `steps` or `examples`.
-          where: the stage's checkpoints, in folders named by their step.
+          name: name of the stage.
+          unit: unit of the counts, `steps` or `examples`.
+          where: folder of the stage's checkpoints, with a sub-folder per step.
         """
         self._describe(name)
         return _Row(self, name, unit, where)
 
     def skip(self, name: str) -> None:
-        """Counts a stage as done that need not run, because its result exists."""
+        """Counts a stage as done without running it, because its result exists."""
         if name not in self._counted:
             self._counted.add(name)
             self._whole.skip(self._stages.get(name, 0))
             self._progress.update(self._all, completed=self._whole.done)
 
     def describe(self, text: str) -> None:
-        """Shows a description of current work that has no count."""
+        """Shows a description of current work whose progress is not counted."""
         self._describe(text)
         if not self.is_live:
             self.print(text)
@@ -145,7 +145,7 @@ class Terminal:
         self._now = self._add(text, None)
 
     def begun(self, row: _Row) -> None:
-        """Shows a stage that has begun, or continues an earlier run."""
+        """Shows a stage that begins or continues an earlier run."""
         total, done = row.count.total or 0, row.count.done
         again = row.name in self._counted
         self._row = row
@@ -183,7 +183,7 @@ class Terminal:
             self.print(self._line(row))
 
     def _line(self, row: _Row) -> str:
-        """The line about the progress of a stage and of the whole experiment."""
+        """Returns a line about the progress of a stage and of the experiment."""
         text = f"{row.name}: {row.count.done:,} of {row.count.total:,} {row.unit}{self._speed}"
         if self._whole.total and row.name in self._stages:
             text += f"; {self._whole.done:,} of {self._whole.total:,} steps in all"
@@ -212,7 +212,7 @@ class Terminal:
             self.print(f"{self._description_now()}: compiling {what} ...")
 
     def interrupted(self) -> str:
-        """The message after Ctrl-C: where the run stopped, and what is saved."""
+        """Returns the message after Ctrl-C: where the run stopped, and what is saved."""
         row = self._row
         if row is None:
             return f"interrupted ({self._description}); what was done before is kept"
@@ -230,7 +230,7 @@ class Terminal:
         self._console.print(what, soft_wrap=isinstance(what, str))
 
     def _add(self, name: str, count: Count | None, unit: str = "", visible: bool = True) -> TaskID:
-        """Adds a bar, or only a name if there is no count."""
+        """Adds a bar, or only its name if there is no count."""
         total, done = (None, 0) if count is None else (count.total, count.done)
         return self._progress.add_task(
             self._short(name),
@@ -246,11 +246,11 @@ class Terminal:
         return self._description if self._row is None else self._row.name
 
     def _room(self) -> int:
-        """The number of characters for a name; counts and time take the rest of the line."""
+        """Returns the number of characters for a name, next to counts and time on the line."""
         return min(40, max(12, self._console.width - 52))
 
     def _short(self, text: str) -> str:
-        """Shortens a name to the room there is; keeps its end, which is more specific."""
+        """Shortens a name to `_room` characters; its end remains, which is more specific."""
         room = self._room()
         return text if len(text) <= room else f"…{text[1 - room :]}"
 
@@ -274,14 +274,14 @@ class Terminal:
 def shown(
     progress: bool | Callable[[int], None] | Part, name: str, unit: str, quiet: bool
 ) -> Iterator[Part]:
-    """The `Part` for the argument `progress` of `fit` and `score`.
+    """Yields the `Part` for the argument `progress` of `fit` and `score`.
 
     Args:
-      progress: True: a bar on standard error in a terminal or notebook; elsewhere a line if
-        an earlier run is continued, and one every minute. False: nothing. A function: it is called
-        with the number of new steps or examples. A `Part`: it is used as it is.
+      progress: True for a bar on standard error in a terminal or notebook, or elsewhere a line if
+        an earlier run is continued and one every minute; False for no output; a function to call
+        with the number of new steps or examples; or a `Part`, which is yielded unchanged.
       name, unit: labels of the bar.
-      quiet: show nothing, for all processes but the main one.
+      quiet: whether to show nothing, for all processes but the main one.
     """
     if isinstance(progress, Part):
         yield progress
@@ -293,7 +293,7 @@ def shown(
 
 
 def _can_draw(console: Console) -> bool:
-    """Whether a bar can be drawn: in a terminal, or in a notebook that has widgets."""
+    """Returns whether bars can be drawn, as in a terminal or in a notebook with widgets."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal

@@ -1,4 +1,4 @@
-"""Measures the speed of a loop over batches and the time that devices wait for data."""
+"""Measurements of a loop over batches: its speed, and the time that devices wait for data."""
 
 import time
 import warnings
@@ -14,11 +14,11 @@ _SECONDS = 10.0  # shortest time over which the share is meaningful
 
 
 class InputBoundWarning(UserWarning):
-    """The devices wait for data; the message says how much, and what to change."""
+    """Warning that devices wait for data, with the share of time and advice in the message."""
 
 
 class Throughput:
-    """Steps per second of a loop, and the share of time that devices lose waiting for batches.
+    """Meter of a loop's steps per second and the share of time that devices wait for batches.
 
     A step runs on the devices while the next batch is fetched, so time is lost only if the fetch
     takes longer than the step. The time of a step is measured once in an interval, by waiting for
@@ -26,7 +26,7 @@ class Throughput:
 
     Args:
       name: name of the loop, for the warning.
-      clock: returns seconds.
+      clock: function that returns the time in seconds.
 
     Example:
       >>> throughput = Throughput("fit")
@@ -46,12 +46,12 @@ class Throughput:
         self.restart()
 
     def restart(self) -> None:
-        """Starts a new interval, for instance after an evaluation, whose time must not count."""
+        """Starts a new interval, for example after an evaluation, to exclude the time before."""
         self._start = self._clock()
         self._waits: list[float] = []
 
     def fetch(self, batches: Iterator[T]) -> T:
-        """The next batch; called once a step, after the step before has been dispatched."""
+        """Returns the next batch; call it once per step, after dispatching the previous step."""
         if self._waits and not self._compiled:  # the first step included the compilation
             self._compiled = True
             self.restart()
@@ -61,7 +61,7 @@ class Throughput:
         return batch
 
     def read(self, running: Any) -> dict[str, float]:
-        """Ends an interval, and begins the next.
+        """Returns measurements of the interval, and begins the next.
 
         Args:
           running: outputs of the last dispatched step; the step before it must be finished.
@@ -70,7 +70,7 @@ class Throughput:
           `steps_per_second`, and `input_wait`, the share of time lost, in [0, 1].
 
         Warns:
-          InputBoundWarning: once, if a fifth of more than ten seconds was lost.
+          InputBoundWarning: once, if devices waited for more than a fifth of at least ten seconds.
         """
         start = self._clock()
         jax.block_until_ready(running)

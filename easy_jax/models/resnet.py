@@ -309,19 +309,19 @@ class ResNet(nnx.Module):
 
 
 def is_head(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter for the classification head."""
+    """Returns whether a variable belongs to the classification head; an NNX filter."""
     del variable
     return path[0] == "head"
 
 
 def is_batch_norm(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter for scale, bias and running statistics of every BatchNorm."""
+    """Returns whether a variable belongs to a BatchNorm, with its statistics; an NNX filter."""
     del variable
     return any(str(part).startswith("bn") or part == "downsample_bn" for part in path)
 
 
 def is_task_specific(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter for the task-specific parts, head and BatchNorm (arXiv:2502.02797).
+    """Returns whether a variable is task-specific: head or BatchNorm (arXiv:2502.02797).
 
     Before a fine-tuned network is evaluated on the pre-training task, exactly these parts are
     restored to their pre-trained values.
@@ -330,7 +330,7 @@ def is_task_specific(path: Sequence[Any], variable: Any) -> bool:
 
 
 def is_backbone(path: Sequence[Any], variable: Any) -> bool:
-    """NNX filter for everything except the head; anchors penalise changes of these variables."""
+    """Returns whether a variable is outside the head; anchors penalise changes of these."""
     return not is_head(path, variable)
 
 

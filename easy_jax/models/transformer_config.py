@@ -23,7 +23,12 @@ class TransformerConfig:
 
     Attributes:
       family: a name in `easy_jax.models.families.FAMILIES`, such as `llama` or `gemma2`.
-      vocab, embed, mlp, layers, heads, kv_heads, head_dim: sizes.
+      vocab: number of token ids.
+      embed: number of features of the hidden states.
+      mlp: number of hidden features of the MLP.
+      layers: number of layers.
+      heads, kv_heads: number of query heads, and of key and value heads.
+      head_dim: number of features of a head.
       norm_eps: constant added to the mean square in RMS norms.
       rope_theta, rope_scaling: base of the rotary frequencies, and their scaling.
       query_scale: factor of the queries before the softmax.
