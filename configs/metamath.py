@@ -12,12 +12,16 @@ model and a method:
   easy-jax run --config=configs/metamath.py:gemma2_2b,flow_lora   adapters alone, FLOW's weights
   easy-jax run --config=configs/metamath.py:gemma2_2b,l2          L2 distance to the start
   easy-jax run --config=configs/metamath.py:gemma2_2b,flow_l2     the same with FLOW's weights
+  easy-jax run --config=configs/metamath.py:gemma2_2b,dft         DFT (likewise eaft)
+  easy-jax run --config=configs/metamath.py:gemma2_2b,kl          KL to the frozen distribution
+  easy-jax run --config=configs/metamath.py:gemma2_2b,asft        the same with DFT's weights
 
 The other model is `llama32_3b`. Without a method, the method is FLOW by sequence (`flow`).
 
 Hardware: a TPU slice or a GPU node. Full fine-tuning takes 20 bytes per parameter (weights,
 gradients, Adam, the frozen model): 52 GB for the 2.6 billion parameters of Gemma 2 2B and 64 GB
-for the 3.2 billion of Llama 3.2 3B, in addition to the activations.
+for the 3.2 billion of Llama 3.2 3B, in addition to the activations. `kl` and `asft` hold the
+frozen parameters once more, in the optimiser's state.
 """
 
 from easy_jax.config import (
