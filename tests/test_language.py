@@ -323,6 +323,9 @@ def _shipped():
                 yield pytest.param(module, argument, id=f"{path.stem}:{argument}")
 
 
+_RUN = set()  # configurations that have run; those of two models are the same on the tiny one
+
+
 @pytest.mark.parametrize(("module", "argument"), list(_shipped()))
 def test_every_shipped_config_is_valid_and_runs_one_step(module, argument, folder, tmp_path):
     config = module.get_config(argument)
@@ -348,6 +351,12 @@ def test_every_shipped_config_is_valid_and_runs_one_step(module, argument, folde
         eval_batch_size=8,
         methods=only,
     )
+    anonymous = replace(
+        config, name="shipped", text=replace(config.text, bos_token="", eos_token="")
+    )
+    if anonymous in _RUN:
+        return
+    _RUN.add(anonymous)
     results = train.run(config, tmp_path)
     assert [row["method"] for row in results["language"]] == ["base", *(m.name for m in only)]
     assert all(np.isfinite(row["heldout_nll"]) for row in results["language"])
