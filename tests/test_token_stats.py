@@ -229,8 +229,10 @@ def test_a_rule_of_ones_changes_nothing(sizes):
 
     total, gradients = plain(hidden, head)
     found = _rule(hidden, head, targets, weight, {}, mesh=mesh, rule=_ones, more=False)
-    for a, b in zip((found[0], *found[2:]), (total, *gradients), strict=True):
-        np.testing.assert_array_equal(a, b)
+    # The compiler may add up the total in another order; its terms have both signs.
+    np.testing.assert_allclose(found[0], total, atol=3e-7 * np.abs(weight).sum())
+    for a, b in zip(found[2:], gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_a_rule_of_another_shape_is_refused():
