@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import tfds_data
 from PIL import Image
 
-from easy_jax.config import ImageDataConfig
+from easy_jax.config import ImageDataConfig, OptimizerConfig, StageConfig
 from easy_jax.data import load_images
 
 
@@ -108,3 +108,8 @@ def names(source) -> set[str]:
     return {
         os.path.relpath(source.store.where(int(p)), source.store.folder) for p in source._positions
     }
+
+
+def stage(epochs=1, rate=0.1):
+    """A stage of an image experiment, in batches of 64."""
+    return StageConfig(epochs=epochs, batch_size=64, optimizer=OptimizerConfig(learning_rate=rate))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import devices_mesh
-from image_data import write_folder
+from image_data import stage, write_folder
 
 from easy_jax import data
 from easy_jax import pipeline as train
@@ -19,9 +19,7 @@ from easy_jax.config import (
     ExperimentConfig,
     ImageDataConfig,
     MethodConfig,
-    OptimizerConfig,
     ResNetConfig,
-    StageConfig,
     TransferDataConfig,
     replace,
 )
@@ -33,10 +31,6 @@ from easy_jax.models import resnet
 from easy_jax.models.modes import eval_mode
 from easy_jax.pretrained import timm_weights
 from easy_jax.train import evaluate
-
-
-def stage(epochs=1, rate=0.1):
-    return StageConfig(epochs=epochs, batch_size=64, optimizer=OptimizerConfig(learning_rate=rate))
 
 
 @pytest.fixture(scope="module")

@@ -297,42 +297,12 @@ def test_a_loss_of_one_s_own_gives_losses_only():
         make_train_step(*arguments, reduction="example_mean", weighting=weightings.Flow())
 
 
-def test_the_old_model_is_resumed_bit_for_bit(tmp_path):
-    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+def _resumed(folder, model, source, make, table=None):
+    """A stage that stopped after an epoch, checked against the uninterrupted one.
 
-    def run(name, stop=None, steps=3):
-        def on_epoch(epoch, state):
-            if stop == epoch:
-                raise Stopped("for the test")
-
-        return fit(
-            model,
-            source,
-            tmp_path / name,
-            stage=STAGE,
-            loss_fn=_squares,
-            weighting=weightings.get("psft", refresh_steps=steps),
-            on_epoch=on_epoch,
-            progress=False,
-        )
-
-    expected = run("whole")
-    with pytest.raises(Stopped):
-        run("stopped", stop=1)
-    found = run("stopped")
-    assert found.resumed_from == 4  # between two refreshes
-    chex.assert_trees_all_equal(found.model_state, expected.model_state)
-    with pytest.raises(CheckpointError, match="the weighting"):
-        run("stopped", steps=2)
-
-
-def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
-    @weightings.register
-    def mine_ratio(stats, *, limit=2.0):
-        return jnp.minimum(jnp.exp(stats.frozen_nll - stats.nll), limit)
-
-    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-    table = ej.score(model, source, tmp_path / "table", loss_fn=_squares, batch_size=8)
+    `make(**options)` gives the weighting; returns the resumed stage, and a function that tries to
+    continue it with a weighting of other options.
+    """
 
     def run(name, stop=None, **options):
         def on_epoch(epoch, state):
@@ -342,10 +312,10 @@ def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
         return fit(
             model,
             source,
-            tmp_path / name,
+            folder / name,
             stage=STAGE,
             loss_fn=_squares,
-            weighting=weightings.get("mine_ratio", **options),
+            weighting=make(**options),
             table=table,
             on_epoch=on_epoch,
             progress=False,
@@ -355,10 +325,34 @@ def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
     with pytest.raises(Stopped):
         run("stopped", stop=1)
     found = run("stopped")
-    assert 0 < found.resumed_from < found.steps
     chex.assert_trees_all_equal(found.model_state, expected.model_state)
+    return found, functools.partial(run, "stopped")
+
+
+def test_the_old_model_is_resumed_bit_for_bit(tmp_path):
+    model = nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def make(steps=3):
+        return weightings.get("psft", refresh_steps=steps)
+
+    found, again = _resumed(tmp_path, model, _source(), make)
+    assert found.resumed_from == 4  # between two refreshes
     with pytest.raises(CheckpointError, match="the weighting"):
-        run("stopped", limit=3.0)
+        again(steps=2)
+
+
+def test_a_stage_with_a_weighting_resumes_to_the_same_result(tmp_path):
+    @weightings.register
+    def mine_ratio(stats, *, limit=2.0):
+        return jnp.minimum(jnp.exp(stats.frozen_nll - stats.nll), limit)
+
+    source, model = _source(), nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+    table = ej.score(model, source, tmp_path / "table", loss_fn=_squares, batch_size=8)
+    make = functools.partial(weightings.get, "mine_ratio")
+    found, again = _resumed(tmp_path, model, source, make, table)
+    assert 0 < found.resumed_from < found.steps
+    with pytest.raises(CheckpointError, match="the weighting"):
+        again(limit=3.0)
 
 
 def test_the_identity_of_a_weighting_is_that_of_its_code():

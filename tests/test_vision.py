@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from forks import Forked
+from image_data import stage
 
 from easy_jax import pipeline as train
 from easy_jax.config import (
@@ -16,9 +17,7 @@ from easy_jax.config import (
     ExperimentConfig,
     GlyphDataConfig,
     MethodConfig,
-    OptimizerConfig,
     ResNetConfig,
-    StageConfig,
     TransferDataConfig,
     replace,
 )
@@ -29,10 +28,6 @@ from easy_jax.models.modes import eval_mode
 from easy_jax.report import images as report
 from easy_jax.train import evaluate
 from easy_jax.train.loss_table import LossTable
-
-
-def stage(epochs=1, rate=0.1):
-    return StageConfig(epochs=epochs, batch_size=64, optimizer=OptimizerConfig(learning_rate=rate))
 
 
 def letters(**changes) -> ExperimentConfig:

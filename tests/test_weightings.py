@@ -14,7 +14,7 @@ from test_token_stats import reference
 import easy_jax as ej
 from easy_jax.core import weightings
 from easy_jax.io.checks import ConfigError
-from easy_jax.kernels.linear_cross_entropy import rule_linear_cross_entropy
+from easy_jax.kernels.linear_cross_entropy import weighted_sum
 
 SHAPE = (6, 9)
 NAMES = weightings.names()  # before any test adds one
@@ -177,17 +177,17 @@ def test_gradients_of_the_fused_head(name, cap):
     }
 
     def loss(hidden, head):
-        weight = jnp.ones(SHAPE)
-        return rule_linear_cross_entropy(
+        found = weighted_sum(
             hidden,
             head,
             targets,
-            weight,
-            weighting,
-            given,
+            jnp.ones(SHAPE),
+            rule=weighting,
+            given=given,
             soft_cap=cap,
             more=weighting.reads_distribution(),
         )
+        return found.total, found.rule_N
 
     (_, weight), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(hidden, head)
     np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-5)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 def without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Masks examples of weight 0 like padding, and replaces their content.
 
-    A factor of 0 alone does not remove an example: its infinite loss or gradient times 0 is NaN.
+    A factor of 0 is not enough to remove an example: an infinite loss or gradient times 0 is NaN.
     Floats become 1 and integers 0, where logarithms and roots are finite. Rows of packed text hold
-    several examples, so that only the mask changes there.
+    several examples, so only their mask changes.
     """
     seen = batch["mask"] & (batch["weight"] != 0)
     cleaned = {**batch, "mask": seen}
@@ -23,7 +23,7 @@ def without_removed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 def split(batch: Mapping[str, jax.Array], parts: int) -> dict[str, jax.Array]:
-    """[B, ...] -> [parts, B / parts, ...] such that no example leaves its device.
+    """Reshapes [B, ...] to [parts, B / parts, ...] without moving examples between devices.
 
     Micro-batch m takes the examples m, m + parts, ...: the sharded leading axis stays the
     leading axis of the reshape, and each device holds a share of every micro-batch.

@@ -159,7 +159,8 @@ def ema(decay: float) -> optax.GradientTransformation:
     After every step the average is `decay * average + (1 - decay) * parameters`; it starts at the
     parameters of `init`, so that a share of `decay ** steps` of them remains. The average is
     sharded and saved with the optimizer's state, and `TrainState.model_state` returns it in place
-    of the parameters.
+    of the parameters. It has their dtype: in bfloat16, a decay near 1 is rounded away. Variables
+    that are not trained, such as BatchNorm's statistics, are those of the last step.
 
     Args:
       decay: in [0, 1).

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import grain
 import numpy as np
 
+from easy_jax.data import ragged
 from easy_jax.data.ragged import Ragged
 from easy_jax.data.sources import DataError
 from easy_jax.data.token_source import TokenSource
@@ -165,18 +166,5 @@ def check_token_weights(
     An example without any values was dropped while scoring and is never read.
     """
     what = {"token_weight": "token weights", "frozen_nll": "frozen losses"}[name]
-    if len(token_weight) != len(examples):
-        raise DataError(f"{what} for {len(token_weight)} of {len(examples)} examples")
-    found = np.diff(token_weight.offsets)
-    wrong = np.flatnonzero((found != examples.num_targets) & (found != 0))
-    if wrong.size:
-        raise DataError(
-            f"the number of {what} differs from that of target tokens in {wrong.size} "
-            f"examples, ids {wrong[:10].tolist()}"
-        )
-    bad = ~np.isfinite(token_weight.values) | (token_weight.values < 0)
-    if bad.any():
-        ids = np.searchsorted(token_weight.offsets, np.flatnonzero(bad), side="right") - 1
-        raise DataError(
-            f"{what} are negative or not finite in example ids {np.unique(ids)[:10].tolist()}"
-        )
+    has_none_N = np.diff(token_weight.offsets) == 0
+    ragged.check(token_weight, examples.num_targets, has_none_N, what)

@@ -35,6 +35,36 @@ class Ragged:
         return self.values[self.offsets[position] : self.offsets[position + 1]]
 
 
+def check(
+    ragged: Ragged, targets_N: np.ndarray, may_lack_N: np.ndarray, what: str = "token weights"
+) -> None:
+    """Checks that every target token has a value that is finite and at least 0.
+
+    Args:
+      ragged: the values of all examples.
+      targets_N: the number of target tokens of every example.
+      may_lack_N: bool, the examples whose number of values does not matter, such as dropped ones.
+      what: what the message calls the values.
+
+    Raises:
+      DataError: gives the ids of the examples.
+    """
+    if len(ragged) != len(targets_N):
+        raise DataError(f"{what} for {len(ragged)} of {len(targets_N)} examples")
+    wrong = np.flatnonzero((np.diff(ragged.offsets) != targets_N) & ~may_lack_N)
+    if wrong.size:
+        raise DataError(
+            f"the number of {what} differs from that of target tokens in {wrong.size} "
+            f"examples, ids {wrong[:10].tolist()}"
+        )
+    bad = ~np.isfinite(ragged.values) | (ragged.values < 0)
+    if bad.any():
+        ids = np.searchsorted(ragged.offsets, np.flatnonzero(bad), side="right") - 1
+        raise DataError(
+            f"{what} are negative or not finite in example ids {np.unique(ids)[:10].tolist()}"
+        )
+
+
 def product(first: Ragged, second: Ragged) -> Ragged:
     """Returns the products of two vectors per example; none where either has none.
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from easy_jax.data import ragged
 from easy_jax.data.ragged import Ragged
 from easy_jax.data.sources import DataError, Record
 from easy_jax.io import fingerprint as fingerprints
@@ -92,7 +93,7 @@ class TokenSource:
         self.border = border
         self.token_weight = token_weight
         if token_weight is not None:
-            self._check_token_weight(token_weight)
+            ragged.check(token_weight, self.num_targets, np.zeros(len(self), bool))
 
     def __len__(self) -> int:
         return len(self.target_start)
@@ -101,15 +102,6 @@ class TokenSource:
         position = range(len(self))[position]
         start, stop = self.offsets[position : position + 2]
         return {"tokens": self.tokens[start:stop], "target_start": self.target_start[position]}
-
-    def _check_token_weight(self, token_weight: Ragged) -> None:
-        if len(token_weight) != len(self):
-            raise DataError(f"token weights for {len(token_weight)} of {len(self)} examples")
-        found = np.diff(token_weight.offsets)
-        _refuse(found != self.num_targets, "another number of token weights than of target tokens")
-        bad = ~np.isfinite(token_weight.values) | (token_weight.values < 0)
-        ids = np.searchsorted(token_weight.offsets, np.flatnonzero(bad), side="right") - 1
-        _refuse(np.isin(np.arange(len(self)), ids), "a token weight is negative or not finite")
 
     @property
     def lengths(self) -> np.ndarray:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, T positions, N positions of any shape, D features, V voc
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -238,51 +238,6 @@ def weighted_linear_cross_entropy(
     return weighted_sum(*arguments, soft_cap=soft_cap, token_chunk=token_chunk).total
 
 
-def rule_linear_cross_entropy(
-    hidden_ND: Float[Array, "*N D"],
-    head_VD: Float[Array, "V D"],
-    targets_N: Int[Array, "*N"],
-    weight_N: Float[Array, "*N"],
-    rule: Rule,
-    given: Mapping[str, jax.Array],
-    *,
-    soft_cap: float | None = None,
-    more: bool = True,
-    token_chunk: int | None = None,
-) -> tuple[Float[Array, ""], Float[Array, "*N"]]:
-    """Computes a sum of losses with weights that a rule derives from the current model.
-
-    The sum is over `weight * rule(stats) * nll`. The rule is applied to each token between
-    log-sum-exp and gradient, so that it needs no second pass. The result is differentiable in
-    hidden states and head only; the rule's weights are constants.
-
-    Args:
-      weight_N: other factors of every token, such as an example's weight; 0 removes a token.
-      rule: function `TokenStats -> w` that acts on each token independently; hashable, because
-        it is compiled into the step.
-      given: further fields of `TokenStats` that the rule reads, such as `frozen_nll`, in the
-        targets' shape.
-      more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
-      hidden_ND, head_VD, targets_N, soft_cap, token_chunk: as in `linear_cross_entropy`.
-
-    Returns:
-      `(total, w_N)`: the sum, float32, and the rule's weights, 0 where there is no target.
-
-    Example:
-      >>> def rule(stats):
-      ...     return jnp.exp(-stats.nll)  # the target's probability
-      >>> total, w = rule_linear_cross_entropy(
-      ...     jnp.zeros((1, 2)), jnp.ones((4, 2)), jnp.array([1]), jnp.ones(1), rule, {})
-      >>> round(float(total), 4), round(float(w[0]), 4)  # log(4) / 4
-      (0.3466, 0.25)
-    """
-    arguments = (hidden_ND, head_VD, targets_N, weight_N)
-    options: Any = {"soft_cap": soft_cap, "more": more, "token_chunk": token_chunk}
-    found = weighted_sum(*arguments, rule=rule, given=given, **options)
-    assert found.rule_N is not None
-    return found.total, found.rule_N
-
-
 class WeightedSum(NamedTuple):
     """A weighted sum of losses and divergences, and what it was made of.
 
@@ -315,11 +270,27 @@ def weighted_sum(
 ) -> WeightedSum:
     """Sums `weight * rule(stats) * nll + kl_weight * kl` over tokens.
 
+    The rule is applied to each token between log-sum-exp and gradient, so that it needs no second
+    pass. The sum is differentiable in hidden states and head only; all weights are constants.
+
     Args:
+      weight_N: factors of every token's loss, such as an example's weight; 0 for none.
+      rule: function `TokenStats -> w` that acts on each token independently; hashable, because
+        it is compiled into the step; default: 1.
+      given: further fields of `TokenStats` that the rule reads, such as `frozen_nll`, in the
+        targets' shape.
+      more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.
       frozen: the frozen model's hidden states and head; they have no gradient.
       kl_weight_N: the factor of each token's KL(p0 || p); 0 for none.
-      hidden_ND, head_VD, targets_N, weight_N, rule, given, more, soft_cap, token_chunk: as in
-        `rule_linear_cross_entropy`; without a rule its weights are 1.
+      hidden_ND, head_VD, targets_N, soft_cap, token_chunk: as in `linear_cross_entropy`.
+
+    Example:
+      >>> def rule(stats):
+      ...     return jnp.exp(-stats.nll)  # the target's probability
+      >>> found = weighted_sum(
+      ...     jnp.zeros((1, 2)), jnp.ones((4, 2)), jnp.array([1]), jnp.ones(1), rule=rule)
+      >>> round(float(found.total), 4), round(float(found.rule_N[0]), 4)  # log(4) / 4
+      (0.3466, 0.25)
     """
     given = dict(given or {})
     chex.assert_equal_shape([targets_N, weight_N, *given.values()])

@@ -107,7 +107,8 @@ def weighted_sum(
     """The sum of `weight * rule(stats) * nll + kl_weight * kl`, the rule's weights and the KL.
 
     Args:
-      given: further fields of the rule's `TokenStats`, as in `rule_linear_cross_entropy`; with a
+      given: further fields of the rule's `TokenStats`, as in
+        `linear_cross_entropy.weighted_sum`; with a
         frozen pair also `kl_weight`, [B, T].
       rule: None for 1.
       more: whether the rule reads any of `token_stats.OF_DISTRIBUTION`.

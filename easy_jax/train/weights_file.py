@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from easy_jax.core import weightings
 from easy_jax.core.weightings.rule import Weighting, Weights
-from easy_jax.data import DataError, Ragged
+from easy_jax.data import DataError, Ragged, ragged
 from easy_jax.data.checks import checked_weights
 from easy_jax.io import files
 from easy_jax.io.checks import ConfigError
@@ -116,7 +116,7 @@ def _columns(table: LossTable, weights: StageWeights) -> dict[str, pa.Array]:
     if "token_median" in table.metadata:
         columns["token_losses"] = _lists(table.token_losses(), dropped_N)
     if weights.token_weight is not None:
-        _check_token_weights(weights.token_weight, count_N, dropped_N)
+        ragged.check(weights.token_weight, count_N, dropped_N)
         columns["token_weights"] = _lists(weights.token_weight, dropped_N)
     return columns
 
@@ -125,10 +125,10 @@ def _with_nulls(values_N: np.ndarray, dropped_N: np.ndarray) -> pa.Array:
     return pa.array(np.asarray(values_N, np.float32), mask=dropped_N)
 
 
-def _lists(ragged: Ragged, dropped_N: np.ndarray) -> pa.Array:
+def _lists(lists: Ragged, dropped_N: np.ndarray) -> pa.Array:
     """Returns an array of float32 lists; null for the examples that scoring dropped."""
-    lengths = np.diff(ragged.offsets)
-    values = ragged.values[np.repeat(~dropped_N, lengths)]
+    lengths = np.diff(lists.offsets)
+    values = lists.values[np.repeat(~dropped_N, lengths)]
     offsets = np.cumsum([0, *np.where(dropped_N, 0, lengths)])
     return pa.ListArray.from_arrays(
         pa.array(offsets, pa.int32()), pa.array(values, pa.float32()), mask=pa.array(dropped_N)
@@ -146,21 +146,6 @@ def _given(name: str, values: Sequence[Any], table: LossTable) -> pa.Array:
     except (pa.ArrowException, UnicodeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"the column {name!r} cannot be written: {reason}") from error
-
-
-def _check_token_weights(ragged: Ragged, count_N: np.ndarray, dropped_N: np.ndarray) -> None:
-    if len(ragged) != len(count_N):
-        raise DataError(f"token weights for {len(ragged)} of {len(count_N)} examples")
-    wrong = np.flatnonzero(~dropped_N & (np.diff(ragged.offsets) != count_N))
-    if wrong.size:
-        raise DataError(
-            "the number of token weights is not that of target tokens in example ids "
-            f"{wrong[:10].tolist()}"
-        )
-    bad = ~np.isfinite(ragged.values) | (ragged.values < 0)
-    ids = np.unique(np.searchsorted(ragged.offsets, np.flatnonzero(bad), side="right") - 1)
-    if ids.size:
-        raise DataError(f"token weights are negative or not finite in ids {ids[:10].tolist()}")
 
 
 def _parquet(rows: pa.Table) -> bytes:
