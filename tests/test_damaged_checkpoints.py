@@ -14,6 +14,7 @@ from helpers import devices_mesh
 from easy_jax.config import OptimizerConfig, StageConfig
 from easy_jax.core.losses import squared_error
 from easy_jax.data import ArraySource
+from easy_jax.train import checkpoint_reading
 from easy_jax.train.checkpoint import CheckpointError, CheckpointWarning
 from easy_jax.train.fitting import fit
 
@@ -147,6 +148,30 @@ def test_the_one_before_is_continued_from(calm, stage, keep_best, capfd, damage,
     assert _names(stage) == ["4", "8", f"damaged-{step}"]
     assert "Traceback" not in capfd.readouterr().err
     assert _fit(stage, keep_best=keep_best).resumed_from == 8  # and nothing is told any more
+
+
+def test_reads_that_had_not_begun_are_not_warned_about():
+    class Store:
+        async def _get_array_metadatas(self):
+            pass
+
+        async def mine(self):
+            pass
+
+    never_begun = []
+
+    def read(reader):
+        never_begun.append(Store()._get_array_metadatas())
+        raise ValueError("damaged")
+
+    name = "Store._get_array_metadatas"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert checkpoint_reading._attempt(read) == (None, "ValueError: damaged")
+        never_begun[0].__qualname__ = name
+        never_begun.clear()  # as late as Orbax's threads may let it go
+        Store().mine()
+    assert [str(each.message).split("'")[1].split(".")[-1] for each in told] == ["mine"]
 
 
 def test_every_changed_array_is_noticed(calm, stage, keep_best):

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from easy_jax.io import sealed
 
 _STRAGGLERS = 0.3  # seconds to wait for reads that are still running after a failed one
+_UNSTARTED = r"coroutine 'Store\._\w+' was never awaited"  # Orbax's ArrayMetadata Store
 
 
 class Damage(Exception):  # noqa: N818, internal: users see its text only
@@ -124,7 +126,8 @@ def _quietly() -> Iterator[None]:
     """Hides Orbax's own messages about damage, which the caller reports in one line.
 
     Orbax stops at the first array that cannot be read. Each of the other pending reads then
-    fails with a traceback, because its event loop is closed.
+    fails with a traceback, because its event loop is closed; those that had not begun are warned
+    about as coroutines that were never awaited, whenever they are collected.
     """
     hooks = sys.excepthook, sys.unraisablehook
 
@@ -142,6 +145,7 @@ def _quietly() -> Iterator[None]:
     absl = logging.getLogger("absl")
     logging.getLogger("asyncio").addFilter(_is_unrelated)  # stays: asyncio logs them late
     absl.addFilter(_is_unrelated)
+    warnings.filterwarnings("ignore", _UNSTARTED, RuntimeWarning)  # stays, too
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
     try:
         yield
