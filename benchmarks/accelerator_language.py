@@ -1,6 +1,7 @@
 """Speed of a language model of SmolLM2-135M's shape on the accelerator, for accelerator.py."""
 
 import functools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -169,6 +170,28 @@ def parts(small: bool, length: int) -> dict[str, Any]:
     return {f"{n}_ms": round(1e3 * statistics.median(s.wall), 2) for n, s in seconds.items()}
 
 
+def repeated(small: bool, length: int) -> dict[str, Any]:
+    """How far the parameters of two times the same steps are apart: ‖a − b‖ / ‖b‖, the largest."""
+    config, rows, length = shape(small, length)
+    mesh = ej.make_mesh()
+    model = language_model(config, "dots")
+    placed = ej.shard_batch(packed_batch(config.vocab, rows, length, min(length, 512)), mesh)
+    optimizer = optax.adamw(1e-3, weight_decay=0.0)
+    step = ej.make_train_step(
+        nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
+    )
+
+    def trained() -> Any:
+        state = ej.init_train_state(model, optimizer, mesh=mesh)
+        for _ in range(STEPS):
+            state, _ = step(state, placed)
+        return jax.device_get(state.params)
+
+    pairs = zip(*(jax.tree.leaves(trained()) for _ in range(2)), strict=True)
+    apart = max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+    return {"steps": STEPS, "apart": apart, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+
+
 def language(small: bool, shared: Path) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     del shared
     yield "training", functools.partial(train, small, 2048, "none", plain=True)
@@ -176,6 +199,7 @@ def language(small: bool, shared: Path) -> Iterator[tuple[str, Callable[[], dict
     yield "parts", functools.partial(parts, small, 2048)
     yield "training, remat dots", functools.partial(train, small, 2048, "dots", plain=False)
     yield "training, rows of 8192", functools.partial(train, small, 8192, "dots", plain=False)
+    yield "repeated", functools.partial(repeated, small, 2048)
 
 
 PARTS = {"language": language}
