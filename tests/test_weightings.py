@@ -265,6 +265,12 @@ def test_products_multiply():
     [
         (lambda: weightings.get("dtf"), "weighting 'dtf'; did you mean 'dft'"),
         (lambda: weightings.get("dft", exponent=1.0), "'dft' has no option 'exponent'.*floor"),
+        (lambda: weightings.get("stm", threshold="abc"), "^the option threshold .*'stm' is 'abc'"),
+        (lambda: weightings.get("flow", temperature="1"), "'flow' is '1'; it must be a number$"),
+        (lambda: weightings.get("talr", temperature=[1]), r"is \[1\]; it must be a number$"),
+        (lambda: weightings.get("stm", threshold=None), "is None; it must be a number$"),
+        (lambda: weightings.get("psft", refresh_steps=True), "is True; it must be a number$"),
+        (lambda: weightings.get("shuffled", of="stm", threshold=""), "'stm' is ''; it must be"),
         (lambda: weightings.get("power", exponnt=1.0), "did you mean 'exponent'"),
         (lambda: weightings.get("mean_one", of="dft", exponent=1.0), "'dft' has no option"),
         (lambda: weightings.get("power", exponent=-1.0), "option exponent is -1.0"),

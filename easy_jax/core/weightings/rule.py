@@ -8,6 +8,7 @@ evaluated in every training step, between the loss and its gradient (`easy_jax.c
 import dataclasses
 import difflib
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -247,7 +248,7 @@ def get(name: str, /, **options: Any) -> Weighting:
 
     Raises:
       ConfigError: the name is unknown (the message gives the nearest one), the weighting does not
-        have an option, or a value is out of range.
+        have an option, or a value is not a number or out of range.
 
     Example:
       >>> get("power", exponent=0.5)
@@ -268,7 +269,18 @@ def get(name: str, /, **options: Any) -> Weighting:
             raise ConfigError(
                 f"weighting {name!r} has no option {option!r}{meant or f'; it has {has}'}"
             )
+        _check_number(name, known[option], options[option])
     try:
         return entry(**options)
     except TypeError as error:
         raise ConfigError(f"the options of weighting {name!r}, {options}: {error}") from error
+
+
+def _check_number(name: str, option: inspect.Parameter, value: object) -> None:
+    """Raises ConfigError if the value of an option that is a number is none."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if option.annotation in (float | None, int | None):
+        is_number |= value is None
+    elif not isinstance(option.default, float | int) or isinstance(option.default, bool):
+        return
+    require(is_number, f"the option {option.name} of weighting {name!r}", value, "a number")
