@@ -3,13 +3,21 @@
 import json
 import sys
 import warnings
+from decimal import Decimal
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from easy_jax.config import ALPACA_INPUT, ConfigError, InstructionsConfig, TextConfig, replace
-from easy_jax.data import DataError, DataWarning, PackedSource, instructions, training_loader
+from easy_jax.data import (
+    DataError,
+    DataWarning,
+    PackedSource,
+    TokenSource,
+    instructions,
+    training_loader,
+)
 from easy_jax.data.bad_examples import BadExamples
 from easy_jax.data.text import load_tokenizer, plain_text, tokenize
 
@@ -223,12 +231,33 @@ def test_weights_are_multiplied_into_those_of_training():
         )
 
 
-@pytest.mark.parametrize("weight", [None, "1", True, -1, float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize(
+    "weight", [None, "1", True, -1, float("nan"), float("inf"), [1], 10**400, Decimal("NaN")]
+)
 def test_bad_weights(weight):
     with pytest.raises(
         DataError, match=r"weight is not a finite number of at least 0 \(1\): id 1 \["
     ):
         tokenize(["a"] * 2, ["b"] * 2, words(), weights=[1, weight], **OPTIONS)
+
+
+def test_decimals_are_weights_and_what_float32_makes_0_is_none():
+    decimals = [Decimal("0.25"), Decimal(0)]
+    options = {"token_weights": [[w, 1] for w in decimals], **OPTIONS}  # a word, and EOS
+    source = quiet(["a"] * 2, ["b"] * 2, words(), weights=decimals, **options)
+    assert source.weight.tolist() == [0.25, 0]
+    assert source.token_weight.values.tolist() == [0.25, 1, 0, 1]
+    small = "not 0, but too small for float32"
+    for given in (
+        {"weights": [1, 1e-50]},
+        {"weights": [1, Decimal("1e-39")]},
+        {"token_weights": [[1, 1], [1, 1e-50]]},
+    ):
+        name = "a token weight" if "token_weights" in given else "weight"
+        with pytest.raises(DataError, match=rf"{name} is {small} \(1\): id 1 \["):
+            tokenize(["a"] * 2, ["b"] * 2, words(), **given, **OPTIONS)
+    with pytest.raises(DataError, match=rf"ids \[1\]: the weight is {small}"):
+        TokenSource([1] * 4, [0, 2, 4], [1, 1], weight=[1, 1e-50])
 
 
 # Examples that cannot be used.

@@ -1,6 +1,7 @@
 """Checks of the columns that `text.tokenize` is given: texts, weights and token weights."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from easy_jax.data.ragged import Ragged
 from easy_jax.data.records import not_text
 from easy_jax.data.sources import DataError
 
-_LARGEST = float(np.finfo(np.float32).max)
+_LARGEST, _SMALLEST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 
 
 def check(
@@ -42,8 +43,8 @@ def check(
         if column is not None and all(value is None for value in column):
             raise DataError(f"no record has {name}: is the name of their field right?")
     for i, weight in enumerate([] if weights is None else weights):
-        if not _is_weight(weight):
-            bad.add(i, "weight is not a finite number of at least 0", repr(weight)[:40])
+        if fault := _wrong_weight(weight):
+            bad.add(i, f"weight is {fault}", repr(weight)[:40])
     _check_token_weights(token_weights, len(responses), bad)
 
 
@@ -56,9 +57,8 @@ def _check_token_weights(token_weights: Sequence[Any] | None, size: int, bad: Ba
     for i, weights in enumerate(token_weights):
         if not isinstance(weights, list | tuple | np.ndarray):
             bad.add(i, "token weights are not a list of numbers", repr(weights)[:40])
-        elif not all(map(_is_weight, weights)):
-            wrong = next(weight for weight in weights if not _is_weight(weight))
-            bad.add(i, "a token weight is not a finite number of at least 0", repr(wrong)[:40])
+        elif wrong := [weight for weight in weights if _wrong_weight(weight)]:
+            bad.add(i, f"a token weight is {_wrong_weight(wrong[0])}", repr(wrong[0])[:40])
 
 
 def wrong_length(
@@ -80,6 +80,10 @@ def ragged(token_weights: Sequence[Sequence[float]] | None, bad: BadExamples) ->
     return Ragged(np.array([w for part in parts for w in part], np.float32), offsets)
 
 
-def _is_weight(value: Any) -> bool:
+def _wrong_weight(value: Any) -> str:
+    """Returns what is wrong with a weight, or an empty text."""
+    value = float(value) if isinstance(value, Decimal) else value
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    return bool(number and 0 <= value <= _LARGEST)
+    if not number or not 0 <= value <= _LARGEST:
+        return "not a finite number of at least 0"
+    return "not 0, but too small for float32" if 0 < value < _SMALLEST else ""

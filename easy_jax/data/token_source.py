@@ -201,6 +201,8 @@ def _weights(values: Sequence[float] | np.ndarray, size: int) -> np.ndarray:
     if array.shape != (size,):
         raise DataError(f"weight has shape {array.shape}; it must have one value an example")
     _refuse(~np.isfinite(array) | (array < 0), "the weight is negative or not finite")
+    small_N = (np.asarray(values) > 0) & (array < np.finfo(np.float32).tiny)
+    _refuse(small_N, "the weight is not 0, but too small for float32")
     return array
 
 
