@@ -151,6 +151,11 @@ def test_bad_weights_are_refused():
         bad[3] = value
         with pytest.raises(DataError, match=r"negative or not finite in example ids \[1\]"):
             packed.load(source, token_weight=Ragged(bad, offsets))
+    half = Ragged(np.float32([1, 1, 0, 0, 0, 0]), offsets)  # of the first example alone
+    for weight_N in ([0, 1, 1], [np.nan, 1, 1]):
+        with pytest.raises(DataError, match=r"token weights, times their example's, are 0"):
+            packed.load(source, weight_N=np.float32(weight_N), token_weight=half)
+    assert packed.load(source, weight_N=np.float32([1, 0, 0]), token_weight=half).steps > 0
     unpacked = ArraySource({"x": np.zeros(3, np.float32)})
     with pytest.raises(DataError, match="token weights are for packed text"):
         packed.load(unpacked, token_weight=Ragged(good, offsets))

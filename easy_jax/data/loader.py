@@ -178,8 +178,13 @@ def training_loader(
             raise DataError("no example is left to train on: every weight is missing")
         if not weight_N[ids].any():
             raise DataError(f"there is nothing to train on: all {ids.size} weights are 0")
-    if token_weight is not None and not token_weight.values.any():
-        raise DataError("there is nothing to train on: all token weights are 0")
+    if token_weight is not None:
+        assert weight_N is not None  # set above
+        of_example = np.repeat(np.nan_to_num(weight_N), np.diff(token_weight.offsets))
+        if not (token_weight.values * of_example).any():
+            raise DataError(
+                "there is nothing to train on: all token weights, times their example's, are 0"
+            )
     ids = _checked_ids(source, ids)
     order = _ShuffledEpochs(ids, seed, epochs)
     weight_N = np.ones(len(source), np.float32) if weight_N is None else weight_N
