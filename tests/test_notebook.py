@@ -39,6 +39,7 @@ def test_the_notebook_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
         "linear_probe",
         "probe_standard",
         "flow_no_head_stage",
+        "trusting",
     ]
     for line in table[2:]:
         assert all(0.0 <= float(number) <= 100.0 for number in line.split()[1:])
