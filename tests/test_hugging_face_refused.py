@@ -141,12 +141,15 @@ def test_config_that_is_no_object(folder, text):
 
 YARN = {"rope_type": "yarn", "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
+QWEN = {"model_type": "qwen2"}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type is 'gpt2'; supported are \['gemma2', 'llama'\]"),
+        ({"model_type": "gpt2"}, r"'gpt2'; supported are \['gemma2', 'llama', 'mistral', 'q"),
+        (QWEN | {"use_sliding_window": True}, r"fields \['use_sliding_window'\] are not supported"),
+        (QWEN | {"max_window_layers": 2}, r"fields \['max_window_layers'\] are not supported"),
         ({"model_type": None}, r"model_type is None"),
         ({"quantization_config": {"quant_method": "x"}}, r"\['quantization_config'\] are not"),
         ({"use_sliding_window": True}, r"\['use_sliding_window'\] are not supported"),

@@ -31,6 +31,8 @@ class Family:
     Attributes:
       activation: activation of the MLP's gate; `gelu` is the tanh approximation.
       norm_offset: constant added to the scale of every RMS norm; Gemma's scale is 1 + w.
+      head_norm: whether an RMS norm is applied to every query and key head, before the rotation.
+      qkv_bias: whether queries, keys and values have a bias.
       post_norm: whether RMS norms follow attention and MLP, before the residual is added.
       scaled_embeddings: whether embeddings are multiplied by sqrt(embed).
       tied: default for checkpoints whose configuration does not say whether the head shares the
@@ -45,6 +47,8 @@ class Family:
 
     activation: Activation = "silu"
     norm_offset: float = 0.0
+    head_norm: bool = False
+    qkv_bias: bool = False
     post_norm: bool = False
     scaled_embeddings: bool = False
     tied: bool = False
@@ -59,6 +63,14 @@ class Family:
 FAMILIES: Registry[Family] = Registry("model family")
 
 FAMILIES.register("llama")(Family())  # Llama 2 and 3, SmolLM2
+FAMILIES.register("mistral")(Family(windows=(4096,)))  # or none, as later checkpoints say
+FAMILIES.register("qwen2")(Family(qkv_bias=True))  # Qwen 2 and 2.5
+FAMILIES.register("qwen3")(
+    Family(
+        head_norm=True,
+        tensors=_MAPS | _PRE_NORMS | {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"},
+    )
+)
 FAMILIES.register("gemma2")(
     Family(
         activation="gelu",

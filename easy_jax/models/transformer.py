@@ -46,13 +46,14 @@ _INIT_SCALE = 0.02  # standard deviation of random weights: initializer_range of
 
 
 class Linear(nnx.Module):
-    """A stack of linear maps without bias, one per group, optionally with low-rank adapters.
+    """A stack of linear maps, one per group, optionally with a bias and low-rank adapters.
 
     Args:
       groups: number of maps in the stack.
       inputs, outputs: logical axis -> size, for the axes that are contracted and produced.
       param_dtype: dtype of the kernel.
       rngs: NNX random streams; `params` is used.
+      bias: whether the maps have a bias, which starts at 0.
     """
 
     def __init__(
@@ -62,11 +63,17 @@ class Linear(nnx.Module):
         outputs: dict[str, int],
         param_dtype: Any,
         rngs: nnx.Rngs,
+        bias: bool = False,
     ):
         self.inputs = tuple(inputs.items())
         self.outputs = tuple(outputs.items())
         axes = {"layers": groups, **inputs, **outputs}
         self.kernel = _normal(rngs, axes, param_dtype)
+        self.has_bias = bias
+        if bias:
+            axes = {"layers": groups, **outputs}
+            zeros = jnp.zeros(tuple(axes.values()), param_dtype)
+            self.bias = nnx.Param(zeros, logical_axes=tuple(axes))
         # Declared as data, because Flax would treat None as static and lora.py adds adapters later.
         self.lora_a: nnx.LoRAParam | None = nnx.data(None)
         self.lora_b: nnx.LoRAParam | None = nnx.data(None)
@@ -75,6 +82,12 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies one map of the stack, inside the scan: `[..., inputs] -> [..., outputs]`."""
         chex.assert_shape(x, (..., *(size for _, size in self.inputs)))
+        y = self._product(x)
+        if not self.has_bias:
+            return y
+        return y + jnp.expand_dims(_value(self.bias, x.dtype), range(x.ndim - len(self.inputs)))
+
+    def _product(self, x: jax.Array) -> jax.Array:
         if sharding.is_tpu(sharding.current_mesh()):  # keeps heads as an axis with its own layout
             y = jnp.tensordot(x, _value(self.kernel, x.dtype), axes=len(self.inputs))
             if self.lora_a is not None and self.lora_b is not None:
@@ -103,7 +116,11 @@ class RMSNorm(nnx.Module):
         wide_BTD = x_BTD.astype(jnp.float32)
         mean_BT1 = jnp.mean(jnp.square(wide_BTD), axis=-1, keepdims=True)
         scale_D = self.scale.astype(jnp.float32) + self.offset
-        wide_BTD = wide_BTD * jax.lax.rsqrt(mean_BT1 + self.eps) * scale_D[None, None, :]
+        wide_BTD = (
+            wide_BTD
+            * jax.lax.rsqrt(mean_BT1 + self.eps)
+            * jnp.expand_dims(scale_D, range(x_BTD.ndim - 1))
+        )
         return wide_BTD.astype(x_BTD.dtype)
 
 
@@ -118,12 +135,13 @@ class Block(nnx.Module):
         mlp = {"mlp": config.mlp}
         norm = {"layers": groups, "norm": config.embed}
 
-        def linear(inputs: dict[str, int], outputs: dict[str, int]) -> Linear:
-            return Linear(groups, inputs, outputs, param_dtype, rngs)
+        def linear(inputs: dict[str, int], outputs: dict[str, int], bias: bool = False) -> Linear:
+            return Linear(groups, inputs, outputs, param_dtype, rngs, bias)
 
-        self.q = linear(embed, heads)
-        self.k = linear(embed, kv_heads)
-        self.v = linear(embed, kv_heads)
+        qkv_bias = config.features.qkv_bias
+        self.q = linear(embed, heads, qkv_bias)
+        self.k = linear(embed, kv_heads, qkv_bias)
+        self.v = linear(embed, kv_heads, qkv_bias)
         self.o = linear(heads, embed)
         self.gate = linear(embed, mlp)
         self.up = linear(embed, mlp)
@@ -134,6 +152,11 @@ class Block(nnx.Module):
         if self.has_post_norms:
             self.attention_post_norm = RMSNorm(norm, config, param_dtype)
             self.mlp_post_norm = RMSNorm(norm, config, param_dtype)
+        self.has_head_norms = config.features.head_norm
+        if self.has_head_norms:
+            head_norm = {"layers": groups, "norm": config.head_dim}
+            self.q_norm = RMSNorm(head_norm, config, param_dtype)
+            self.k_norm = RMSNorm(head_norm, config, param_dtype)
 
     def __call__(
         self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
@@ -146,9 +169,12 @@ class Block(nnx.Module):
     def attention(
         self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
     ) -> jax.Array:
+        q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
+        if self.has_head_norms:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         y_BTNH = attend(
-            checkpoint_name(rotate(self.q(x_BTD), *rope), "q"),
-            checkpoint_name(rotate(self.k(x_BTD), *rope), "k"),
+            checkpoint_name(rotate(q_BTNH, *rope), "q"),
+            checkpoint_name(rotate(k_BTKH, *rope), "k"),
             checkpoint_name(self.v(x_BTD), "v"),
             segment_ids_BT,
             scale=self.config.query_scale,

@@ -49,7 +49,7 @@ class _Place:
     """Where a tensor of a checkpoint belongs: `path` in our state, at index `group` of a stack.
 
     `outputs` is the number of trailing axes of a linear map's kernel, [in..., out...], that
-    come first in the checkpoint, [out, in]; 0 for embeddings and norms.
+    come first in the checkpoint, [out, in], or of its bias's axes; 0 for embeddings and norms.
     """
 
     path: tuple[Any, ...]
@@ -233,12 +233,13 @@ def _places(model: Transformer) -> dict[str, _Place]:
         group, index = divmod(layer, period)
         for ours, theirs in model.config.features.tensors.items():
             part = getattr(model.blocks[index], ours)
-            linear = isinstance(part, Linear)
-            places[f"model.layers.{layer}.{theirs}.weight"] = _Place(
-                ("blocks", index, ours, "kernel" if linear else "scale"),
-                group,
-                len(part.outputs) if linear else 0,
-            )
+            name, path = f"model.layers.{layer}.{theirs}", ("blocks", index, ours)
+            if not isinstance(part, Linear):
+                places[f"{name}.weight"] = _Place((*path, "scale"), group)
+                continue
+            places[f"{name}.weight"] = _Place((*path, "kernel"), group, len(part.outputs))
+            if part.has_bias:
+                places[f"{name}.bias"] = _Place((*path, "bias"), group, len(part.outputs))
     return places
 
 
@@ -334,11 +335,13 @@ def _put(
 
 
 def _checkpoint_shape(variable: Any, place: _Place) -> tuple[int, ...]:
+    """Returns the shape of a tensor in the checkpoint."""
     shape = variable.shape if place.group is None else variable.shape[1:]
     if not place.outputs:
         return tuple(shape)
     inputs = len(shape) - place.outputs
-    return int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs]))
+    outputs = int(np.prod(shape[inputs:]))
+    return (outputs, int(np.prod(shape[:inputs]))) if inputs else (outputs,)
 
 
 def _read_out(value: jax.Array, place: _Place, shape: tuple[int, ...]) -> np.ndarray:

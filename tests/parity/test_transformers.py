@@ -81,6 +81,48 @@ CASES = {
         },
         length=24,
     ),
+    "qwen2": Case(
+        "Qwen2",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        length=24,
+    ),
+    "qwen3": Case(
+        "Qwen3",
+        {
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "head_dim": 10,  # times 4 heads is not the hidden size
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+        length=24,
+    ),
+    "qwen3_untied": Case(
+        "Qwen3",
+        {"num_hidden_layers": 2, "num_key_value_heads": 1, "tie_word_embeddings": False},
+        length=12,
+        shard_size="20KB",
+    ),
+    "mistral": Case(
+        "Mistral",
+        {
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+        },
+        length=24,
+    ),
+    "mistral_window": Case(
+        "Mistral",
+        {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5},
+        length=24,
+    ),
     "llama_bfloat16": Case(
         "Llama",
         {"num_hidden_layers": 2, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -113,7 +155,7 @@ def checkpoint(request, make):
     return make(request.param)
 
 
-@pytest.fixture(scope="module", params=["llama_tied", "gemma2"])
+@pytest.fixture(scope="module", params=["llama_tied", "gemma2", "qwen2", "qwen3"])
 def family(request, make):
     """One checkpoint of each family, for what does not depend on the rest."""
     return make(request.param)
@@ -131,7 +173,7 @@ def _make(case, folder):
     model = getattr(transformers, f"{case.family}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # all ones or zeros otherwise
+            if "norm" in name or "bias" in name:  # all ones or zeros otherwise
                 parameter.add_(0.3 * torch.randn(parameter.shape))
             else:
                 parameter.mul_(case.scale)
@@ -248,6 +290,9 @@ def test_gradients(checkpoint):
     [
         ("llama_rope", {"rope_scaling": None}),
         ("llama_rope", {"rope_theta": 10_000.0}),
+        ("mistral_window", {"windows": (None,)}),
+        ("mistral_window", {"windows": (4,)}),
+        ("qwen2", {"rope_theta": 10_000.0}),
         ("gemma2", {"windows": (None, None)}),
         ("gemma2", {"windows": (None, 5)}),
         ("gemma2", {"windows": (6, None)}),
@@ -273,9 +318,12 @@ def test_configurations(checkpoint):
     assert (config.layers, config.kv_heads, config.head_dim) == (
         theirs.num_hidden_layers,
         theirs.num_key_value_heads,
-        theirs.head_dim,
+        getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
     )
     assert config.tied == theirs.tie_word_embeddings
+    assert config.family != "mistral" or config.windows == (
+        checkpoint.case.config["sliding_window"],
+    )
     if config.family == "gemma2":
         assert config.windows == (5, None)
         assert config.query_scale == pytest.approx(7**-0.5)
@@ -362,7 +410,7 @@ def test_loaded_onto_a_mesh(family):
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         array = variable.get_value()
         assert len(array.addressable_shards) == 8
-        # Kernels and the embedding lie over fsdp and tensor, norms on every device.
-        parts = 1 if path[-1] == "scale" else 4
+        # Kernels and the embedding lie over fsdp and tensor, biases over tensor, norms everywhere.
+        parts = {"scale": 1, "bias": 2}.get(path[-1], 4)
         for shard in array.addressable_shards:
             assert shard.data.nbytes * parts == array.nbytes, path
