@@ -50,6 +50,16 @@ def tensors(dtype=np.float32, seed=0, **config):
         if gemma:
             layer_shapes["pre_feedforward_layernorm"] = (EMBED,)
             layer_shapes["post_feedforward_layernorm"] = (EMBED,)
+        biases = {}
+        if config["model_type"] == "qwen2":
+            biases = {
+                f"self_attn.{x}_proj": n for x, n in (("q", wide), ("k", narrow), ("v", narrow))
+            }
+        if config["model_type"] == "qwen3":
+            layer_shapes |= dict.fromkeys(
+                ("self_attn.q_norm", "self_attn.k_norm"), (config["head_dim"],)
+            )
+        shapes |= {f"model.layers.{layer}.{k}.bias": (n,) for k, n in biases.items()}
         shapes |= {f"model.layers.{layer}.{k}.weight": v for k, v in layer_shapes.items()}
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}

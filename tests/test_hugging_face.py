@@ -13,10 +13,11 @@ from flax import nnx
 from llama_folder import CONFIG, EMBEDDING, HEADS, INDEX, assert_refused
 from safetensors.numpy import load_file, save_file
 
-from easy_jax.models.transformer import Transformer
+from easy_jax.models.transformer import Transformer, abstract
 from easy_jax.models.transformer_config import TransformerConfig
 from easy_jax.pretrained import hugging_face, timm_weights
 from easy_jax.pretrained.hugging_face import WeightsError
+from easy_jax.pretrained.hugging_face_config import parse_config
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,9 @@ def _assert_same(actual, expected):
         {"tie_word_embeddings": False, "num_key_value_heads": HEADS},
         {"model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": 3},
         {"model_type": "gemma2", "num_hidden_layers": 3, "sliding_window": 3},  # one group
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3", "num_hidden_layers": 3},
+        {"model_type": "mistral", "sliding_window": 3, "tie_word_embeddings": False},
     ],
 )
 def test_what_is_loaded_is_exported(tmp_path, changes):
@@ -66,6 +70,87 @@ def test_what_is_loaded_is_exported(tmp_path, changes):
     for file in ("config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
     assert not (tmp_path / "out.tmp").exists()
+
+
+# Facts of the files on the Hugging Face Hub; the last one: how many parameters the model has.
+_QWEN = {
+    "attention_dropout": 0.0,
+    "bos_token_id": 151_643,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "num_hidden_layers": 28,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151_936,
+}
+_MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 4096,
+    "intermediate_size": 14_336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+REAL = {
+    "Qwen3-0.6B": (
+        _QWEN
+        | {
+            "model_type": "qwen3",
+            "attention_bias": False,
+            "head_dim": 128,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 40_960,
+            "max_window_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "rope_scaling": None,
+            "sliding_window": None,
+        },
+        596_049_920,
+    ),
+    "Qwen2.5-0.5B": (
+        _QWEN
+        | {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32_768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "sliding_window": 32_768,
+            "use_mrope": False,
+        },
+        494_032_768,
+    ),
+    "Mistral-7B-v0.1": (
+        _MISTRAL | {"rope_theta": 10_000.0, "sliding_window": 4096, "vocab_size": 32_000},
+        7_241_732_096,
+    ),
+    "Mistral-7B-v0.3": (
+        _MISTRAL | {"rope_theta": 1e6, "sliding_window": None, "vocab_size": 32_768},
+        7_248_023_552,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_configurations(name):
+    content, size = REAL[name]
+    config = parse_config(content)
+    model = abstract(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, remat="none")
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(leaf.size for leaf in leaves) == size
+    assert config.windows == ((4096,) if name == "Mistral-7B-v0.1" else (None,))
+    assert config.rope_theta == content["rope_theta"]
 
 
 @pytest.mark.slow
@@ -194,7 +279,7 @@ def test_export_of_another_model(good, folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "qwen3"])
 def test_depth_does_not_lengthen_the_program(family):
     def equations(layers):
         config = TransformerConfig(

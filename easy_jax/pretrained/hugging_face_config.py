@@ -68,7 +68,7 @@ _IGNORED = {
 # The notes of tools (the code that `auto_map` names is never run), and ids of tokens.
 _IGNORED_STARTS, _IGNORED_ENDS = ("_", "unsloth_"), ("_token_id",)
 # Parts that a file may say it does not have.
-_OFF = {"add_cross_attention", "pruned_heads", "use_sliding_window"}
+_OFF = {"add_cross_attention", "pruned_heads", "use_mrope", "use_sliding_window"}
 _OF_SLIDING_WINDOW = {"sliding_window", "max_window_layers"}  # have no effect if it is off
 _USED = {
     "attention_bias",
