@@ -169,12 +169,15 @@ class Block(nnx.Module):
     def attention(
         self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
     ) -> jax.Array:
-        q_BTNH, k_BTKH = self.q(x_BTD), self.k(x_BTD)
-        if self.has_head_norms:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH = self.q(x_BTD)
+        q_BTNH = rotate(self.q_norm(q_BTNH) if self.has_head_norms else q_BTNH, *rope)
+        q_BTNH = checkpoint_name(q_BTNH, "q")
+        k_BTKH = self.k(x_BTD)
+        k_BTKH = rotate(self.k_norm(k_BTKH) if self.has_head_norms else k_BTKH, *rope)
+        k_BTKH = checkpoint_name(k_BTKH, "k")
         y_BTNH = attend(
-            checkpoint_name(rotate(q_BTNH, *rope), "q"),
-            checkpoint_name(rotate(k_BTKH, *rope), "k"),
+            q_BTNH,
+            k_BTKH,
             checkpoint_name(self.v(x_BTD), "v"),
             segment_ids_BT,
             scale=self.config.query_scale,
