@@ -56,6 +56,8 @@ class Linear(nnx.Module):
       bias: whether the maps have a bias, which starts at 0.
     """
 
+    has_bias = False  # not set for maps without: it would be part of the structure of checkpoints
+
     def __init__(
         self,
         groups: int,
@@ -69,8 +71,8 @@ class Linear(nnx.Module):
         self.outputs = tuple(outputs.items())
         axes = {"layers": groups, **inputs, **outputs}
         self.kernel = _normal(rngs, axes, param_dtype)
-        self.has_bias = bias
         if bias:
+            self.has_bias = True
             axes = {"layers": groups, **outputs}
             zeros = jnp.zeros(tuple(axes.values()), param_dtype)
             self.bias = nnx.Param(zeros, logical_axes=tuple(axes))
@@ -152,8 +154,7 @@ class Block(nnx.Module):
         if self.has_post_norms:
             self.attention_post_norm = RMSNorm(norm, config, param_dtype)
             self.mlp_post_norm = RMSNorm(norm, config, param_dtype)
-        self.has_head_norms = config.features.head_norm
-        if self.has_head_norms:
+        if config.features.head_norm:
             head_norm = {"layers": groups, "norm": config.head_dim}
             self.q_norm = RMSNorm(head_norm, config, param_dtype)
             self.k_norm = RMSNorm(head_norm, config, param_dtype)
@@ -169,11 +170,12 @@ class Block(nnx.Module):
     def attention(
         self, x_BTD: jax.Array, rope: Rope, segment_ids_BT: jax.Array, window: int | None
     ) -> jax.Array:
+        head_norm = self.config.features.head_norm
         q_BTNH = self.q(x_BTD)
-        q_BTNH = rotate(self.q_norm(q_BTNH) if self.has_head_norms else q_BTNH, *rope)
+        q_BTNH = rotate(self.q_norm(q_BTNH) if head_norm else q_BTNH, *rope)
         q_BTNH = checkpoint_name(q_BTNH, "q")
         k_BTKH = self.k(x_BTD)
-        k_BTKH = rotate(self.k_norm(k_BTKH) if self.has_head_norms else k_BTKH, *rope)
+        k_BTKH = rotate(self.k_norm(k_BTKH) if head_norm else k_BTKH, *rope)
         k_BTKH = checkpoint_name(k_BTKH, "k")
         y_BTNH = attend(
             q_BTNH,
