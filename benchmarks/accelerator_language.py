@@ -87,18 +87,26 @@ def rates(
     return found
 
 
-def train(small: bool, length: int, remat: str, *, plain: bool) -> dict[str, Any]:
-    """The weighted step; `plain`: in turn with an unweighted one written by hand."""
+def weighted_step(
+    small: bool, length: int, remat: str, learning_rate: float
+) -> tuple[nnx.Module, Any, Any, Any]:
+    """A model, its optimizer, its weighted step, and a batch on the devices."""
     config, rows, length = shape(small, length)
     mesh = ej.make_mesh()
     model = language_model(config, remat)
-    batch = packed_batch(config.vocab, rows, length, min(length, 512))
-    placed = ej.shard_batch(batch, mesh)
-    optimizer = optax.adamw(1e-5, weight_decay=0.0)
+    placed = ej.shard_batch(packed_batch(config.vocab, rows, length, min(length, 512)), mesh)
+    optimizer = optax.adamw(learning_rate, weight_decay=0.0)
     step = ej.make_train_step(
         nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
     )
-    state = ej.init_train_state(model, optimizer, mesh=mesh)
+    return model, optimizer, step, placed
+
+
+def train(small: bool, length: int, remat: str, *, plain: bool) -> dict[str, Any]:
+    """The weighted step; `plain`: in turn with an unweighted one written by hand."""
+    config, rows, length = shape(small, length)
+    model, optimizer, step, placed = weighted_step(small, length, remat, 1e-5)
+    state = ej.init_train_state(model, optimizer)
     start = time.perf_counter()
     compiled = step.lower(state, placed).compile()
     compiling = time.perf_counter() - start
@@ -115,7 +123,7 @@ def train(small: bool, length: int, remat: str, *, plain: bool) -> dict[str, Any
     }
     if plain:
         found["weighted / plain"] = median_ratio(seconds["weighted"].wall, seconds["plain"].wall)
-    targets = int((batch["targets"] >= 0).sum())
+    targets = int((placed["targets"] >= 0).sum())
     sizes: dict[str, Any] = {"rows": rows, "length": length, "targets": targets, "remat": remat}
     sizes["compiled_in"] = round(compiling, 1)
     return {**sizes, **found, "temporary_gb": round(temporary / 1e9, 2), **memory()}
@@ -172,17 +180,10 @@ def parts(small: bool, length: int) -> dict[str, Any]:
 
 def repeated(small: bool, length: int) -> dict[str, Any]:
     """How far the parameters of two times the same steps are apart: ‖a − b‖ / ‖b‖, the largest."""
-    config, rows, length = shape(small, length)
-    mesh = ej.make_mesh()
-    model = language_model(config, "dots")
-    placed = ej.shard_batch(packed_batch(config.vocab, rows, length, min(length, 512)), mesh)
-    optimizer = optax.adamw(1e-3, weight_decay=0.0)
-    step = ej.make_train_step(
-        nnx.graphdef(model), ej.causal_lm_loss, optimizer, reduction="token_mean", mesh=mesh
-    )
+    model, optimizer, step, placed = weighted_step(small, length, "dots", 1e-3)
 
     def trained() -> Any:
-        state = ej.init_train_state(model, optimizer, mesh=mesh)
+        state = ej.init_train_state(model, optimizer)
         for _ in range(STEPS):
             state, _ = step(state, placed)
         return jax.device_get(state.params)
