@@ -69,7 +69,6 @@ _IGNORED = {
 _IGNORED_STARTS, _IGNORED_ENDS = ("_", "unsloth_"), ("_token_id",)
 # Parts that a file may say it does not have.
 _OFF = {"add_cross_attention", "pruned_heads", "use_mrope", "use_sliding_window"}
-_OF_SLIDING_WINDOW = {"sliding_window", "max_window_layers"}  # have no effect if it is off
 _USED = {
     "attention_bias",
     "attention_dropout",
@@ -167,7 +166,7 @@ def _without_effect(name: str, content: Mapping[str, Any]) -> bool:
     """Whether a field does not change the model, by its name or because it switches a part off."""
     value = content[name]
     noted = name in _IGNORED or name.startswith(_IGNORED_STARTS) or name.endswith(_IGNORED_ENDS)
-    noted |= name in _OF_SLIDING_WINDOW and content.get("use_sliding_window") is False
+    noted |= name == "max_window_layers" and content.get("use_sliding_window") is False
     return noted or value is None or ((name in _OFF or "dropout" in name) and not value)
 
 

@@ -277,7 +277,7 @@ def get(name: str, /, **options: Any) -> Weighting:
 
 
 def _check_number(name: str, option: inspect.Parameter, value: object) -> None:
-    """Raises ConfigError if the value of an option that is a number is none."""
+    """Raises ConfigError if an option that takes a number has another value."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if option.annotation in (float | None, int | None):
         is_number |= value is None
